@@ -1,0 +1,37 @@
+# make train   install, pack the text that ships with the project, train the quickstart recipe
+# make test    install, run the tests
+# make setup   install alone;  make check: lint and types
+# PYTHON=python3.12 chooses the interpreter, RECIPE=configs/other.yaml what `make train` trains.
+
+PYTHON ?= python3
+RECIPE ?= configs/quickstart.yaml
+VENV := .venv
+SHARDS := data/tinyshakespeare/shards
+
+.PHONY: train test check setup clean
+
+train: setup $(SHARDS)/index.json
+	@$(VENV)/bin/lte train $(RECIPE)
+
+test: setup
+	$(VENV)/bin/pytest
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(VENV)/.installed
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(SHARDS)/index.json: data/tinyshakespeare/input.txt.gz | setup
+	@$(VENV)/bin/lte data pack $< --out $(SHARDS) --force
+
+clean:
+	rm -rf $(VENV) $(SHARDS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

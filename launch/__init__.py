@@ -1,0 +1,1 @@
+"""What starts processes: on one machine, and later under torchrun and SLURM."""

@@ -1,0 +1,348 @@
+"""The `lte` command. Mistakes of the person at the keyboard get one line each and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+
+from launch import local
+from lte import __version__, config, language, report
+from lte.config import Recipe
+from lte.data import pack
+from lte.errors import ConfigError, RunEnded, UserError
+
+EXIT_USER_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"lte: {message} (see '{self.prog} --help')", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    local.end_with_parent()
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        for line in error.faults:
+            print(f"lte: {line}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except UserError as error:
+        print(f"lte: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except RunEnded as error:
+        print(f"lte: the run ended: {error}", file=sys.stderr)
+        return 0 if error.finished else 1
+    except KeyboardInterrupt:
+        print("lte: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lte",
+        description="Pretrain neural networks from scratch with LoRA workers and a parameter server.",
+        epilog=textwrap.dedent("""\
+            examples:
+              lte data pack book.txt --out data/book       text -> WebDataset shards
+              lte train configs/quickstart.yaml            server and workers on this machine
+              lte generate runs/quickstart --prompt "O "   let the result write
+            'lte COMMAND --help' tells more of each."""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lte {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_server(commands)
+    _add_worker(commands)
+    _add_eval(commands)
+    _add_generate(commands)
+    _add_data(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, help: str, epilog: str) -> _Parser:
+    return commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=textwrap.dedent(epilog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+# train, server, worker
+
+
+def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "train",
+        "run a recipe with one server and its workers on this machine",
+        "examples:\n"
+        "  lte train configs/quickstart.yaml\n"
+        "  lte train configs/quickstart.yaml train.rounds=20 lora.rank=16 run.dir=runs/short\n"
+        "  lte train configs/quickstart.yaml run.resume=never     start anew, old run moved aside\n\n"
+        "settings, as section.name=value (type, default):\n" + _settings_help(),
+    )
+    _add_recipe(command)
+    command.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = config.load(arguments.config, arguments.overrides)
+    if recipe.server.address.startswith("inprocess://"):
+        finished = local.train_in_threads(recipe)
+        _conclude(recipe, finished)
+        return 0 if finished else 128 + signal.SIGINT
+    language.check_data(recipe)
+    return local.train_in_processes(recipe, [arguments.config, *arguments.overrides])
+
+
+def _add_server(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "server",
+        "run a recipe's parameter server and wait for its workers",
+        "example (each line in a terminal of its own):\n"
+        "  lte server configs/quickstart.yaml server.address=tcp://127.0.0.1:5555\n"
+        "  lte worker --server tcp://127.0.0.1:5555        as often as train.workers says\n\n"
+        "Ctrl-C saves and ends; the same command goes on from there. Settings: lte train --help",
+    )
+    _add_recipe(command)
+    command.add_argument("--announce", type=int, metavar="FD", help=argparse.SUPPRESS)
+    command.set_defaults(run=_server)
+
+
+def _server(arguments: argparse.Namespace) -> int:
+    recipe = config.load(arguments.config, arguments.overrides)
+
+    def announce(address: str) -> None:
+        if arguments.announce is not None:
+            os.write(arguments.announce, f"{address}\n".encode())
+            os.close(arguments.announce)
+
+    with language.make_server(recipe, announce=announce) as server:
+        server.stop_on_signals()
+        finished = server.serve()
+    _conclude(recipe, finished)
+    return 0 if finished else 128 + signal.SIGINT
+
+
+def _conclude(recipe: Recipe, finished: bool) -> None:
+    """Print what a run came to: summary, plot, and a sample of what the model writes."""
+    console = Console()
+    folder = Path(recipe.run.dir)
+    report.plot(folder)
+    console.print(report.summary(folder))
+    if finished and recipe.eval.sample_tokens:
+        model, _, _ = language.load_run(folder)
+        text = language.sample(
+            model, recipe, recipe.eval.prompt, recipe.eval.sample_tokens, temperature=0.8, seed=recipe.run.seed
+        )
+        (folder / "sample.txt").write_text(text)
+        console.print("[bold]The trained model writes:[/]")
+        console.print(textwrap.indent(text.strip(), "  "), markup=False, highlight=False)
+    if not finished:
+        console.print(f"Saved in {folder}. The same command goes on from here.", highlight=False)
+
+
+def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "worker",
+        "train LoRA heads for a server",
+        "example:\n  lte worker --server tcp://127.0.0.1:5555\n\n"
+        "Everything but the address comes from the server. A CONFIG makes the worker refuse a server\n"
+        "that trains another model.",
+    )
+    command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
+    command.add_argument("--id", default="", metavar="NAME", help="name of this worker (default: given)")
+    command.add_argument(
+        "--wait", type=float, default=30.0, metavar="S", help="seconds to look for the server (default: 30)"
+    )
+    command.add_argument("--data", metavar="FOLDER", help="shards, where the recipe's path is not theirs here")
+    command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML recipe to insist on")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of that recipe")
+    command.set_defaults(run=_worker)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    recipe = config.load(arguments.config, arguments.overrides) if arguments.config else None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves in order, as Ctrl-C does
+    language.work(
+        arguments.server,
+        worker_id=arguments.id,
+        wait_s=arguments.wait,
+        shards=arguments.data,
+        recipe=recipe,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+# eval, generate
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "eval",
+        "measure a trained model on its validation data",
+        "example:\n  lte eval runs/quickstart\n  lte eval runs/quickstart --data data/other --tokens 100000",
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
+    command.add_argument("--data", metavar="FOLDER", help="other shards than the run's")
+    command.add_argument("--tokens", type=_whole, default=0, metavar="N", help="at most so many (default: all)")
+    command.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    for which in ("published", "master"):
+        model, recipe, version = language.load_run(arguments.folder, which)
+        if arguments.data:
+            recipe = config.replace(recipe, **{"data.shards": arguments.data})
+        language.check_data(recipe)
+        with torch.no_grad():
+            loss = language.evaluator(recipe)(model, arguments.tokens)
+        print(f"{which:<9}  version {version}  validation loss {loss:.4f} nats a token")
+    return 0
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "generate",
+        "let a trained model continue a text",
+        'example:\n  lte generate runs/quickstart --prompt "ROMEO:" --tokens 500 --temperature 0.7',
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
+    command.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue (default: a new line)")
+    command.add_argument("--tokens", type=_whole, default=300, metavar="N", help="how many (default: 300)")
+    command.add_argument(
+        "--temperature", type=_temperature, default=0.8, metavar="X", help="0: the likeliest (default: 0.8)"
+    )
+    command.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the sampling (default: 0)")
+    command.add_argument(
+        "--weights", choices=("published", "master"), default="published", help="default: published"
+    )
+    command.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    model, recipe, _ = language.load_run(arguments.folder, arguments.weights)
+    text = language.sample(
+        model,
+        recipe,
+        arguments.prompt,
+        arguments.tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    print(text)
+    return 0
+
+
+# data
+
+
+def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
+    data = _command(commands, "data", "prepare training data", "example:\n  lte data pack book.txt --out data/book")
+    actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _command(
+        actions,
+        "pack",
+        "turn text files into WebDataset shards",
+        "examples:\n"
+        "  lte data pack book.txt --out data/book                      one token a byte\n"
+        "  lte data pack *.txt.gz --out data/books --tokenizer bpe:4096\n"
+        "  lte train configs/quickstart.yaml data.shards=data/books model.vocab_size=4096",
+    )
+    command.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="text files, .gz too")
+    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
+    command.add_argument(
+        "--tokenizer", default="bytes", metavar="NAME", help="bytes, or bpe:SIZE trained here (default: bytes)"
+    )
+    command.add_argument(
+        "--valid", nargs="+", type=Path, default=[], metavar="TEXT", help="validation text of its own"
+    )
+    command.add_argument(
+        "--valid-fraction", type=float, default=0.1, metavar="X", help="else the last X of the text (default: 0.1)"
+    )
+    command.add_argument(
+        "--shards", type=_count, default=16, metavar="N", help="training shards, at least one a worker (default: 16)"
+    )
+    command.add_argument("--force", action="store_true", help="replace shards that are there")
+    command.set_defaults(run=_pack)
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    index = pack(
+        arguments.texts,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        valid_fraction=arguments.valid_fraction,
+        valid_texts=arguments.valid,
+        num_shards=arguments.shards,
+        force=arguments.force,
+    )
+    train, valid = (sum(s.num_tokens for s in shards) for shards in (index.train, index.valid))
+    print(f"{arguments.out}: {train:,} training and {valid:,} validation tokens ({index.tokenizer})")
+    return 0
+
+
+# Pieces
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+
+
+def _settings_help() -> str:
+    lines, section = [], ""
+    for key, kind, default, text in config.describe():
+        if key.split(".")[0] != section:
+            section = key.split(".")[0]
+            lines.append("")
+        lines.append(f"  {key} ({kind}, {default})")
+        lines += textwrap.wrap(text, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature of 0 or more")
+    return value

@@ -1,0 +1,515 @@
+"""Recipes: frozen dataclasses, read from YAML and from `key=value` overrides.
+
+Every default stands here and nowhere else. Units are part of the names (`_s`, `_bytes`, `_tokens`)
+or of the descriptions. Unknown keys and impossible values are reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from lte.errors import ConfigError
+from lte.lowrank import Init, Subspace
+from lte.quantize import Quant
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _doc(default: Any, text: str) -> Any:
+    """A field with its default and the description that `lte train --help` prints."""
+    return field(default=default, metadata={"doc": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run lives and how it starts."""
+
+    __pydantic_config__ = _STRICT
+    dir: str = _doc("runs/default", "folder that the run writes")
+    seed: Whole = _doc(0, "seed of initialization, heads and data order")
+    resume: Literal["auto", "never", "must"] = _doc(
+        "auto", "auto: go on with the run in run.dir, if any; never: move it aside; must: demand it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The reference decoder, a GPT with rotary positions."""
+
+    __pydantic_config__ = _STRICT
+    num_layers: Count = _doc(4, "transformer blocks")
+    width: Count = _doc(128, "features of the residual stream")
+    num_attention_heads: Count = _doc(4, "attention heads a block; must divide width")
+    mlp_width: Count = _doc(512, "hidden features of a block's MLP")
+    context_tokens: Count = _doc(128, "tokens of a training sequence, and most that attention sees")
+    vocab_size: Count = _doc(256, "number of distinct tokens; 256 for bytes")
+    tie_embeddings: bool = _doc(False, "the output matrix is the embedding (then it stays dense)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from."""
+
+    __pydantic_config__ = _STRICT
+    shards: str = _doc("data/shards", "folder made by `lte data pack`: WebDataset shards, index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how often merged, by how many."""
+
+    __pydantic_config__ = _STRICT
+    rounds: Count = _doc(50, "merges in the run")
+    local_steps: Count = _doc(10, "optimizer steps of a worker between merges (T)")
+    workers: Count = _doc(4, "workers that must have joined before the first round opens (N)")
+    batch_size: Count = _doc(8, "sequences a worker reads per local step, shared by its heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """Other head settings for the modules that a pattern names; None keeps the recipe's."""
+
+    __pydantic_config__ = _STRICT
+    modules: str = _doc("*", "pattern of module names, such as 'blocks.*.mlp.*'")
+    rank: Count | None = _doc(None, "lora_rank r of these modules")
+    scale: Positive | None = _doc(None, "lora_scale s of these modules")
+    init: Init | None = _doc(None, "initialization of A of these modules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """The heads: what is trained on top of the frozen base."""
+
+    __pydantic_config__ = _STRICT
+    rank: Count = _doc(32, "lora_rank r")
+    scale: Positive = _doc(16.0, "lora_scale s (alpha / r, held fixed when ranks change)")
+    heads: Count = _doc(1, "heads a worker trains (H); they share its batch in equal slices")
+    merge: Literal["reset-less", "reset-b", "reset"] = _doc(
+        "reset-b", "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0"
+    )
+    A: Literal["trained", "frozen", "rotating"] = _doc(
+        "trained", "A is trained; or drawn once from the seed; or redrawn after merges; not sent then"
+    )
+    init: Init = _doc("semi-orthogonal", "initialization of A; semi-orthogonal has factor sqrt(in/r)")
+    subspace: Subspace = _doc(
+        "random", "heads draw A independently; or disjoint: they share out one orthogonal matrix"
+    )
+    rotate_every: Count = _doc(1, "merges between rotations of a rotating A")
+    moments: Literal["keep", "transport", "clear"] = _doc(
+        "clear", "optimizer moments of a head whose A was redrawn: kept, carried over, or cleared"
+    )
+    modules: tuple[str, ...] = _doc(("*",), "patterns of the nn.Linear modules that get heads")
+    exclude: tuple[str, ...] = _doc((), "patterns of modules that get none and stay dense")
+    overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The frozen weights that a worker holds."""
+
+    __pydantic_config__ = _STRICT
+    quant: Quant = _doc("nf4", "nf4: 4 bits, bitsandbytes' layout; int8: 8 bits; none: fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """A worker's own (inner) optimizer. Its state never leaves the worker."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["adamw", "sgd"] = _doc("adamw", "torch's AdamW, or SGD with momentum")
+    lr: NonNegative = _doc(1e-3, "learning rate of lora_B, at its peak")
+    lr_A: NonNegative | None = _doc(None, "learning rate of lora_A, at its peak; none: the same as lr")
+    dense_lr: NonNegative = _doc(3e-3, "learning rate of dense parameters, at its peak")
+    beta1: Fraction = _doc(0.9, "AdamW's first decay")
+    beta2: Fraction = _doc(0.95, "AdamW's second decay")
+    eps: Positive = _doc(1e-8, "AdamW's epsilon")
+    momentum: Fraction = _doc(0.0, "SGD's momentum")
+    dense_weight_decay: NonNegative = _doc(0.0, "decoupled weight decay of dense matrices")
+    clip_norm: NonNegative = _doc(1.0, "largest gradient norm; 0: no clipping")
+    clip_by: Literal["all", "group"] = _doc(
+        "all", "clip the norm over all parameters, or lora_A, lora_B and dense each by itself"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Factor on every learning rate, as a function of the local steps since the run's start."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["cosine", "linear", "constant"] = _doc("cosine", "shape after the warmup")
+    warmup_steps: Whole = _doc(50, "local steps of linear warmup")
+    final: Share = _doc(0.1, "factor at the last step (cosine, linear)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """The outer optimizer: how the server moves the master by the mean delta."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["average", "sgd"] = _doc("average", "W += mean delta; or SGD on minus that delta")
+    lr: Positive = _doc(1.0, "SGD's learning rate on adapted weights")
+    momentum: Fraction = _doc(0.0, "SGD's momentum on adapted weights")
+    nesterov: bool = _doc(True, "SGD's momentum is Nesterov's")
+    dense: bool = _doc(False, "use SGD for dense parameters too, instead of averaging them")
+    weights: Literal["heads", "tokens"] = _doc("heads", "heads count the same, or by tokens trained on")
+    weight_decay: Fraction = _doc(0.0, "share of every adapted weight that a merge takes away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The parameter server."""
+
+    __pydantic_config__ = _STRICT
+    address: str = _doc(
+        "tcp://127.0.0.1:5555", "tcp://HOST:PORT (PORT * picks a free one), ipc://PATH, inprocess://NAME"
+    )
+    quorum: Count = _doc(1, "least contributions to merge a round")
+    grace_s: NonNegative = _doc(600.0, "seconds that a round waits for the rest once it has its quorum")
+    deadline_s: Positive = _doc(600.0, "seconds after which a round with its quorum is merged anyway")
+    silence_s: Positive = _doc(15.0, "seconds without a sign of life after which a worker is gone")
+    max_message_bytes: Count = _doc(1 << 31, "largest message accepted, bytes")
+    insecure: bool = _doc(False, "bind beyond loopback although there are no keys: trusted networks only")
+    num_threads: Count = _doc(1, "threads of the merge; changes the last bits of the master")
+    checkpoint_every: Count = _doc(10, "rounds between checkpoints")
+    keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker process does with its machine."""
+
+    __pydantic_config__ = _STRICT
+    device: str = _doc("auto", "auto: a GPU if there is one; or cpu, cuda, cuda:1")
+    num_threads: Count = _doc(1, "CPU threads of a worker")
+    heartbeat_s: Positive = _doc(1.0, "seconds between signs of life")
+    patience_s: Positive = _doc(60.0, "seconds without a word from the server after which a worker leaves")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """How the published model is measured."""
+
+    __pydantic_config__ = _STRICT
+    every: Whole = _doc(5, "rounds between evaluations; 0: only after the last round")
+    tokens: Count = _doc(16384, "validation tokens of an evaluation during the run")
+    final_tokens: Whole = _doc(0, "validation tokens of the last evaluation; 0: all there are")
+    prompt: str = _doc("\n", "text that the sample at the end starts from")
+    sample_tokens: Whole = _doc(300, "tokens of that sample; 0: no sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Records beside metrics.jsonl."""
+
+    __pydantic_config__ = _STRICT
+    wandb: Literal["off", "offline", "online"] = _doc("off", "also log to Weights & Biases")
+    wandb_project: str = _doc("lte", "its project")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run is made of. The server's recipe is every worker's."""
+
+    __pydantic_config__ = _STRICT
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    lora: LoRA = field(default_factory=LoRA)
+    base: Base = field(default_factory=Base)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    outer: Outer = field(default_factory=Outer)
+    server: Server = field(default_factory=Server)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+    eval: Eval = field(default_factory=Eval)
+    log: Log = field(default_factory=Log)
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps of a worker in the whole run."""
+        return self.train.rounds * self.train.local_steps
+
+
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+# Reading
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, with `key=value` overrides such as `train.rounds=20`.
+
+    Raises:
+        ConfigError: with one line for each fault of file and overrides.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([_missing_file(Path(path))]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: not YAML ({' '.join(str(error).split())})"]) from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}"])
+    faults: list[str] = []
+    for override in overrides:
+        _override(tree, override, faults)
+    return from_dict(tree, faults)
+
+
+def from_dict(tree: Mapping[str, Any], faults: Sequence[str] = ()) -> Recipe:
+    """Check a nested mapping and make a recipe of it.
+
+    Args:
+        faults: lines found before, reported with those found here.
+
+    Raises:
+        ConfigError: with one line for each fault.
+    """
+    found = list(faults)
+    recipe: Recipe | None = None
+    try:
+        recipe = _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        found += [_fault_line(fault) for fault in error.errors()]
+    if recipe is not None:
+        found += check(recipe)
+    if found or recipe is None:
+        raise ConfigError(found)
+    return recipe
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Faults that no single field shows, one line each."""
+    lora, model, train, outer = recipe.lora, recipe.model, recipe.train, recipe.outer
+    rules = [
+        (
+            model.width % model.num_attention_heads == 0
+            and (model.width // model.num_attention_heads) % 2 == 0,
+            f"model.num_attention_heads: {model.num_attention_heads} must divide model.width"
+            f" ({model.width}) into an even number of features",
+        ),
+        (
+            train.batch_size % lora.heads == 0,
+            f"train.batch_size: {train.batch_size} cannot be cut into lora.heads ({lora.heads}) equal slices",
+        ),
+        (
+            lora.A != "rotating" or lora.merge == "reset-b",
+            f"lora.A: rotating needs lora.merge = reset-b, not {lora.merge} (a kept B would act"
+            " through another A)",
+        ),
+        (
+            lora.A == "trained" or lora.merge != "reset",
+            f"lora.A: {lora.A} contradicts lora.merge = reset, which redraws A; use reset-b",
+        ),
+        (
+            lora.moments != "transport" or lora.A == "rotating",
+            "lora.moments: transport needs lora.A = rotating (clear or keep otherwise)",
+        ),
+        (
+            lora.subspace == "random" or lora.init == "semi-orthogonal",
+            f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {lora.init}",
+        ),
+        (
+            outer.name == "sgd" or (outer.lr == 1.0 and outer.momentum == 0.0),
+            "outer.lr, outer.momentum: need outer.name = sgd (average has neither)",
+        ),
+        (
+            recipe.server.quorum <= train.workers,
+            f"server.quorum: {recipe.server.quorum} is more than train.workers ({train.workers})",
+        ),
+        (
+            recipe.worker.heartbeat_s * 3 <= recipe.server.silence_s,
+            f"server.silence_s: {recipe.server.silence_s:g} s must be at least 3 times"
+            f" worker.heartbeat_s ({recipe.worker.heartbeat_s:g} s)",
+        ),
+        (
+            recipe.schedule.warmup_steps <= recipe.total_steps,
+            f"schedule.warmup_steps: {recipe.schedule.warmup_steps} is more than the run has"
+            f" ({recipe.total_steps} = train.rounds * train.local_steps)",
+        ),
+        (
+            recipe.server.address.partition("://")[0] in ("tcp", "ipc", "inprocess"),
+            f"server.address: {recipe.server.address!r} must start with tcp://, ipc:// or inprocess://",
+        ),
+    ]
+    return [line for holds, line in rules if not holds]
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as a nested mapping of plain values, which `from_dict` reads back."""
+    return _ADAPTER.dump_python(recipe, mode="json")  # type: ignore[no-any-return]
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """A recipe as YAML with every setting, which `load` reads back."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def replace(recipe: Recipe, **changes: Any) -> Recipe:
+    """A copy with other values: `replace(recipe, **{"train.rounds": 20})`.
+
+    Raises:
+        ConfigError: with one line for each fault.
+    """
+    tree = to_dict(recipe)
+    faults: list[str] = []
+    for key, value in changes.items():
+        _place(tree, key, value, key, faults)
+    return from_dict(tree, faults)
+
+
+def differences(one: Recipe, other: Recipe, sections: Sequence[str]) -> list[str]:
+    """Settings of these sections that differ, as lines `train.rounds: 50 -> 60`."""
+    left, right = dict(_leaves(to_dict(one))), dict(_leaves(to_dict(other)))
+    return [
+        f"{key}: {left.get(key)} -> {right.get(key)}"
+        for key in left.keys() | right.keys()
+        if key.split(".")[0] in sections and left.get(key) != right.get(key)
+    ]
+
+
+# Describing
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """Every setting as (key, type, default, description), in the order of the recipe."""
+    for section in fields(Recipe):
+        kind = get_type_hints(Recipe)[section.name]
+        hints = get_type_hints(kind)
+        for leaf in fields(kind):
+            default = leaf.default if leaf.default is not dataclasses.MISSING else ""
+            yield (
+                f"{section.name}.{leaf.name}",
+                _type_name(hints[leaf.name]),
+                _show(default),
+                leaf.metadata["doc"],
+            )
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return repr(value) if isinstance(value, str) and not value.strip() else str(value)
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)[0]
+        return "list" if is_dataclass(inner) else f"list of {_type_name(inner)}"
+    options = [option for option in get_args(hint) if option is not type(None)]
+    if options and type(None) in get_args(hint):
+        return f"{_type_name(options[0])} or none"
+    return getattr(hint, "__name__", str(hint))
+
+
+# Faults
+
+
+def _override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        faults.append(f"{override!r}: an override is key=value, such as train.rounds=20")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        faults.append(f"{key}: {text!r} is not a YAML value")
+        return
+    _place(tree, key, value, override, faults)
+
+
+def _place(tree: dict[str, Any], key: str, value: Any, met: str, faults: list[str]) -> None:
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            faults.append(f"{met}: {section!r} is a value, not a section")
+            return
+        node = child
+    node[leaf] = value
+
+
+def _fault_line(fault: Any) -> str:
+    """One line for one of pydantic's errors."""
+    path = [str(part) for part in fault["loc"] if part != "Recipe"]
+    key = ".".join(path)
+    met = fault["input"]
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: unknown setting{_nearest(key)}"
+    if fault["type"] in ("dataclass_type", "dataclass_exact_type", "model_type", "dict_type"):
+        return f"{key or 'recipe'}: must be a section with settings of its own, not {met!r}"
+    if fault["type"] == "literal_error":
+        expected = fault["ctx"]["expected"].replace("'", "")
+        return f"{key}: {met!r} is not one of {expected}{_nearest_choice(met, expected)}"
+    message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key}: {met!r} must be {message}"
+
+
+def _known_keys() -> list[str]:
+    leaves = [key for key, *_ in describe()]
+    return sorted({key.split(".")[0] for key in leaves}) + leaves
+
+
+def _nearest(key: str) -> str:
+    """', did you mean ...?' with the nearest valid name, by whole key or by its last part."""
+    known = _known_keys()
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not close:  # the right name in the wrong section, or misspelt in a right one
+        leaf = key.split(".")[-1]
+        by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
+        close = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
+    if not close:
+        section = key.split(".")[0]
+        names = [name.split(".", 1)[1] for name in known if name.startswith(section + ".")]
+        choices = names or sorted({name.split(".")[0] for name in known})
+        return f"; known here: {', '.join(choices)}"
+    return f", did you mean {close[0]}?"
+
+
+def _nearest_choice(met: object, expected: str) -> str:
+    choices = expected.replace(" or ", ", ").split(", ")
+    close = difflib.get_close_matches(str(met), choices, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _missing_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    names = [str(found) for found in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+    close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]}?" if close else (f"; there is: {', '.join(names)}" if names else "")
+    return f"{path}: no such file{hint}"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,312 @@
+"""Packed text: the index of its shards, and how training and evaluation read them.
+
+A folder of packed text holds WebDataset shards `train-000000.tar`, ..., `valid-000000.tar`, ..., whose
+samples are chunks of at most `CHUNK_TOKENS` tokens, raw and little-endian, under the extension u8, u16
+or u32; `index.json`, written last; and `tokenizer.json`, if the tokenizer is not `bytes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import webdataset as wds  # type: ignore[import-untyped]
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from lte.errors import DataError
+from lte.lowrank import generator_of
+
+INDEX = "index.json"
+CHUNK_TOKENS = 65_536
+"""Tokens of a sample; the last sample of a shard may be shorter."""
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar file.
+
+    Attributes:
+        file: its name in the folder.
+        num_tokens: tokens in it.
+        num_bytes: bytes of the text that the tokens stand for.
+        sha256: of the file, in hex.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    file: str
+    num_tokens: Count
+    num_bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What a folder of packed text holds.
+
+    Attributes:
+        tokenizer: its name, `bytes` or `bpe:SIZE`.
+        vocab_size: number of distinct tokens that it knows.
+        dtype: of the tokens, as numpy calls it.
+        train, valid: shards in the order of the text; no valid ones if none was kept for validation.
+        format: version of the layout.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    tokenizer: str
+    vocab_size: Count
+    dtype: Literal["uint8", "uint16", "uint32"]
+    train: Annotated[tuple[Shard, ...], Field(min_length=1)]
+    valid: tuple[Shard, ...]
+    format: Literal[1] = 1
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Index:
+        """Read a folder's index and see that its shards are there.
+
+        Raises:
+            DataError: nothing packed there, a damaged index, or missing shards.
+        """
+        folder = Path(folder)
+        try:
+            index = _ADAPTER.validate_json((folder / INDEX).read_bytes())
+        except OSError:
+            raise DataError(
+                f"{folder}: no packed text there (no {INDEX}); make it: lte data pack TEXT --out {folder}"
+            ) from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = "".join(f"{part}: " for part in fault["loc"])
+            raise DataError(
+                f"{folder / INDEX}: damaged, or of another version of lte ({where}{fault['msg']});"
+                f" {cure(folder)}"
+            ) from None
+        files = [shard.file for shard in index.train + index.valid]
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise DataError(
+                f"{folder}: without {missing[0]} ({len(missing)} of {len(files)} shards are missing);"
+                f" {cure(folder)}"
+            )
+        return index
+
+    def dump(self) -> bytes:
+        """The bytes of index.json."""
+        return _ADAPTER.dump_json(self, indent=1) + b"\n"
+
+
+_ADAPTER: TypeAdapter[Index] = TypeAdapter(Index)
+
+
+def cure(folder: Path) -> str:
+    """What to do about a folder that is not as it was packed."""
+    return f"copy the folder again, or make it again: lte data pack TEXT --out {folder} --force"
+
+
+def storage(dtype: str | np.dtype[Any]) -> tuple[np.dtype[Any], str]:
+    """How tokens of a dtype lie in a shard: the little-endian dtype, and the samples' extension."""
+    stored = np.dtype(dtype).newbyteorder("<")
+    return stored, f"u{8 * stored.itemsize}"
+
+
+def read_shard(folder: Path, dtype: str, shard: Shard) -> Tokens:
+    """All tokens of a shard.
+
+    Raises:
+        DataError: the file is not the one that was packed.
+    """
+    path = folder / shard.file
+    stored, extension = storage(dtype)
+    try:
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
+                raise DataError(f"{path}: damaged (its sha256 is not {INDEX}'s); {cure(folder)}")
+            stream.seek(0)
+            # Not wds.WebDataset: it would read the path as a URL ("#" and "?" cut it), leave the file
+            # open, draw from Python's global generator, and refuse to work where RANK is set.
+            samples = wds.DataPipeline(
+                lambda: iter([{"url": shard.file, "stream": stream}]),
+                wds.tariterators.tar_file_expander,
+                wds.tariterators.group_by_keys,
+            )
+            tokens = np.concatenate([np.frombuffer(sample[extension], stored) for sample in samples])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {cure(folder)}") from None
+    if len(tokens) != shard.num_tokens:
+        raise DataError(
+            f"{path}: {len(tokens)} tokens instead of {INDEX}'s {shard.num_tokens}; {cure(folder)}"
+        )
+    return tokens
+
+
+# Training
+
+
+def partition(num_shards: int, worker: int, num_workers: int) -> list[tuple[int, int, int]]:
+    """A worker's part of the training data, as (shard, part, num_parts).
+
+    Of each shard listed the worker reads windows part, part + num_parts, ... With as many shards as
+    workers, or more, each worker has shards of its own; with fewer, several share one. Workers 0 to
+    num_workers - 1 have disjoint parts, which together are everything; one beyond them, who joined
+    late, shares the part of worker % num_workers.
+    """
+    worker %= num_workers
+    if num_shards >= num_workers:
+        return [(shard, 0, 1) for shard in range(worker, num_shards, num_workers)]
+    shard = worker % num_shards
+    return [(shard, worker // num_shards, len(range(shard, num_workers, num_shards)))]
+
+
+class TrainingStream:
+    """A worker's endless training data, by step.
+
+    `batch(step)` depends on nothing but the arguments given here, the step and the packed text: a
+    resumed worker goes on exactly, without reading what went before.
+
+    In an epoch a worker reads each window of its part once, in an order of its own: its shards
+    shuffled, and the windows shuffled in each. A shard's windows are context_tokens apart, from an
+    offset that is drawn anew for each epoch and is common to the workers that share the shard.
+    The grid leaves out fewer than 2 * context_tokens tokens of a shard, others in each epoch.
+    Memory: the two shards read last.
+
+    Args:
+        folder: packed text.
+        context_tokens: tokens that a window predicts; it holds one more.
+        batch_size: windows of a batch.
+        seed: the run's seed.
+        worker: its number; see `partition` for numbers of num_workers and above.
+        num_workers: how many parts the data is dealt into.
+
+    Raises:
+        DataError: no packed text, or a shard too short for a window; from `batch`, a damaged shard.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        context_tokens: int,
+        batch_size: int,
+        seed: int,
+        worker: int,
+        num_workers: int,
+    ) -> None:
+        folder = Path(folder)
+        index = Index.load(folder)
+        self.context_tokens = context_tokens
+        self.batch_size = batch_size
+        self._shards = [
+            (index.train[number], range(part, _grid(index.train[number], context_tokens), num_parts))
+            for number, part, num_parts in partition(len(index.train), worker, num_workers)
+        ]
+        for shard, windows in self._shards:
+            if not windows:
+                raise DataError(
+                    f"{folder / shard.file}: {shard.num_tokens} tokens are too few for windows of"
+                    f" {context_tokens} and {num_workers} workers; pack more text, or into fewer shards,"
+                    " or set a smaller model.context_tokens"
+                )
+        self.num_windows = sum(len(windows) for _, windows in self._shards)
+        """Windows of an epoch of this worker."""
+        # Two of each: a batch may reach into the next shard and the next epoch.
+        self._order = lru_cache(2)(partial(_permutation, len(self._shards), seed, worker))
+        self._starts = lru_cache(2)(partial(_starts, context_tokens, seed, worker))
+        self._tokens = lru_cache(2)(partial(read_shard, folder, index.dtype))
+
+    def batch(self, step: int) -> Tensor:
+        """Batch number `step`, counted from 0: int64 (batch_size, context_tokens + 1)."""
+        first = step * self.batch_size
+        rows = [self._window(number) for number in range(first, first + self.batch_size)]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def _window(self, number: int) -> Tokens:
+        """The worker's window `number`, counted over all epochs: (context_tokens + 1,)."""
+        epoch, place = divmod(number, self.num_windows)
+        for which in self._order(epoch):
+            shard, windows = self._shards[which]
+            if place < len(windows):
+                break
+            place -= len(windows)
+        start = self._starts(epoch, shard, windows)[place]
+        return self._tokens(shard)[start : start + self.context_tokens + 1]
+
+
+def _grid(shard: Shard, context_tokens: int) -> int:
+    """Windows of a shard: as many as fit at the largest offset, so that every epoch has as many."""
+    return max(0, (shard.num_tokens - 1 - (context_tokens - 1)) // context_tokens)
+
+
+def _permutation(size: int, *seed: int | str) -> npt.NDArray[np.int64]:
+    order: npt.NDArray[np.int64] = torch.randperm(size, generator=generator_of("data", *seed)).numpy()
+    return order
+
+
+def _starts(
+    context_tokens: int, seed: int, worker: int, epoch: int, shard: Shard, windows: range
+) -> npt.NDArray[np.int64]:
+    """First tokens of a worker's windows in a shard, in the order in which it reads them."""
+    # Without the worker's number: those who share the shard must have the same grid.
+    offset = int(torch.randint(context_tokens, (), generator=generator_of("data", seed, epoch, shard.file)))
+    order = _permutation(len(windows), seed, worker, epoch, shard.file)
+    return offset + context_tokens * (windows.start + windows.step * order)
+
+
+# Evaluation
+
+
+def validation_batches(
+    folder: str | Path, *, context_tokens: int, batch_size: int, max_tokens: int = 0
+) -> Iterator[Tensor]:
+    """The validation text in windows, from its start: every token after the first is predicted once,
+    but for a rest shorter than a window.
+
+    Args:
+        context_tokens: tokens that a window predicts; it holds one more, the window before's last.
+        batch_size: windows of a batch; the last batch may have fewer.
+        max_tokens: most tokens to predict, in whole windows and at least one; 0: all.
+
+    Returns:
+        Batches, int64 (at most batch_size, context_tokens + 1).
+
+    Raises:
+        DataError: no packed text, or no window of validation text; while iterating, a damaged shard.
+    """
+    folder = Path(folder)
+    index = Index.load(folder)
+    num_tokens = sum(shard.num_tokens for shard in index.valid)
+    num_windows = (num_tokens - 1) // context_tokens
+    if num_windows < 1:
+        raise DataError(
+            f"{folder}: {num_tokens} tokens of validation text, a window needs {context_tokens + 1};"
+            " pack with a larger valid_fraction, or a validation text of its own"
+        )
+    if max_tokens:
+        num_windows = min(num_windows, max(1, max_tokens // context_tokens))
+    return _validation_batches(folder, index, context_tokens, batch_size, num_windows)
+
+
+def _validation_batches(
+    folder: Path, index: Index, context_tokens: int, batch_size: int, num_windows: int
+) -> Iterator[Tensor]:
+    rest = np.empty(0, index.dtype)  # from the first token that the next window holds
+    for shard in index.valid:
+        rest = np.concatenate([rest, read_shard(folder, index.dtype, shard)])
+        while num_windows:
+            size = min(batch_size, num_windows)
+            if len(rest) <= size * context_tokens:
+                break
+            tokens = torch.from_numpy(rest[: size * context_tokens + 1].astype(np.int64))
+            yield tokens.unfold(0, context_tokens + 1, context_tokens).contiguous()
+            rest = rest[size * context_tokens :]
+            num_windows -= size
+        if not num_windows:
+            return

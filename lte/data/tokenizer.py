@@ -1,0 +1,145 @@
+"""Text to tokens and back: bytes, or byte-level BPE. Both take any text and give it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lte.data.shards import INDEX, Index, Tokens, cure
+from lte.errors import DataError
+
+TOKENIZER = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back.
+
+    Attributes:
+        name: `bytes` or `bpe:SIZE`; SIZE is the vocabulary asked for.
+        vocab_size: tokens are 0 to vocab_size - 1; a short text may give fewer than were asked for.
+        dtype: smallest of uint8, uint16, uint32 that holds them.
+    """
+
+    name: str
+    vocab_size: int
+    dtype: np.dtype[np.unsignedinteger[Any]]
+
+    def encode(self, text: str) -> Tokens:
+        """Tokens of a text, of `dtype`."""
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
+        """Text of tokens. Bytes that are not UTF-8 become U+FFFD; tokens not in the vocabulary, which a
+        model of a larger one can produce, nothing."""
+
+    def num_bytes(self, ids: Tokens) -> int:
+        """UTF-8 bytes of the text that tokens stand for."""
+
+
+class ByteTokenizer:
+    """Every byte of the UTF-8 text is a token."""
+
+    name = "bytes"
+    vocab_size = 256
+    dtype: np.dtype[np.unsignedinteger[Any]] = np.dtype(np.uint8)
+
+    def encode(self, text: str) -> Tokens:
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
+        ids = np.asarray(ids, np.int64)
+        return ids[ids < self.vocab_size].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def num_bytes(self, ids: Tokens) -> int:
+        return len(ids)
+
+
+class BPETokenizer:
+    """Byte-level BPE with GPT-2's way of cutting text into words; no special or unknown tokens."""
+
+    def __init__(self, name: str, model: tokenizers.Tokenizer) -> None:
+        self.name = name
+        self.model = model
+        self.vocab_size = model.get_vocab_size()
+        self.dtype: np.dtype[np.unsignedinteger[Any]] = np.dtype(
+            np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        )
+        # A byte-level vocabulary writes each byte as one character.
+        vocabulary = model.get_vocab()
+        self._num_bytes = np.array([len(token) for token in sorted(vocabulary, key=vocabulary.get)])
+
+    @classmethod
+    def train(cls, name: str, vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
+        """Learn the merges from pieces of text; the same pieces give the same tokenizer."""
+        model = tokenizers.Tokenizer(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+        )
+        model.train_from_iterator(texts, trainer)
+        return cls(name, model)
+
+    def encode(self, text: str) -> Tokens:
+        return np.array(self.model.encode(text).ids, self.dtype)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
+        return self.model.decode(np.asarray(ids, np.int64).tolist())
+
+    def num_bytes(self, ids: Tokens) -> int:
+        return int(self._num_bytes[ids].sum())
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, which the `tokenizers` and `transformers` libraries also read."""
+        self.model.save(str(folder / TOKENIZER))
+
+
+def parse(name: str) -> int:
+    """The size of the BPE vocabulary that a name asks for; 0 for `bytes`.
+
+    Raises:
+        DataError: the name of no tokenizer.
+    """
+    if name == "bytes":
+        return 0
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and size.isdecimal() and int(size) >= 256:
+        return int(size)
+    raise DataError(f"tokenizer {name!r}: must be bytes, or bpe:SIZE (from 256) such as bpe:4096")
+
+
+def make(name: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a name, trained on pieces of text if it is one that learns.
+
+    Raises:
+        DataError: the name of no tokenizer.
+    """
+    vocab_size = parse(name)
+    return BPETokenizer.train(name, vocab_size, texts) if vocab_size else ByteTokenizer()
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder of packed text.
+
+    Raises:
+        DataError: no packed text there, or its tokenizer is missing or damaged.
+    """
+    index = Index.load(folder)
+    if index.tokenizer == "bytes":
+        return ByteTokenizer()
+    path = folder / TOKENIZER
+    try:
+        loaded = BPETokenizer(index.tokenizer, tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises no narrower class
+        raise DataError(f"{path}: missing or damaged ({error}); {cure(folder)}") from None
+    if loaded.vocab_size != index.vocab_size:
+        raise DataError(
+            f"{path}: {loaded.vocab_size} tokens instead of {INDEX}'s {index.vocab_size}; {cure(folder)}"
+        )
+    return loaded

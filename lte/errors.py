@@ -1,0 +1,84 @@
+"""Every exception that lte raises on purpose.
+
+    LTEError
+    |-- UserError            a person can mend it: one line, exit code 2
+    |   |-- ConfigError      a recipe or an override is wrong; holds one line per fault
+    |   |-- DataError        shards, texts or tokenizers that are missing or unreadable
+    |   |-- RunError         a run folder that is missing, in use, or of another recipe
+    |   |-- ConnectError     no server answers, or the address cannot be bound
+    |   `-- RefusedError     the server refused this worker, and said why
+    |-- WireError            bytes that are not a message of this protocol
+    |-- DigestError          server and worker do not hold the same bits
+    `-- RunEnded             the run is over (finished, stopped, or its server is gone)
+
+Broken invariants are `assert`s, not exceptions of this tree.
+"""
+
+from __future__ import annotations
+
+
+class LTEError(Exception):
+    """Base of all exceptions of this package."""
+
+
+class UserError(LTEError):
+    """A mistake that the person at the keyboard can mend; shown as one line, exit code 2."""
+
+
+class ConfigError(UserError):
+    """A recipe that cannot be used.
+
+    Args:
+        faults: one line per fault; all faults of a recipe are reported together.
+    """
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+
+class DataError(UserError):
+    """Shards, texts or a tokenizer that are missing, damaged or do not fit the recipe."""
+
+
+class RunError(UserError):
+    """A run folder that is missing, in use by another process, or of another recipe."""
+
+
+class ConnectError(UserError):
+    """No server answers at an address, or an address cannot be bound."""
+
+
+class RefusedError(UserError):
+    """The server refused this worker.
+
+    Args:
+        reason: what the server met.
+        cure: what to do about it.
+    """
+
+    def __init__(self, reason: str, cure: str) -> None:
+        self.reason = reason
+        self.cure = cure
+        super().__init__(f"the server refused this worker: {reason}; {cure}")
+
+
+class WireError(LTEError):
+    """Bytes that are not a well-formed message of this protocol version."""
+
+
+class DigestError(LTEError):
+    """Server and worker do not hold the same bits."""
+
+
+class RunEnded(LTEError):
+    """The run is over.
+
+    Args:
+        reason: why, in words for a person.
+        finished: whether the run reached its last round.
+    """
+
+    def __init__(self, reason: str, *, finished: bool) -> None:
+        self.finished = finished
+        super().__init__(reason)

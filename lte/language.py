@@ -1,0 +1,192 @@
+"""The recipe's task, a language model on packed text: what its server, its workers and whoever uses
+the result afterwards do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from lte import config
+from lte.config import Recipe
+from lte.data import Index, TrainingStream, tokenizer, validation_batches
+from lte.errors import ConfigError, RunError
+from lte.models import GPT, build
+from lte.nn import convert, lora_of, plan_of
+from lte.server import Server, checkpoint
+from lte.server.master import Master
+from lte.server.service import Evaluate
+from lte.worker import Worker
+from lte.worker.session import Session
+from lte.worker.trainer import materialize
+
+EVAL_BATCH = 32
+"""Sequences evaluated at a time."""
+
+
+def make_server(
+    recipe: Recipe, *, display: bool = True, announce: Callable[[str], None] | None = None
+) -> Server:
+    """A server that trains the recipe's model; see `lte.Server`.
+
+    Raises:
+        DataError: the shards are missing or do not fit the model.
+    """
+    check_data(recipe)
+    return Server(
+        lambda: initial_model(recipe),
+        recipe,
+        evaluate=evaluator(recipe),
+        display=display,
+        announce=announce,
+    )
+
+
+def work(
+    server: str,
+    *,
+    worker_id: str = "",
+    wait_s: float = 30.0,
+    shards: str | None = None,
+    recipe: Recipe | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Join a server and train the model of its recipe until the run ends.
+
+    Args:
+        shards: folder of the training data, where it is not at the recipe's path on this machine.
+        recipe: refuse a server that trains another model than this one's.
+        say: prints a line for a person.
+
+    Raises:
+        ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here.
+    """
+    described = _describe(_with_heads(recipe)) if recipe else None
+    heads = recipe.lora.heads if recipe else 0
+    with Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s) as session:
+        welcome = session.welcome
+        recipe = config.from_dict(welcome.settings)
+        torch.set_num_threads(recipe.worker.num_threads)
+        if shards is not None:
+            recipe = config.replace(recipe, **{"data.shards": shards})
+        check_data(recipe)
+        stream = TrainingStream(
+            recipe.data.shards,
+            context_tokens=recipe.model.context_tokens,
+            batch_size=recipe.train.batch_size,
+            seed=recipe.run.seed,
+            worker=welcome.slot,
+            num_workers=recipe.train.workers,
+        )
+        say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
+        device = _device(recipe.worker.device)
+        model = cast(GPT, materialize(_with_heads(recipe), device))
+        worker = Worker(model, session)
+        while not worker.done:
+            sequences = stream.batch(worker.step_index).to(device)
+            loss = model.loss(sequences)
+            loss.backward()  # type: ignore[no-untyped-call]
+            worker.step(loss, tokens=sequences[:, 1:].numel())
+        say(f"{worker.worker_id} finished at version {worker.version}")
+
+
+def initial_model(recipe: Recipe) -> GPT:
+    """The recipe's model with its initial weights, a function of `run.seed`."""
+    model = build(recipe.model).to_empty(device="cpu")
+    model.initialize(recipe.run.seed)
+    return model
+
+
+def evaluator(recipe: Recipe) -> Evaluate:
+    """Mean validation loss in nats a token, over at most so many tokens (0: all)."""
+
+    def evaluate(model: nn.Module, max_tokens: int) -> float:
+        total, count = 0.0, 0
+        for sequences in validation_batches(
+            recipe.data.shards,
+            context_tokens=recipe.model.context_tokens,
+            batch_size=EVAL_BATCH,
+            max_tokens=max_tokens,
+        ):
+            num_tokens = sequences[:, 1:].numel()
+            total += float(cast(GPT, model).loss(sequences)) * num_tokens
+            count += num_tokens
+        return total / count
+
+    return evaluate
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse data that the recipe's model cannot read.
+
+    Raises:
+        DataError: no shards. ConfigError: tokens that the model does not know.
+    """
+    index = Index.load(Path(recipe.data.shards))
+    if index.vocab_size > recipe.model.vocab_size:
+        raise ConfigError(
+            [
+                f"model.vocab_size: {recipe.model.vocab_size} is less than the {index.vocab_size} tokens of"
+                f" {recipe.data.shards} ({index.tokenizer}); set model.vocab_size={index.vocab_size}"
+            ]
+        )
+
+
+def load_run(folder: Path, which: str = "published") -> tuple[GPT, Recipe, int]:
+    """A trained model from a run folder.
+
+    Args:
+        which: `published` (what the workers hold) or `master` (fp32).
+
+    Returns:
+        The model in eval mode, the run's recipe and the version.
+
+    Raises:
+        RunError: the folder holds no run, or a damaged one.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise RunError(f"{folder}: not a run folder (it has no config.yaml); give the run.dir of a run")
+    recipe = config.load(folder / "config.yaml")
+    progress, state = checkpoint.load(checkpoint.newest(folder))
+    model = initial_model(recipe)
+    master = Master(model, recipe)
+    master.load_state(state)
+    parameters = dict(model.named_parameters())
+    for name, tensor in master.parameters(which).items():
+        parameters[name].data = tensor
+    model.eval()
+    return model, recipe, progress.version
+
+
+def sample(model: GPT, recipe: Recipe, prompt: str, num_tokens: int, *, temperature: float, seed: int) -> str:
+    """The prompt and what the model writes after it."""
+    reader = tokenizer.load(Path(recipe.data.shards))
+    start = torch.as_tensor(reader.encode(prompt or "\n").astype("int64"))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = model.generate(start, num_tokens, temperature=temperature, generator=generator)
+    return reader.decode(tokens.tolist())
+
+
+def _with_heads(recipe: Recipe) -> nn.Module:
+    """The recipe's model with heads; no weight (out, in) takes memory."""
+    return convert(build(recipe.model), recipe.lora, recipe.base.quant)
+
+
+def _describe(model: nn.Module) -> dict[str, str]:
+    return plan_of(model).describe(lora_of(model))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError([f"worker.device: {name!r} is not on this machine; use auto or cpu"]) from None
+    return device
+
+

@@ -1,0 +1,29 @@
+"""Modules with heads on frozen bases, and the conversion of any module to them."""
+
+from lte.nn.convert import (
+    Plan,
+    adapted_modules,
+    convert,
+    dense_parameters,
+    difference,
+    draw_heads,
+    lora_of,
+    parameter_groups,
+    plan,
+    plan_of,
+)
+from lte.nn.linear import LoRALinear
+
+__all__ = [
+    "LoRALinear",
+    "Plan",
+    "adapted_modules",
+    "convert",
+    "dense_parameters",
+    "difference",
+    "draw_heads",
+    "lora_of",
+    "parameter_groups",
+    "plan",
+    "plan_of",
+]

@@ -1,0 +1,249 @@
+"""What a run looks like afterwards: a summary for the terminal and loss.png.
+
+Both read only config.yaml and metrics.jsonl, so that they work on a run that still goes, or stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal as bytes_text
+from rich.table import Table
+from rich.text import Text
+
+from lte.config import Recipe, load
+from lte.errors import RunError
+from lte.track import METRICS, Records, clock_text, loss_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PLOT = "loss.png"
+"""Name of the plot in a run's folder."""
+
+DDP_BYTES = 4
+"""Bytes a parameter, step and worker of data-parallel training: bf16 gradients out and in."""
+
+_ARTEFACTS = ("config.yaml", METRICS, PLOT, "checkpoints", "journal", "logs", "wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A run in numbers. None: not recorded, as with parameters and losses before its end.
+
+    Attributes:
+        rounds, tokens, time_s: done so far.
+        uplink_bytes, downlink_bytes: of all rounds and workers.
+        loss, loss_master: nats a token, of the published model and the master, last evaluated.
+    """
+
+    finished: bool
+    rounds: int
+    tokens: int
+    time_s: float
+    workers: int
+    uplink_bytes: int
+    downlink_bytes: int
+    num_parameters: int | None
+    num_adapted_parameters: int | None
+    loss: float | None
+    loss_master: float | None
+
+    @property
+    def gap(self) -> float | None:
+        """How much more the published model loses than the master, as a share of the latter."""
+        if self.loss is None or not self.loss_master:
+            return None
+        return self.loss / self.loss_master - 1
+
+    def bits(self, num_bytes: int) -> float | None:
+        """Bits a parameter and round, all workers together."""
+        if not self.num_parameters or not self.rounds:
+            return None
+        return 8 * num_bytes / (self.num_parameters * self.rounds)
+
+    def ddp_bytes(self, local_steps: int) -> int | None:
+        """What data-parallel training of as many steps and workers exchanges."""
+        if not self.num_parameters or not self.rounds:
+            return None
+        return DDP_BYTES * self.num_parameters * local_steps * self.rounds * self.workers
+
+
+def outcome(folder: Path) -> Outcome:
+    """The numbers of a run: those of its `done` line, or before there is one, of the others."""
+    finished = False
+    seen: dict[str, Any] = dict.fromkeys(Outcome.__dataclass_fields__)
+    seen.update(rounds=0, tokens=0, time_s=0.0, uplink_bytes=0, downlink_bytes=0)
+    seen["workers"] = load(folder / "config.yaml").train.workers
+    for line in Records.read(folder / METRICS):
+        if line["kind"] == "round":
+            seen["rounds"] = line["version"]
+            seen["uplink_bytes"] += line["uplink_bytes"]
+            seen["downlink_bytes"] += line["downlink_bytes"]
+            names = {"tokens", "time_s"}
+        elif line["kind"] == "eval":
+            names = {"loss", "loss_master"}
+        elif line["kind"] == "event":  # one may tell the model's size before the end does
+            names = {"num_parameters", "num_adapted_parameters"}
+        else:
+            finished, names = True, set(seen)
+        seen.update({name: line[name] for name in names & line.keys()})
+    return Outcome(**{**seen, "finished": finished})
+
+
+# Summary
+
+
+def summary(folder: Path) -> RenderableType:
+    """A run in a dozen rows, for rich to print; also readable in a plain file.
+
+    Raises:
+        ConfigError: when the folder holds no run.
+        RunError: when its records are damaged.
+    """
+    recipe, run = load(folder / "config.yaml"), outcome(folder)
+    local_steps, heads = recipe.train.local_steps, recipe.lora.heads
+    of = f"round {run.rounds:,} of {recipe.train.rounds:,}"
+    state = f"finished at {of}" if run.finished else f"stopped at {of}, or still running"
+    rows = {
+        "rounds": f"{run.rounds:,} of {_count(local_steps, 'local step')} each",
+        "tokens": f"{run.tokens:,}" + (f" ({run.tokens / run.time_s:,.0f}/s)" if run.time_s else ""),
+        "time": clock_text(run.time_s),
+        "workers": f"{run.workers} of {_count(heads, 'head')}, lora_rank {recipe.lora.rank},"
+        f" {recipe.lora.merge}",
+        "parameters": _parameters(run),
+        "loss": _losses(run, recipe),
+        "up": _bytes(run, run.uplink_bytes),
+        "down": _bytes(run, run.downlink_bytes),
+        "data-parallel": _against_ddp(run, local_steps),
+        "files": "\n".join(str(folder / name) for name in _ARTEFACTS if (folder / name).exists()),
+    }
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows.items():
+        grid.add_row(name, Text(value))  # Text: paths may hold [brackets]
+    return Group(Text.assemble((folder.resolve().name, "bold cyan"), "  ", state), grid)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def _parameters(run: Outcome) -> str:
+    if not run.num_parameters:
+        return "not recorded yet"
+    share = (run.num_adapted_parameters or 0) / run.num_parameters
+    return f"{run.num_parameters:,}, {share:.1%} adapted by LoRA heads"
+
+
+def _losses(run: Outcome, recipe: Recipe) -> str:
+    if run.loss is None and run.loss_master is None:
+        return "not evaluated yet, or not finite"
+    gap = "" if run.gap is None else f" (published {run.gap:+.2%})"
+    published = f"{loss_text(run.loss)} published ({recipe.base.quant})"
+    return f"{published}, {loss_text(run.loss_master)} master{gap}"
+
+
+def _bytes(run: Outcome, num_bytes: int) -> str:
+    text, bits = bytes_text(num_bytes), run.bits(num_bytes)
+    return text if bits is None else f"{text}, {bits:.3g} bits a parameter and round, all workers"
+
+
+def _against_ddp(run: Outcome, local_steps: int) -> str:
+    ddp, own = run.ddp_bytes(local_steps), run.uplink_bytes + run.downlink_bytes
+    if not ddp or not own:
+        return "not known yet"
+    return f"would move {bytes_text(ddp)}, {ddp / own:,.{0 if ddp >= 100 * own else 1}f} times more"
+
+
+# Plot
+
+
+def plot(folder: Path) -> Path:
+    """Draw losses over tokens and over bytes into the run's folder.
+
+    Returns:
+        the PNG's path.
+
+    Raises:
+        ConfigError: when the folder holds no run.
+        RunError: when no round is recorded yet, or the records are damaged.
+    """
+    from matplotlib.figure import Figure  # late: most of a second that a summary need not pay
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    recipe, lines = load(folder / "config.yaml"), Records.read(folder / METRICS)
+    rounds = [line for line in lines if line["kind"] == "round"]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    if not rounds:
+        raise RunError(f"{folder / METRICS}: no round yet, so there is nothing to draw")
+    moved = accumulate(line["uplink_bytes"] + line["downlink_bytes"] for line in rounds)
+    bytes_at = dict(zip((line["version"] for line in rounds), moved, strict=True))
+
+    figure = Figure(figsize=(11, 4.8), dpi=130)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.86), w_pad=0.12, h_pad=0.08)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw(left, rounds, evals, lambda line: line["tokens"])
+    left.set_xlabel("tokens trained on")
+    left.set_ylabel("loss (nats a token)")
+    left.xaxis.set_major_formatter(EngFormatter())
+    left.legend(frameon=False, loc="upper right")
+
+    _draw(right, rounds, evals, lambda line: bytes_at.get(line["version"]) or math.nan)
+    right.set_xlabel("bytes sent up and down, all workers")
+    right.set_xscale("log")
+    low, high = right.get_xlim()
+    # a narrow range holds too few powers of ten to be read by
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.xaxis.set_major_formatter(EngFormatter(unit="B"))
+
+    figure.text(0.012, 0.965, folder.resolve().name, size=15, weight="bold", va="top", parse_math=False)
+    figure.text(0.012, 0.89, _subtitle(recipe), size=10.5, color="0.35", va="top")
+    path = folder / PLOT
+    figure.savefig(path)
+    return path
+
+
+def _subtitle(recipe: Recipe) -> str:
+    parts = [
+        f"T = {_count(recipe.train.local_steps, 'local step')}",
+        _count(recipe.train.workers, "worker"),
+        _count(recipe.lora.heads, "head") + " each",
+        f"lora_rank {recipe.lora.rank}",
+        recipe.lora.merge,
+        f"base {recipe.base.quant}",
+    ]
+    return ", ".join(parts)
+
+
+def _draw(
+    axes: Axes,
+    rounds: Sequence[Mapping[str, Any]],
+    evals: Sequence[Mapping[str, Any]],
+    x_of: Callable[[Mapping[str, Any]], float],
+) -> None:
+    """Losses against `x_of` a line; an x of NaN and a loss of null leave a gap."""
+
+    def curve(label: str, lines: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
+        x = [x_of(line) for line in lines]
+        y = [math.nan if line[key] is None else line[key] for line in lines]
+        dots = len(x) == 1 or (lines is evals and len(x) <= 30)
+        if x:
+            axes.plot(x, y, label=label, marker="o" if dots else "", **style)
+
+    # the master's on top and thinner: the two validation losses nearly agree
+    curve("training", rounds, "train_loss", color="#a9bfd3", lw=1.4, ms=5)
+    curve("validation, published", evals, "loss", color="#0f5ea8", lw=2.2, ms=6)
+    curve("validation, master", evals, "loss_master", color="#e8791a", lw=1.4, ms=3, dashes=(4, 3))
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10, color="0.6")

@@ -1,0 +1,346 @@
+"""Rounds and membership as a pure state machine: (state, event, now) -> (state, actions).
+
+No socket, disk, clock or tensor is in here; `now` is in seconds of any clock that only rises.
+
+    starting   workers join until `rules.workers` are there; then the first round opens
+    collecting the round waits for its expected workers; it closes when all of them have
+               contributed, or with its quorum after the grace window or at the deadline
+    merging    `Merge` was ordered; the service answers with the event `Merged`
+    finished   the last round is merged
+
+The expected set is frozen when a round opens. A death shrinks it, unless that worker's contribution
+is held already; a joiner waits for the next round. A round below its quorum stays open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What of the recipe decides about rounds; see `config.Train` and `config.Server`."""
+
+    workers: int
+    rounds: int
+    quorum: int
+    grace_s: float
+    deadline_s: float
+    silence_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A worker that was welcomed and has neither left nor fallen silent."""
+
+    worker_id: str
+    session: str
+    incarnation: int
+    slot: int
+    heads: int
+    heard_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything that the rules look at.
+
+    Attributes:
+        version: the published version, on which the open round trains.
+        members: by worker_id. next_incarnation: rises with each worker welcomed.
+        expected: workers of the open round; held: those of them whose contribution is kept.
+        opened_s: when the round opened. quorum_s: when its quorum was reached, or None.
+    """
+
+    rules: Rules
+    version: int
+    phase: Literal["starting", "collecting", "merging", "finished"] = "starting"
+    members: Mapping[str, Member] = field(default_factory=dict)
+    next_incarnation: int = 1
+    expected: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
+    opened_s: float = 0.0
+    quorum_s: float | None = None
+
+
+# Events: what the service saw.
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A Hello that the service found nothing wrong with; an empty worker_id asks for one."""
+
+    worker_id: str
+    session: str
+    heads: int
+
+
+@dataclass(frozen=True)
+class Contributed:
+    """A contribution whose contents were found valid."""
+
+    worker_id: str
+    incarnation: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A heartbeat."""
+
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """A worker said that it goes."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time passed."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The ordered merge is done and the next version published."""
+
+
+Event = Joined | Contributed | Heard | Left | Ticked | Merged
+
+# Actions: what the service must do, in order.
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Welcome this member; `again` if it was welcomed before and asks once more."""
+
+    member: Member
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Open:
+    """Tell these workers that the round on the state's version is open."""
+
+    worker_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Hold this worker's contribution for the merge."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Say what became of a contribution that is not kept anew."""
+
+    worker_id: str
+    status: Literal["held", "superseded"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Tell the sender of the last message that it no longer takes part."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge the held contributions of these workers, in this order.
+
+    `num_missing_heads` counts the heads of expected workers that are not among them.
+    """
+
+    worker_ids: tuple[str, ...]
+    num_missing_heads: int
+
+
+@dataclass(frozen=True)
+class Forget:
+    """This worker is gone; `reason` says why."""
+
+    member: Member
+    reason: str
+
+
+Action = Admit | Open | Keep | Answer | Fence | Merge | Forget
+
+
+def step(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    """The state after an event, and what to do about it."""
+    match event:
+        case Joined():
+            state, actions = _joined(state, event, now_s)
+        case Contributed():
+            state, actions = _contributed(state, event, now_s)
+        case Heard(worker_id, incarnation):
+            state, actions = _heard(state, worker_id, incarnation, now_s)
+        case Left(worker_id, incarnation, reason):
+            member = state.members.get(worker_id)
+            known = member is not None and member.incarnation == incarnation
+            state, actions = _remove(state, worker_id, reason) if known else (state, ())
+        case Ticked():
+            state, actions = _silenced(state, now_s)
+        case Merged():
+            state = replace(
+                state,
+                version=state.version + 1,
+                phase="collecting",
+                expected=frozenset(),
+                held=frozenset(),
+            )
+            if state.version >= state.rules.rounds:
+                return replace(state, phase="finished"), ()
+            actions = ()
+    state, opened = _maybe_open(state, now_s)
+    state, closed = _maybe_close(state, now_s)
+    return state, actions + opened + closed
+
+
+def next_deadline(state: State) -> float | None:
+    """When time alone changes something, in seconds of the clock, or None."""
+    times = [member.heard_s + state.rules.silence_s for member in state.members.values()]
+    if state.phase == "collecting" and state.quorum_s is not None:
+        times.append(_closing_time(state))
+    return min(times, default=None)
+
+
+def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    known = state.members.get(event.worker_id) or next(
+        (m for m in state.members.values() if m.session == event.session), None
+    )
+    if known is not None and known.session == event.session:
+        again = replace(known, heard_s=now_s)
+        actions: tuple[Action, ...] = (Admit(again, again=True),)
+        if known.worker_id in state.expected and known.worker_id not in state.held:
+            actions += (Open((known.worker_id,)),)
+        return _with_member(state, again), actions
+    actions = ()
+    if known is not None:  # the same worker in a new process: the old one is fenced
+        state, actions = _remove(state, known.worker_id, "replaced by a new process")
+    taken = {member.slot for member in state.members.values()}
+    slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+    member = Member(
+        worker_id=event.worker_id or _free_id(state, slot),
+        session=event.session,
+        incarnation=state.next_incarnation,
+        slot=slot,
+        heads=event.heads,
+        heard_s=now_s,
+    )
+    state = replace(_with_member(state, member), next_incarnation=state.next_incarnation + 1)
+    return state, (*actions, Admit(member))
+
+
+def _contributed(state: State, event: Contributed, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    state, fenced = _heard(state, event.worker_id, event.incarnation, now_s)
+    if fenced:
+        return state, fenced
+    if event.version != state.version or state.phase != "collecting":
+        return state, (Answer(event.worker_id, "superseded", f"version {state.version} is published"),)
+    if event.worker_id in state.held:
+        return state, (Answer(event.worker_id, "held", "sent before"),)
+    if event.worker_id not in state.expected:
+        return state, (Answer(event.worker_id, "superseded", "not expected before the next round"),)
+    state = replace(state, held=state.held | {event.worker_id})
+    if len(state.held) >= state.rules.quorum and state.quorum_s is None:
+        state = replace(state, quorum_s=now_s)
+    return state, (Keep(event.worker_id),)
+
+
+def _heard(state: State, worker_id: str, incarnation: int, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    member = state.members.get(worker_id)
+    if member is None:
+        return state, (Fence(worker_id, f"{worker_id} is not among the workers (silent for too long?)"),)
+    if member.incarnation != incarnation:
+        return state, (Fence(worker_id, f"{worker_id} was replaced by a newer process"),)
+    return _with_member(state, replace(member, heard_s=now_s)), ()
+
+
+def _silenced(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    actions: tuple[Action, ...] = ()
+    for member in sorted(state.members.values(), key=lambda m: m.slot):
+        silence_s = now_s - member.heard_s
+        if silence_s >= state.rules.silence_s:
+            reason = f"no sign of life for {silence_s:.0f} s"
+            state, removed = _remove(state, member.worker_id, reason)
+            actions += removed
+    return state, actions
+
+
+def _remove(state: State, worker_id: str, reason: str) -> tuple[State, tuple[Action, ...]]:
+    members = dict(state.members)
+    gone = members.pop(worker_id)
+    expected = state.expected
+    if worker_id not in state.held:
+        expected = expected - {worker_id}
+    return replace(state, members=members, expected=expected), (Forget(gone, reason),)
+
+
+def _maybe_open(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    """Open the first round when all are there, the next ones at once, and one that lost all its
+    expected workers below its quorum to whoever has joined since."""
+    if state.phase == "starting":
+        if len(state.members) < state.rules.workers:
+            return state, ()
+        fresh = True
+    elif state.phase == "collecting":
+        fresh = not state.expected
+        if not fresh and not (state.expected == state.held and len(state.held) < state.rules.quorum):
+            return state, ()
+    else:
+        return state, ()
+    called = frozenset(state.members) - state.held
+    if not called - state.expected:
+        return state, ()
+    state = replace(state, phase="collecting", expected=state.expected | called)
+    if fresh:
+        state = replace(state, opened_s=now_s, quorum_s=None)
+    return state, (Open(_by_slot(state, called)),)
+
+
+def _maybe_close(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    if state.phase != "collecting" or not state.held or len(state.held) < state.rules.quorum:
+        return state, ()
+    if state.held != state.expected and now_s < _closing_time(state):
+        return state, ()
+    missing = state.expected - state.held
+    num_missing_heads = sum(state.members[worker_id].heads for worker_id in missing)
+    return replace(state, phase="merging"), (Merge(tuple(sorted(state.held)), num_missing_heads),)
+
+
+def _closing_time(state: State) -> float:
+    """When a round that has its quorum closes without the rest."""
+    assert state.quorum_s is not None
+    grace = state.quorum_s + state.rules.grace_s
+    return min(grace, max(state.opened_s + state.rules.deadline_s, state.quorum_s))
+
+
+def _by_slot(state: State, worker_ids: frozenset[str]) -> tuple[str, ...]:
+    return tuple(sorted(worker_ids, key=lambda worker_id: state.members[worker_id].slot))
+
+
+def _free_id(state: State, slot: int) -> str:
+    """`w` and the slot, so that whoever takes a dead worker's slot takes its name too."""
+    name, n = f"w{slot}", slot
+    while name in state.members or name in state.held:
+        n += 1
+        name = f"w{n}"
+    return name
+
+
+def _with_member(state: State, member: Member) -> State:
+    return replace(state, members={**state.members, member.worker_id: member})

@@ -1,0 +1,530 @@
+"""The server: hears its workers, lets the rounds decide, merges, publishes, records, saves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from lte import config, schedule, transport, wire
+from lte.config import Recipe
+from lte.errors import RunError, WireError
+from lte.nn import difference
+from lte.server import checkpoint, rounds
+from lte.server.checkpoint import Progress
+from lte.server.master import Master, Received
+from lte.track import Tracker
+from lte.transport import Frames, Peer
+
+Evaluate = Callable[[nn.Module, int], float | None]
+"""(model in eval mode, most tokens to use or 0 for all) -> mean loss, or None where there is none."""
+
+_LONGEST_WAIT_S = 1.0
+"""The service looks at clock and signals at least this often."""
+
+
+class Server:
+    """One run's parameter server.
+
+    Constructing it binds the address, claims the run folder and, as `run.resume` says, takes up the
+    run that it holds; `serve` then merges rounds until the last one or until it is stopped.
+
+    Attributes:
+        address: where workers connect. recipe: with the defaults filled in. master: the weights.
+        folder: the run's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        recipe: Recipe,
+        *,
+        evaluate: Evaluate | None = None,
+        display: bool = True,
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        """Bind and prepare.
+
+        Args:
+            model: the plain model with its initial weights, or a function that builds it.
+            evaluate: measures the published and the master weights on validation data.
+            display: show progress on standard output.
+            announce: called with the address as soon as workers may connect to it.
+
+        Raises:
+            ConnectError: the address cannot be bound. RunError: the run folder is in use, holds
+            another run, or holds none where one must be resumed. ConfigError: the recipe's
+            patterns do not fit the model.
+        """
+        self.folder = Path(recipe.run.dir)
+        self._resources = ExitStack()
+        try:
+            self._endpoint = transport.bind(
+                recipe.server.address,
+                max_message_bytes=recipe.server.max_message_bytes,
+                insecure=recipe.server.insecure,
+            )
+            self._resources.callback(self._endpoint.close)
+            self.address = self._endpoint.address
+            self._resources.enter_context(_claim(self.folder, recipe))
+            if announce:
+                announce(self.address)
+            torch.set_num_threads(recipe.server.num_threads)
+            self.recipe = recipe
+            self._evaluate = evaluate
+            self._model = (model if isinstance(model, nn.Module) else model()).eval()
+            self.master = Master(self._model, recipe)
+            self._described = self.master.plan.describe(recipe.lora)
+            progress = self._restore()
+            (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
+            tracker = Tracker(self.folder, recipe, version=progress.version, display=display)
+            self._tracker = self._resources.enter_context(tracker)
+        except BaseException:
+            self._resources.close()
+            raise
+        self._tokens = progress.tokens
+        self._state = rounds.State(
+            rules=rounds.Rules(
+                workers=recipe.train.workers,
+                rounds=recipe.train.rounds,
+                quorum=recipe.server.quorum,
+                grace_s=recipe.server.grace_s,
+                deadline_s=recipe.server.deadline_s,
+                silence_s=recipe.server.silence_s,
+            ),
+            version=progress.version,
+            phase="finished" if progress.version >= recipe.train.rounds else "starting",
+        )
+        self.generation = checkpoint.next_generation(self.folder)
+        self._base_digest = self.master.base_digest()
+        self._peers: dict[str, Peer] = {}
+        self._held: dict[str, tuple[Received, wire.Contribution]] = {}
+        self._last_update: list[bytes | memoryview] = []
+        self._accounted_bytes = (0, 0)
+        self._published_s = self._now_s()
+        self._stop_reason: str | None = None
+        self._said = ""
+        self._event(
+            "started",
+            f"generation {self.generation} of the server at {self.address}",
+            num_parameters=self.master.plan.num_parameters,
+            num_adapted_parameters=self.master.plan.num_adapted_parameters,
+        )
+
+    @property
+    def version(self) -> int:
+        """Merges done."""
+        return self._state.version
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round is merged."""
+        return self._state.phase == "finished"
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.__exit__(kind, error, trace)
+
+    # The loop: hear, let the rounds decide, act
+
+    def serve(self) -> bool:
+        """Serve until the last round is merged or `stop` is called.
+
+        Returns:
+            Whether the run is finished. Either way what was trained is saved.
+        """
+        if self.finished:
+            return True
+        reason = "the server failed; what was merged since its last checkpoint is lost"
+        try:
+            while not self.finished and self._stop_reason is None:
+                self._say_waiting()
+                received = self._endpoint.receive(self._patience_s())
+                if received is not None:
+                    self._hear(*received)
+                self._happened(rounds.Ticked())
+            reason = self._stop_reason or "the run is finished"
+        finally:
+            farewell = wire.Farewell(generation=self.generation, reason=reason, finished=self.finished)
+            self._broadcast(wire.encode(farewell))
+        self._save()
+        if self.finished:
+            self._finish()
+        else:
+            self._event("stopped", reason)
+        return self.finished
+
+    def stop(self, reason: str) -> None:
+        """Make `serve` save and return; may be called from a signal handler or another thread."""
+        self._stop_reason = reason
+
+    def stop_on_signals(self) -> None:
+        """SIGINT and SIGTERM stop the server; a second SIGINT ends it at once."""
+
+        def handle(number: int, _: FrameType | None) -> None:
+            if self._stop_reason is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop(f"stopped by {signal.Signals(number).name}")
+
+        assert threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+    def _hear(self, peer: Peer, frames: Frames) -> None:
+        """Turn a message into an event, having checked all that the rounds need not know of."""
+        try:
+            message, entries = wire.decode(frames)
+        except WireError as error:
+            self._event("malformed", f"a message was dropped: {error}")
+            return
+        match message:
+            case wire.Hello():
+                self._hear_hello(peer, message)
+            case wire.Contribution():
+                self._hear_contribution(peer, message, frames, entries)
+            case wire.Heartbeat():
+                if not self._is_stale(peer, message.generation):
+                    self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
+                    self._send(peer, wire.Pulse(generation=self.generation, version=self.version))
+                    self._remind(peer, message)
+            case wire.Leave():
+                self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
+            case _:
+                self._event("malformed", f"a {type(message).__name__} is not for the server")
+
+    def _hear_hello(self, peer: Peer, hello: wire.Hello) -> None:
+        refusal = None
+        if hello.schema != wire.SCHEMA:
+            refusal = wire.Refusal(
+                reason="it speaks another version of the protocol",
+                cure="install the server's version of lte on every machine",
+            )
+        elif hello.model and (differs := difference(hello.model, self._described)):
+            refusal = wire.Refusal(
+                reason=f"it trains another model ({differs})",
+                cure="use the server's recipe, or leave the recipe out to get it from the server",
+            )
+        if refusal is not None:
+            self._event("refused", f"a worker was refused: {refusal.reason}")
+            self._send(peer, refusal)
+            return
+        heads = hello.heads or self.recipe.lora.heads
+        self._happened(rounds.Joined(hello.worker_id, hello.session, heads), peer)
+
+    def _hear_contribution(
+        self, peer: Peer, message: wire.Contribution, frames: Frames, entries: tuple[wire.TensorEntry, ...]
+    ) -> None:
+        if self._is_stale(peer, message.generation):
+            return
+        member = self._state.members.get(message.worker_id)
+        current = member is not None and member.incarnation == message.incarnation
+        tensors: dict[str, Tensor] = {}
+        if member is not None and current and message.version == self.version:
+            fault = self._fault_of(message, entries, member)
+            if not fault:
+                tensors = wire.tensors(frames, entries)
+                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                    fault = "it holds numbers that are not finite (a learning rate too high?)"
+            if fault:
+                self._event("refused", f"a contribution of {message.worker_id} was refused: {fault}")
+                self._send(peer, wire.Receipt(version=message.version, status="refused", reason=fault))
+                return
+            received = Received(
+                incarnation=message.incarnation,
+                heads=member.heads,
+                first_head=member.slot * member.heads,
+                draw=message.draw,
+                tokens=message.tokens,
+                tensors=tensors,
+            )
+            self._held.setdefault(message.worker_id, (received, message))
+        event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
+        self._happened(event, peer)
+
+    def _fault_of(
+        self, message: wire.Contribution, entries: tuple[wire.TensorEntry, ...], member: rounds.Member
+    ) -> str:
+        """What is wrong with a contribution before memory is taken for it, or ''."""
+        expected = self.master.expected_tensors(member.heads)
+        met = {entry.name: entry.shape for entry in entries if entry.dtype == "f4"}
+        if len(met) != len(entries) or met != expected:
+            return "its tensors have other names, shapes or dtypes than the model's heads"
+        if message.base_digest != self._base_digest:
+            return f"its base is not bit for bit the published version {self.version}"
+        if message.merged_digest != self.master.merged_digest(member.incarnation):
+            return "it is encoded against merged factors that the server does not hold"
+        if message.tokens < 0 or not 0 <= message.draw <= message.version:
+            return "it counts fewer tokens or redraws than none, or more redraws than merges"
+        given = self.master.given_digest(member.slot * member.heads, member.heads, message.draw)
+        if message.given_digest != given:
+            return "its A is not what the server draws from the seed; use lora.A=trained between such machines"
+        return ""
+
+    def _is_stale(self, peer: Peer, generation: int) -> bool:
+        if generation == self.generation:
+            return False
+        self._send(
+            peer,
+            wire.Refusal(reason="the server was started anew since it joined", cure="start the worker again"),
+        )
+        return True
+
+    def _happened(self, event: rounds.Event, peer: Peer | None = None) -> None:
+        self._state, actions = rounds.step(self._state, event, self._now_s())
+        for action in actions:
+            self._act(action, peer)
+
+    def _act(self, action: rounds.Action, peer: Peer | None) -> None:
+        match action:
+            case rounds.Admit(member, again):
+                assert peer is not None
+                self._peers[member.worker_id] = peer
+                self._welcome(peer, member)
+                if not again:
+                    self._event("joined", f"{member.worker_id} joined", worker_id=member.worker_id)
+            case rounds.Open(worker_ids):
+                for worker_id in worker_ids:
+                    self._send(
+                        self._peers[worker_id], wire.Begin(generation=self.generation, version=self.version)
+                    )
+            case rounds.Keep():
+                assert peer is not None
+                self._send(peer, wire.Receipt(version=self.version, status="held", reason=""))
+            case rounds.Answer(worker_id, status, reason):
+                assert peer is not None
+                self._send(peer, wire.Receipt(version=self.version, status=status, reason=reason))
+                if status == "superseded" and self._last_update:
+                    self._endpoint.send(peer, self._last_update)
+                    self._event("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
+            case rounds.Fence(worker_id, reason):
+                assert peer is not None
+                self._event("fenced", f"a process of {worker_id} was fenced: {reason}", worker_id=worker_id)
+                self._send(peer, wire.Refusal(reason=reason, cure="start the worker again"))
+            case rounds.Forget(member, reason):
+                self._peers.pop(member.worker_id, None)
+                if not self.finished:
+                    self._event(
+                        "left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id
+                    )
+            case rounds.Merge(worker_ids, num_missing_heads):
+                self._merge(worker_ids, num_missing_heads)
+        self._tracker.alive(len(self._state.members))
+
+    # A round's end: collect, merge, publish, record
+
+    def _merge(self, worker_ids: tuple[str, ...], num_missing_heads: int) -> None:
+        closed_s = self._now_s()
+        held = [self._held[worker_id] for worker_id in worker_ids]
+        self._held = {}
+        statistics = self.master.merge([received for received, _ in held], num_missing_heads)
+        self._base_digest = self.master.base_digest()
+        merged_s = self._now_s()
+        version = self.version + 1
+        update = wire.Update(
+            generation=self.generation,
+            version=version,
+            merged=tuple(received.incarnation for received, _ in held),
+            base_digest=self._base_digest,
+            last=version >= self.recipe.train.rounds,
+        )
+        self._last_update = wire.encode(update, self.master.published())
+        self._broadcast(self._last_update)
+        wait_s, self._published_s = closed_s - self._published_s, self._now_s()
+        self.master.keep_only({member.incarnation for member in self._state.members.values()})
+        self._happened(rounds.Merged())
+        self._record_round([message for _, message in held], statistics, merged_s - closed_s, wait_s)
+
+    def _record_round(
+        self,
+        contributions: list[wire.Contribution],
+        statistics: dict[str, float],
+        merge_s: float,
+        wait_s: float,
+    ) -> None:
+        self._tokens += sum(message.tokens for message in contributions)
+        losses = [message.loss for message in contributions if message.loss is not None]
+        bytes_now = (self._endpoint.received_bytes, self._endpoint.sent_bytes)
+        uplink, downlink = (now - before for now, before in zip(bytes_now, self._accounted_bytes, strict=True))
+        self._accounted_bytes = bytes_now
+        step = self.version * self.recipe.train.local_steps - 1
+        factor = schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
+        self._tracker.record(
+            "round",
+            version=self.version,
+            tokens=self._tokens,
+            train_loss=sum(losses) / len(losses) if losses else None,
+            num_merged=len(contributions),
+            uplink_bytes=uplink,
+            downlink_bytes=downlink,
+            merge_s=merge_s,
+            wait_s=wait_s,
+            lr=self.recipe.optimizer.lr * factor,
+            **statistics,
+        )
+        # From here on the workers train already, on the version that was just published.
+        every = self.recipe.eval.every
+        if not self.finished and every and self.version % every == 0:
+            self._measure(self.recipe.eval.tokens)
+        if not self.finished and self.version % self.recipe.server.checkpoint_every == 0:
+            self._save()
+
+    def _measure(self, max_tokens: int) -> tuple[float | None, float | None]:
+        """Evaluate the published model and the master, and record both."""
+        if self._evaluate is None:
+            return None, None
+        losses = []
+        for which in ("published", "master"):
+            _set_parameters(self._model, self.master.parameters(which))
+            with torch.no_grad():
+                losses.append(self._evaluate(self._model, max_tokens))
+        self._tracker.record(
+            "eval", version=self.version, tokens=self._tokens, loss=losses[0], loss_master=losses[1]
+        )
+        return losses[0], losses[1]
+
+    def _finish(self) -> None:
+        loss, loss_master = self._measure(self.recipe.eval.final_tokens)
+        self._tracker.record(
+            "done",
+            rounds=self.version,
+            tokens=self._tokens,
+            workers=self.recipe.train.workers,
+            num_parameters=self.master.plan.num_parameters,
+            num_adapted_parameters=self.master.plan.num_adapted_parameters,
+            uplink_bytes=self._tracker.uplink_bytes,
+            downlink_bytes=self._tracker.downlink_bytes,
+            loss=loss,
+            loss_master=loss_master,
+            master_digest=self.master.master_digest(),
+        )
+
+    # Messages out
+
+    def _welcome(self, peer: Peer, member: rounds.Member) -> None:
+        welcome = wire.Welcome(
+            generation=self.generation,
+            worker_id=member.worker_id,
+            incarnation=member.incarnation,
+            slot=member.slot,
+            version=self.version,
+            settings=config.to_dict(self.recipe),
+            model=self._described,
+            base_digest=self._base_digest,
+        )
+        self._endpoint.send(peer, wire.encode(welcome, self.master.published()))
+
+    def _remind(self, peer: Peer, heartbeat: wire.Heartbeat) -> None:
+        """Tell a worker that stands at the start of the open round, in case it missed the word."""
+        waits = heartbeat.version == self.version and heartbeat.local_step == 0
+        expected = self._state.expected - self._state.held
+        if waits and self._state.phase == "collecting" and heartbeat.worker_id in expected:
+            self._send(peer, wire.Begin(generation=self.generation, version=self.version))
+
+    def _send(self, peer: Peer, message: wire.AnyMessage) -> None:
+        self._endpoint.send(peer, wire.encode(message))
+
+    def _broadcast(self, frames: list[bytes | memoryview]) -> None:
+        for peer in self._peers.values():
+            self._endpoint.send(peer, frames)
+
+    # Time, words, disk
+
+    def _patience_s(self) -> float:
+        deadline_s = rounds.next_deadline(self._state)
+        if deadline_s is None:
+            return _LONGEST_WAIT_S
+        return min(_LONGEST_WAIT_S, max(0.0, deadline_s - self._now_s()))
+
+    def _now_s(self) -> float:
+        return time.monotonic()
+
+    def _say_waiting(self) -> None:
+        members, needed = len(self._state.members), self._state.rules.workers
+        said = ""
+        if self._state.phase == "starting":
+            said = f"waiting for workers: {members} of {needed}; lte worker --server {self.address}"
+        elif not members:
+            said = f"all workers are gone; lte worker --server {self.address} goes on"
+        if said != self._said:
+            self._said = said
+            self._tracker.waiting(said)
+
+    def _event(self, what: str, message: str, **fields: Any) -> None:
+        self._tracker.record("event", what=what, message=message, version=self.version, **fields)
+
+    def _save(self) -> None:
+        progress = Progress(
+            version=self.version,
+            tokens=self._tokens,
+            master_digest=self.master.master_digest(),
+            base_digest=self._base_digest,
+        )
+        keep = self.recipe.server.keep_checkpoints
+        checkpoint.save(self.folder / "checkpoints", progress, self.master.state(), keep=keep)
+
+    def _restore(self) -> Progress:
+        """Take up the newest checkpoint of the run folder, if it holds one."""
+        if not checkpoint.versions(self.folder / "checkpoints"):
+            return Progress(version=0, tokens=0, master_digest="", base_digest="")
+        progress, state = checkpoint.load(checkpoint.newest(self.folder))
+        self.master.load_state(state)
+        if self.master.master_digest() != progress.master_digest:
+            raise RunError(f"{self.folder}: the checkpoint's tensors are not those of its master_digest")
+        return progress
+
+
+def _claim(folder: Path, recipe: Recipe) -> IO[str]:
+    """Lock the run folder and decide, by `run.resume`, what becomes of a run that it holds."""
+    resume = recipe.run.resume
+    handle = checkpoint.lock(folder)
+    try:
+        holds_run = bool(checkpoint.versions(folder / "checkpoints"))
+        if resume == "must" and not holds_run:
+            raise RunError(f"{folder}: holds no run to resume (run.resume=must); use auto to start one")
+        if resume == "never" or not holds_run:
+            _move_aside(folder)
+        elif differences := config.differences(
+            config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run")
+        ):
+            free = ("train.rounds", "run.resume", "run.dir")
+            fixed = [line for line in differences if not line.startswith(free)]
+            if fixed:
+                raise RunError(
+                    f"{folder}: holds a run with other settings ({'; '.join(fixed)}); choose another"
+                    " run.dir, or run.resume=never to move it aside"
+                )
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename what an earlier run left, so that nothing is lost and nothing is mixed."""
+    kept = [path for path in folder.iterdir() if path.name not in ("lock", "logs")]
+    if not any(path.name in ("checkpoints", "metrics.jsonl") for path in kept):
+        return
+    n = 1
+    while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
+        n += 1
+    old.mkdir()
+    for path in kept:
+        path.rename(old / path.name)
+
+
+def _set_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].data = tensor

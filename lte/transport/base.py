@@ -1,0 +1,54 @@
+"""The interface of a transport.
+
+A server's endpoint belongs to one thread. A worker's endpoint may be used by several threads. Both
+hand over frames in order, whole or not at all; a message may be lost when a connection breaks, so
+whoever needs an answer asks again. `send` never blocks on the network, and the buffers given to it
+must not change afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+Frames = Sequence[bytes | bytearray | memoryview]
+Peer = bytes
+"""Names one connection of a worker, for as long as it lasts."""
+
+
+class ServerEndpoint(Protocol):
+    """Where a server hears its workers.
+
+    Attributes:
+        address: where workers connect, with the real port.
+        received_bytes, sent_bytes: of all frames so far.
+    """
+
+    address: str
+    received_bytes: int
+    sent_bytes: int
+
+    def send(self, peer: Peer, frames: Frames) -> None:
+        """Send to a peer; dropped without a word if its connection is gone."""
+
+    def receive(self, timeout_s: float | None) -> tuple[Peer, Frames] | None:
+        """The next message, or None after the timeout (None: no limit)."""
+
+    def close(self) -> None:
+        """Hand what was sent to the network, for at most a second, and close."""
+
+
+class WorkerEndpoint(Protocol):
+    """Where a worker hears its server."""
+
+    def send(self, frames: Frames) -> None:
+        """Send to the server."""
+
+    def receive(self, timeout_s: float) -> Frames | None:
+        """The next message, or None after the timeout."""
+
+    def pending(self) -> int:
+        """Messages that have arrived and were not received yet."""
+
+    def close(self) -> None:
+        """Hand what was sent to the network, for at most a second, and close."""

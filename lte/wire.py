@@ -1,0 +1,296 @@
+"""The protocol's vocabulary and its bytes. Every message that travels is defined here.
+
+A message is two frames: a header (magic, protocol version, then MessagePack of the message and of
+a table of tensors) and, where there are tensors, a payload with their raw little-endian bytes,
+each at a 64-byte boundary. Nothing is pickled. `SCHEMA` names this vocabulary: it changes with any
+field, and peers of another schema refuse each other.
+
+    worker                              server
+      Hello               ->
+                          <-            Welcome | Refusal
+                          <-            Begin                  a round opens
+      Contribution        ->
+                          <-            Receipt
+                          <-            Update                 version v to v + 1
+      Heartbeat           ->
+                          <-            Pulse
+      Leave               ->
+                          <-            Farewell               the run ended, or the server stops
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import msgspec
+import torch
+from torch import Tensor
+
+from lte.errors import WireError
+
+MAGIC = b"LTE\x01"
+ALIGNMENT = 64
+MAX_HEADER_BYTES = 16 << 20
+
+assert sys.byteorder == "little", "tensors travel little-endian, as every supported machine has them"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """A worker asks to join.
+
+    `session` is random, one a process: the same session again is a repeated question, not a new
+    worker. `model` describes the worker's model (see `nn.Plan.describe`) and `heads` counts its
+    heads; empty and 0 when the worker will build the model of the recipe that it is welcomed with.
+    """
+
+    schema: str
+    worker_id: str
+    session: str
+    model: dict[str, str]
+    heads: int
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The worker is in. Tensors: the base and dense parameters of `version`.
+
+    `settings` is the whole recipe: it is authoritative. `slot` is the worker's place among all
+    workers; it decides its part of the data and its heads.
+    """
+
+    generation: int
+    worker_id: str
+    incarnation: int
+    slot: int
+    version: int
+    settings: dict[str, Any]
+    model: dict[str, str]
+    base_digest: str
+
+
+class Refusal(Message, frozen=True, kw_only=True):
+    """The worker may not join, or may no longer take part."""
+
+    reason: str
+    cure: str
+
+
+class Begin(Message, frozen=True, kw_only=True):
+    """The round on `version` is open and this worker is expected in it."""
+
+    generation: int
+    version: int
+
+
+class Contribution(Message, frozen=True, kw_only=True):
+    """What one worker learnt in one round. Tensors: its factors and dense deltas, encoded.
+
+    `version` is the base that it trained on, `draw` counts redraws of its A, `base_digest` is of
+    the base that it holds, `merged_digest` of the merged factors that it is encoded against and
+    `given_digest` of its A where A is not sent because the server draws it too (else empty). `loss` is the mean training loss over `tokens`.
+    """
+
+    generation: int
+    worker_id: str
+    incarnation: int
+    version: int
+    draw: int
+    tokens: int
+    loss: float | None
+    base_digest: str
+    merged_digest: str
+    given_digest: str
+
+
+class Receipt(Message, frozen=True, kw_only=True):
+    """What became of a contribution: `held` until the round closes, `superseded` (it came too late;
+    the next one still owes it) or `refused`."""
+
+    version: int
+    status: Literal["held", "superseded", "refused"]
+    reason: str
+
+
+class Update(Message, frozen=True, kw_only=True):
+    """The server merged and published `version`. Tensors: the base and dense parameters.
+
+    `merged` are the incarnations whose contributions are in it; `last` says that no round follows.
+    """
+
+    generation: int
+    version: int
+    merged: tuple[int, ...]
+    base_digest: str
+    last: bool
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """A sign of life with progress, so that a stuck worker is seen."""
+
+    generation: int
+    worker_id: str
+    incarnation: int
+    version: int
+    local_step: int
+
+
+class Pulse(Message, frozen=True, kw_only=True):
+    """The answer to a heartbeat: the server lives and has published `version`."""
+
+    generation: int
+    version: int
+
+
+class Leave(Message, frozen=True, kw_only=True):
+    """A worker goes. Nothing more will come from it."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+
+
+class Farewell(Message, frozen=True, kw_only=True):
+    """The server goes; `finished` if the run is complete."""
+
+    generation: int
+    reason: str
+    finished: bool
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Refusal
+    | Begin
+    | Contribution
+    | Receipt
+    | Update
+    | Heartbeat
+    | Pulse
+    | Leave
+    | Farewell
+)
+
+DTYPES: dict[str, torch.dtype] = {
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "bf2": torch.bfloat16,
+    "f2": torch.float16,
+    "u1": torch.uint8,
+    "i1": torch.int8,
+    "i4": torch.int32,
+    "i8": torch.int64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor of a payload: its name, dtype, shape and where its bytes begin."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class _Header(msgspec.Struct, frozen=True, array_like=True):
+    message: AnyMessage
+    tensors: tuple[TensorEntry, ...]
+
+
+def _schema() -> str:
+    described = [
+        (kind.__name__, [(f.name, str(f.type)) for f in msgspec.structs.fields(kind)])
+        for kind in get_args(AnyMessage)
+    ]
+    return hashlib.sha256(repr((MAGIC, described)).encode()).hexdigest()[:16]
+
+
+SCHEMA = _schema()
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(_Header)
+
+Frames = Sequence[bytes | bytearray | memoryview]
+
+
+def encode(message: AnyMessage, tensors: Mapping[str, Tensor] | None = None) -> list[bytes | memoryview]:
+    """The frames of a message. Copies the tensors, which may change as soon as this returns."""
+    entries, offset = [], 0
+    for name, tensor in (tensors or {}).items():
+        entry = TensorEntry(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), offset)
+        entries.append(entry)
+        offset = _aligned(offset + entry.num_bytes)
+    header = MAGIC + _ENCODER.encode(_Header(message, tuple(entries)))
+    if not entries:
+        return [header]
+    payload = torch.zeros(offset, dtype=torch.uint8)
+    for entry, tensor in zip(entries, (tensors or {}).values(), strict=True):
+        _view(payload, entry).copy_(tensor.detach())
+    return [header, payload.numpy().data]
+
+
+def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
+    """The message of these frames and the table of its tensors, checked against the payload's size.
+
+    Takes no memory for tensors: look at the table first, then call `tensors`.
+
+    Raises:
+        WireError: these frames are no message of this protocol.
+    """
+    if not 1 <= len(frames) <= 2:
+        raise WireError(f"a message has 1 or 2 frames, not {len(frames)}")
+    header = memoryview(frames[0])
+    if header.nbytes > MAX_HEADER_BYTES:
+        raise WireError(f"a header of {header.nbytes} bytes, more than {MAX_HEADER_BYTES}")
+    if bytes(header[: len(MAGIC)]) != MAGIC:
+        raise WireError("these bytes do not begin as a message of this version of lte does")
+    try:
+        decoded = _DECODER.decode(header[len(MAGIC) :])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WireError(f"malformed header: {error}") from None
+    num_bytes, end = (memoryview(frames[1]).nbytes if len(frames) == 2 else 0), 0
+    if len({entry.name for entry in decoded.tensors}) != len(decoded.tensors):
+        raise WireError("a tensor occurs twice")
+    for entry in decoded.tensors:
+        if entry.dtype not in DTYPES or any(size < 0 for size in entry.shape) or entry.offset != end:
+            raise WireError(f"malformed tensor entry {entry.name!r}")
+        end = _aligned(end + entry.num_bytes)
+    if end != num_bytes:
+        raise WireError(f"a payload of {num_bytes} bytes where the header announces {end}")
+    return decoded.message, decoded.tensors
+
+
+def tensors(frames: Frames, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
+    """The tensors of a decoded message, in memory of their own that is aligned for arithmetic."""
+    if not entries:
+        return {}
+    received = memoryview(frames[1])
+    payload = torch.empty(received.nbytes, dtype=torch.uint8)
+    payload.numpy().data[:] = received
+    return {entry.name: _view(payload, entry) for entry in entries}
+
+
+def num_bytes(frames: Frames) -> int:
+    """Bytes of these frames as they are handed to a transport."""
+    return sum(memoryview(frame).nbytes for frame in frames)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _view(payload: Tensor, entry: TensorEntry) -> Tensor:
+    raw = payload[entry.offset : entry.offset + entry.num_bytes]
+    return raw.view(DTYPES[entry.dtype]).view(entry.shape)

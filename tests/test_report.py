@@ -1,0 +1,175 @@
+"""The summary of a run and its plot."""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lte import config
+from lte.errors import ConfigError, RunError
+from lte.report import outcome, plot, summary
+from lte.track import METRICS, Records
+
+
+def make_run(
+    folder: Path,
+    num_rounds: int,
+    *,
+    evals: bool = True,
+    done: bool = False,
+    **event: Any,
+) -> Path:
+    """A run of 4 workers, T = 10, 50 rounds planned: 2.1 MB up and 0.3 MB down a round."""
+    folder.mkdir(parents=True)
+    recipe = config.replace(config.Recipe(), **{"train.rounds": 50})
+    (folder / "config.yaml").write_text(config.to_yaml(recipe))
+    with Records(folder / METRICS, version=0) as records:
+        records.append("event", what="start", message="the run starts", **event)
+        for version in range(1, num_rounds + 1):
+            records.append(
+                "round",
+                version=version,
+                time_s=2.0 * version,
+                tokens=40_960 * version,
+                train_loss=float("nan") if version == 2 else 3.0 - version / 100,
+                uplink_bytes=2_100_000,
+                downlink_bytes=300_000,
+            )
+            if evals and version % 5 == 0:
+                tokens = 40_960 * version
+                records.append("eval", version=version, tokens=tokens, loss=2.99, loss_master=2.60)
+        if done:
+            records.append(
+                "done",
+                rounds=num_rounds,
+                tokens=40_960 * num_rounds,
+                workers=4,
+                num_parameters=1_200_000,
+                num_adapted_parameters=1_080_000,
+                uplink_bytes=2_100_000 * num_rounds,
+                downlink_bytes=300_000 * num_rounds,
+                loss=2.625,
+                loss_master=2.5,
+                master_digest="ab",
+                time_s=100.0,
+            )
+    return folder
+
+
+def printed(folder: Path, width: int = 80) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width, _environ={}).print(summary(folder))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_summary_of_a_finished_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "[bold]", 50, done=True)
+    # up: 105 MB * 8 bits / (1.2 M parameters * 50 rounds) = 14; down: 15 MB -> 2
+    # data-parallel: 4 bytes * 1.2 M parameters * 10 steps * 50 rounds * 4 workers = 9.6 GB, 80 * 120 MB
+    text = printed(folder, width=200)
+    assert text == "\n".join(
+        [
+            "[bold]  finished at round 50 of 50",
+            "rounds         50 of 10 local steps each",
+            "tokens         2,048,000 (20,480/s)",
+            "time           1:40",
+            "workers        4 of 1 head, lora_rank 32, reset-b",
+            "parameters     1,200,000, 90.0% adapted by LoRA heads",
+            "loss           2.625 published (nf4), 2.500 master (published +5.00%)",
+            "up             105.0 MB, 14 bits a parameter and round, all workers",
+            "down           15.0 MB, 2 bits a parameter and round, all workers",
+            "data-parallel  would move 9.6 GB, 80.0 times more",
+            f"files          {folder}/config.yaml",
+            f"               {folder}/metrics.jsonl",
+        ]
+    )
+
+
+def test_summary_fits_80_columns_and_loses_nothing(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / ("long" * 30), 50, done=True)
+    text = printed(folder)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert f"{folder}/metrics.jsonl" in text.replace("\n", "").replace(" ", "")
+
+
+def test_summary_of_an_unfinished_run(tmp_path: Path) -> None:
+    text = printed(make_run(tmp_path / "run", 12))
+    assert "stopped at round 12 of 50, or still running" in text
+    assert "491,520 (20,480/s)" in text
+    assert "2.990 published (nf4), 2.600 master (published +15.00%)" in text
+    for expected in ("25.2 MB", "3.6 MB", "not recorded yet", "not known yet"):
+        assert expected in text
+
+
+def test_an_event_may_tell_the_size_before_the_end(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 10, num_parameters=1_200_000, num_adapted_parameters=600_000)
+    assert "50.0% adapted" in printed(folder)
+    assert outcome(folder).bits(21_000_000) == 14
+
+
+@pytest.mark.parametrize("num_rounds", [0, 1])
+def test_summary_of_a_run_that_hardly_began(tmp_path: Path, num_rounds: int) -> None:
+    text = printed(make_run(tmp_path / "run", num_rounds, num_parameters=1000))
+    assert f"stopped at round {num_rounds} of 50" in text
+    assert "not evaluated yet" in text
+
+
+def test_summary_of_a_diverged_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 1)
+    with Records(folder / METRICS, version=1) as records:
+        records.append("eval", version=1, tokens=40_960, loss=float("nan"), loss_master=3.0)
+    run = outcome(folder)
+    assert (run.loss, run.gap) == (None, None)
+    assert "loss           - published (nf4), 3.000 master\n" in printed(folder)
+
+
+def test_a_folder_without_a_run_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml: no such file"):
+        summary(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.yaml: no such file"):
+        plot(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("num_rounds", "evals"),
+    [(50, True), (1, True), (1, False), (2, False), (6, True)],
+)
+def test_plot_is_a_png(tmp_path: Path, num_rounds: int, evals: bool) -> None:
+    folder = make_run(tmp_path / "a $run$ [of] mine", num_rounds, evals=evals, done=True)
+    path = plot(folder)
+    assert path == folder / "loss.png"
+    assert png_size(path) == (1430, 624)
+    assert 20_000 < path.stat().st_size < 300_000
+    assert str(path) in printed(folder, width=200)
+
+
+def test_plot_shows_what_was_recorded(tmp_path: Path) -> None:
+    few, more = make_run(tmp_path / "a" / "run", 10, evals=False), make_run(tmp_path / "b" / "run", 10)
+    assert plot(few).read_bytes() != plot(more).read_bytes()
+    assert plot(few).read_bytes() == plot(few).read_bytes()
+
+
+def test_plot_of_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no round yet"):
+        plot(make_run(tmp_path / "run", 0))
+
+
+def test_plot_leaves_pyplot_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    plot(make_run(tmp_path / "run", 3))
+    assert "matplotlib.pyplot" not in sys.modules
