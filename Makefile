@@ -1,17 +1,18 @@
 # make train   install, pack the text that ships with the project, train the quickstart recipe
 # make test    install, run the tests
 # make setup   install alone;  make check: lint and types
-# PYTHON=python3.12 chooses the interpreter, RECIPE=configs/other.yaml what `make train` trains.
+# PYTHON=python3.12 chooses the interpreter, RECIPE=... what `make train` trains, ARGS="key=value ..."
 
 PYTHON ?= python3
 RECIPE ?= configs/quickstart.yaml
+ARGS ?=
 VENV := .venv
-SHARDS := data/tinyshakespeare/shards
+SHARDS ?= data/tinyshakespeare/shards
 
 .PHONY: train test check setup clean
 
 train: setup $(SHARDS)/index.json
-	@$(VENV)/bin/lte train $(RECIPE)
+	@$(VENV)/bin/lte train $(RECIPE) $(ARGS)
 
 test: setup
 	$(VENV)/bin/pytest

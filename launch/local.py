@@ -1,7 +1,7 @@
 """One machine: a server process and N worker processes, or threads for `inprocess://` addresses.
 
 The server draws the progress display and writes the records; workers write to RUN/logs. Nothing
-outlives this process: children are told to end when it is, also when it is killed (Linux).
+outlives this process: children are told to end when it ends, also when it is killed (Linux).
 """
 
 from __future__ import annotations
@@ -12,38 +12,51 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from lte import language
 from lte.config import Recipe
-from lte.errors import LTEError, RunEnded
+from lte.errors import RunEnded, RunError
+from lte.track import METRICS, Records
 
+EXIT_RUN_ENDED = 3
+"""Exit code of a worker whose run ended before its last round, as the server told it."""
 PARENT_VARIABLE = "LTE_PARENT_PID"
-_LEAVE_S = 15.0
-"""How long children have to leave by themselves once the server is gone."""
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
+_LEAVE_S = 2.0
+"""How long workers have to leave by themselves once the server is gone; then they get SIGTERM."""
+_KILL_S = 15.0
+"""How long a child has to end after SIGTERM; then it is killed."""
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Called first in a child: have the kernel send SIGTERM when the launcher dies."""
+    """Called first in a child, once its signals are handled: have the kernel send SIGTERM when the
+    launcher dies, and let in the signals that the launcher held back meanwhile."""
     parent = os.environ.pop(PARENT_VARIABLE, None)
-    if parent is None or not sys.platform.startswith("linux"):
+    if parent is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it died before the line above
         raise SystemExit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
 
 
 def train_in_processes(recipe: Recipe, arguments: Sequence[str]) -> int:
     """Run a recipe with one server process and `train.workers` worker processes.
 
+    A worker that fails once the first round is merged is missed by the others, who go on. One that
+    fails before, or the last one, ends the run.
+
     Args:
         arguments: CONFIG and overrides, as the server process is to read them.
 
     Returns:
-        The exit code of the run: the server's.
+        The exit code of the run: 0 if it was finished.
     """
     return _Processes(recipe, arguments).run()
 
@@ -51,21 +64,20 @@ def train_in_processes(recipe: Recipe, arguments: Sequence[str]) -> int:
 class _Processes:
     def __init__(self, recipe: Recipe, arguments: Sequence[str]) -> None:
         self.recipe, self.arguments = recipe, arguments
-        self.logs = Path(recipe.run.dir) / "logs"
+        self.folder = Path(recipe.run.dir)
+        self.logs = self.folder / "logs"
         self.server: subprocess.Popen[bytes] | None = None
         self.workers: dict[int, subprocess.Popen[bytes]] = {}
-        self.failures: list[str] = []
-        self.num_signals = 0
+        self.failures: dict[int, tuple[int, str]] = {}  # worker: its exit code, and why
+        self.signal = 0  # that this process got first
 
     def run(self) -> int:
-        self.logs.mkdir(parents=True, exist_ok=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _ENDINGS:
             signal.signal(number, self._on_signal)
         try:
             address = self._start_server()
-            if address:
-                for k in range(self.recipe.train.workers):
-                    self._start_worker(k, address)
+            if address and not self.signal:
+                self._start_workers(address)
             return self._supervise()
         finally:
             self._end_children()
@@ -75,96 +87,157 @@ class _Processes:
         reading, writing = os.pipe()
         command = ["server", *self.arguments, "--announce", str(writing)]
         self.server = self._spawn(command, pass_fds=(writing,))
+        if self.signal:  # it came before there was anyone to pass it on to
+            _send(self.server, self.signal)
         os.close(writing)
         with os.fdopen(reading) as announcements:
             return announcements.readline().strip()
 
-    def _start_worker(self, k: int, address: str) -> None:
-        with (self.logs / f"worker-{k}.log").open("wb") as log:
-            self.workers[k] = self._spawn(["worker", "--server", address], stdout=log, stderr=log)
+    def _start_workers(self, address: str) -> None:
+        # Not before the server has claimed the folder, and moved an older run's logs aside if asked to.
+        try:
+            self.logs.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.logs}: cannot be made a folder ({error.strerror})") from None
+        for k in range(self.recipe.train.workers):
+            with self._log(k).open("wb") as log:
+                self.workers[k] = self._spawn(["worker", "--server", address], stdout=log, stderr=log)
 
     def _spawn(self, command: list[str], **options: object) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C reaches only this process, which then ends the run in order.
-        process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, "-m", "lte", *command],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
-            start_new_session=True,
-            **options,  # type: ignore[call-overload]
-        )
+        # The child inherits that signals are held back, until it can handle them (`end_with_parent`).
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+        try:
+            process: subprocess.Popen[bytes] = subprocess.Popen(
+                [sys.executable, "-m", "lte", *command],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+                start_new_session=True,
+                **options,  # type: ignore[call-overload]
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         return process
 
     def _supervise(self) -> int:
-        """Wait for the server to end, or for the last worker to fail."""
+        """Wait for the server to end; end it when no worker is left, or the first round cannot come."""
         assert self.server is not None
+        too_few = False
         while self.server.poll() is None:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-            for k, worker in list(self.workers.items()):
-                if worker.poll() is not None:
-                    del self.workers[k]
-                    if worker.returncode != 0:
-                        self.failures.append(f"worker {k} ended ({self._last_words(k, worker.returncode)})")
-            if not self.workers and self.server.poll() is None:
-                if not self.failures:
-                    self.server.wait()  # all workers left in order: the server is about to end
-                else:
-                    self.server.terminate()
-                    self.server.wait()
+            self._reap_workers()
+            too_few = bool(self.failures) and not (self.workers and self._has_begun())
+            if too_few and not self.signal:
+                self.server.terminate()
+                self.server.wait()
         code = self.server.returncode
-        for failure in self.failures:
-            print(f"lte: {failure}", file=sys.stderr)
+        if self.signal:
+            return 128 + self.signal if code else 0
+        self._report_failures()
         if code < 0:
-            print(f"lte: the server was ended by {signal.Signals(-code).name}", file=sys.stderr)
+            name = signal.Signals(-code).name
+            print(
+                f"lte: the server was ended by {name}; the same command goes on from its last checkpoint",
+                file=sys.stderr,
+            )
             return 1
-        if self.failures and not self.workers and not self.num_signals:
-            return 1
+        if code and too_few:  # a user's mistake if it was every worker's
+            return 2 if {failed for failed, _ in self.failures.values()} == {2} else 1
         return code
 
+    def _reap_workers(self) -> None:
+        for k, worker in list(self.workers.items()):
+            if worker.poll() is not None:
+                del self.workers[k]
+                if worker.returncode not in (0, EXIT_RUN_ENDED):
+                    self.failures[k] = worker.returncode, self._last_words(k, worker.returncode)
+
+    def _has_begun(self) -> bool:
+        """Whether a round was merged since the server started."""
+        for line in reversed(Records.read(self.folder / METRICS)):
+            if line["kind"] == "round":
+                return True
+            if line["kind"] == "event" and line["what"] == "started":
+                return False
+        return False
+
+    def _report_failures(self) -> None:
+        """One line for each reason that workers had to fail."""
+        for reason in dict.fromkeys(words for _, words in self.failures.values()):
+            failed = [k for k, (_, words) in self.failures.items() if words == reason]
+            names = f"worker{'s' if len(failed) > 1 else ''} {', '.join(map(str, sorted(failed)))}"
+            where = self._log(failed[0]) if len(failed) == 1 else self.logs
+            print(f"lte: {names} ended: {reason}; see {where}", file=sys.stderr)
+
     def _last_words(self, k: int, code: int) -> str:
-        path = self.logs / f"worker-{k}.log"
         if code < 0:
-            return f"by {signal.Signals(-code).name}; see {path}"
-        lines = path.read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else f'exit code {code}'}; see {path}"
+            return f"killed by {signal.Signals(-code).name}"
+        lines = self._log(k).read_text(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("lte: ") if lines else f"exit code {code}"
+
+    def _log(self, k: int) -> Path:
+        return self.logs / f"worker-{k}.log"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.num_signals += 1
-        if self.num_signals == 1:
-            if self.server is not None and self.server.poll() is None:
-                self.server.send_signal(number)
-        else:
+        if self.signal:
             for child in self._children():
-                child.kill()
+                _send(child, signal.SIGKILL)
+            return
+        self.signal = number
+        if self.server is not None:
+            _send(self.server, number)
 
     def _children(self) -> list[subprocess.Popen[bytes]]:
         return [*self.workers.values(), *([self.server] if self.server else [])]
 
     def _end_children(self) -> None:
-        for child in self._children():
+        """Leave nobody behind: workers that were told leave by themselves, those who still look for
+        the server do not."""
+        if self.server is not None and self.server.poll() is None:  # this process failed
+            self.server.terminate()
+        left = self._ended(self._children(), _LEAVE_S)
+        for child in left:
+            child.terminate()
+        for child in self._ended(left, _KILL_S):
+            child.kill()
+            child.wait()
+
+    def _ended(
+        self, children: list[subprocess.Popen[bytes]], within_s: float
+    ) -> list[subprocess.Popen[bytes]]:
+        """Wait for children to end; returns those who did not."""
+        left, deadline = [], time.monotonic() + within_s
+        for child in children:
             try:
-                child.wait(timeout=_LEAVE_S)
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+                left.append(child)
+        return left
 
 
-def train_in_threads(recipe: Recipe) -> bool:
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    """Popen.send_signal would reap a process that has ended, and `_supervise` wait for another."""
+    if process.returncode is None:
+        os.kill(process.pid, number)
+
+
+def train_in_threads(recipe: Recipe) -> int:
     """Run a recipe with server and workers as threads of this process.
 
     Returns:
-        Whether the run was finished.
+        The exit code of the run: 0 if it was finished, 128 and the number of the signal that stopped it.
 
     Raises:
-        LTEError: what ended a worker before its time.
+        Exception: what ended a worker before its time.
     """
-    failures: list[LTEError] = []
+    failures: list[Exception] = []
 
     def work(address: str) -> None:
         try:
             language.work(address, say=lambda line: None)
         except RunEnded:
             pass  # the server was stopped, and says so itself
-        except LTEError as error:
+        except Exception as error:
             failures.append(error)
             server.stop(str(error))
 
@@ -173,7 +246,7 @@ def train_in_threads(recipe: Recipe) -> bool:
             server.stop_on_signals()
         threads = [
             threading.Thread(target=work, args=(server.address,), name=f"worker-{k}")
-            for k in range(recipe.train.workers)
+            for k in range(0 if server.finished else recipe.train.workers)
         ]
         for thread in threads:
             thread.start()
@@ -184,4 +257,4 @@ def train_in_threads(recipe: Recipe) -> bool:
                 thread.join()
     if failures:
         raise failures[0]
-    return finished
+    return 0 if finished else 128 + server.stopped_by

@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -18,9 +21,11 @@ from launch import local
 from lte import __version__, config, language, report
 from lte.config import Recipe
 from lte.data import pack
-from lte.errors import ConfigError, RunEnded, UserError
+from lte.errors import ConfigError, LTEError, RunEnded, UserError
+from lte.server.service import is_complete
 
 EXIT_USER_ERROR = 2
+EXIT_PIPE = 128 + signal.SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,12 +36,25 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER_ERROR)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in order, as Ctrl-C does."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    local.end_with_parent()
-    arguments = _parser().parse_args(argv)
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 for a failure; 2 for a mistake of the user's; 3 for a worker whose run
+        ended before its last round; 128 and the signal's number if that ended the command.
+    """
     try:
-        return int(arguments.run(arguments))
+        with _signals():
+            try:
+                local.end_with_parent()
+                arguments = _parser().parse_args(argv)
+                return int(arguments.run(arguments))
+            finally:
+                sys.stdout.flush()  # here: at the interpreter's end nobody could catch a broken pipe
     except ConfigError as error:
         for line in error.faults:
             print(f"lte: {line}", file=sys.stderr)
@@ -46,13 +64,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except RunEnded as error:
         print(f"lte: the run ended: {error}", file=sys.stderr)
-        return 0 if error.finished else 1
-    except KeyboardInterrupt:
+        return 0 if error.finished else local.EXIT_RUN_ENDED
+    except KeyboardInterrupt as error:
         print("lte: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return EXIT_PIPE
+    except (LTEError, OSError) as error:
+        print(f"lte: {error}", file=sys.stderr)
+        return 1
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Have SIGTERM raise where the command stands, as SIGINT does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,10 +146,12 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     recipe = config.load(arguments.config, arguments.overrides)
+    if is_complete(recipe):
+        return _say_complete(recipe)
     if recipe.server.address.startswith("inprocess://"):
-        finished = local.train_in_threads(recipe)
-        _conclude(recipe, finished)
-        return 0 if finished else 128 + signal.SIGINT
+        code = local.train_in_threads(recipe)
+        _conclude(recipe, finished=code == 0)
+        return code
     language.check_data(recipe)
     return local.train_in_processes(recipe, [arguments.config, *arguments.overrides])
 
@@ -133,6 +173,8 @@ def _add_server(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _server(arguments: argparse.Namespace) -> int:
     recipe = config.load(arguments.config, arguments.overrides)
+    if is_complete(recipe):
+        return _say_complete(recipe)
 
     def announce(address: str) -> None:
         if arguments.announce is not None:
@@ -143,25 +185,41 @@ def _server(arguments: argparse.Namespace) -> int:
         server.stop_on_signals()
         finished = server.serve()
     _conclude(recipe, finished)
-    return 0 if finished else 128 + signal.SIGINT
+    return 0 if finished else 128 + server.stopped_by
+
+
+def _say_complete(recipe: Recipe) -> int:
+    """Print what a run came to that is there already."""
+    Console().print(report.summary(Path(recipe.run.dir)))
+    print(
+        f"{recipe.run.dir}: finished already. run.resume=never starts anew (this run is moved aside);"
+        " more train.rounds go on with it."
+    )
+    return 0
 
 
 def _conclude(recipe: Recipe, finished: bool) -> None:
     """Print what a run came to: summary, plot, and a sample of what the model writes."""
     console = Console()
     folder = Path(recipe.run.dir)
-    report.plot(folder)
+    if report.outcome(folder).rounds:
+        report.plot(folder)
     console.print(report.summary(folder))
     if finished and recipe.eval.sample_tokens:
         model, _, _ = language.load_run(folder)
         text = language.sample(
-            model, recipe, recipe.eval.prompt, recipe.eval.sample_tokens, temperature=0.8, seed=recipe.run.seed
+            model,
+            recipe,
+            recipe.eval.prompt,
+            recipe.eval.sample_tokens,
+            temperature=0.8,
+            seed=recipe.run.seed,
         )
-        (folder / "sample.txt").write_text(text)
+        (folder / "sample.txt").write_text(text, encoding="utf-8")
         console.print("[bold]The trained model writes:[/]")
         console.print(textwrap.indent(text.strip(), "  "), markup=False, highlight=False)
     if not finished:
-        console.print(f"Saved in {folder}. The same command goes on from here.", highlight=False)
+        print(f"Saved in {folder}. The same command goes on from here.")
 
 
 def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -176,9 +234,11 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
     command.add_argument("--id", default="", metavar="NAME", help="name of this worker (default: given)")
     command.add_argument(
-        "--wait", type=float, default=30.0, metavar="S", help="seconds to look for the server (default: 30)"
+        "--wait", type=_number, default=30.0, metavar="S", help="seconds to look for the server (default: 30)"
     )
-    command.add_argument("--data", metavar="FOLDER", help="shards, where the recipe's path is not theirs here")
+    command.add_argument(
+        "--data", metavar="FOLDER", help="shards, where the recipe's path is not theirs here"
+    )
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML recipe to insist on")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of that recipe")
     command.set_defaults(run=_worker)
@@ -186,7 +246,6 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _worker(arguments: argparse.Namespace) -> int:
     recipe = config.load(arguments.config, arguments.overrides) if arguments.config else None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves in order, as Ctrl-C does
     language.work(
         arguments.server,
         worker_id=arguments.id,
@@ -210,7 +269,9 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
     command.add_argument("--data", metavar="FOLDER", help="other shards than the run's")
-    command.add_argument("--tokens", type=_whole, default=0, metavar="N", help="at most so many (default: all)")
+    command.add_argument(
+        "--tokens", type=_whole, default=0, metavar="N", help="at most so many (default: all)"
+    )
     command.set_defaults(run=_eval)
 
 
@@ -234,10 +295,12 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         'example:\n  lte generate runs/quickstart --prompt "ROMEO:" --tokens 500 --temperature 0.7',
     )
     command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
-    command.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue (default: a new line)")
+    command.add_argument(
+        "--prompt", default="\n", metavar="TEXT", help="text to continue (default: a new line)"
+    )
     command.add_argument("--tokens", type=_whole, default=300, metavar="N", help="how many (default: 300)")
     command.add_argument(
-        "--temperature", type=_temperature, default=0.8, metavar="X", help="0: the likeliest (default: 0.8)"
+        "--temperature", type=_number, default=0.8, metavar="X", help="0: the likeliest (default: 0.8)"
     )
     command.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the sampling (default: 0)")
     command.add_argument(
@@ -264,7 +327,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
-    data = _command(commands, "data", "prepare training data", "example:\n  lte data pack book.txt --out data/book")
+    data = _command(
+        commands, "data", "prepare training data", "example:\n  lte data pack book.txt --out data/book"
+    )
     actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = _command(
         actions,
@@ -278,16 +343,27 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="text files, .gz too")
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
     command.add_argument(
-        "--tokenizer", default="bytes", metavar="NAME", help="bytes, or bpe:SIZE trained here (default: bytes)"
+        "--tokenizer",
+        default="bytes",
+        metavar="NAME",
+        help="bytes, or bpe:SIZE trained here (default: bytes)",
     )
     command.add_argument(
         "--valid", nargs="+", type=Path, default=[], metavar="TEXT", help="validation text of its own"
     )
     command.add_argument(
-        "--valid-fraction", type=float, default=0.1, metavar="X", help="else the last X of the text (default: 0.1)"
+        "--valid-fraction",
+        type=_number,
+        default=0.1,
+        metavar="X",
+        help="else the last X of the text (default: 0.1)",
     )
     command.add_argument(
-        "--shards", type=_count, default=16, metavar="N", help="training shards, at least one a worker (default: 16)"
+        "--shards",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="training shards, at least one a worker (default: 16)",
     )
     command.add_argument("--force", action="store_true", help="replace shards that are there")
     command.set_defaults(run=_pack)
@@ -313,7 +389,9 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
 
 
 def _settings_help() -> str:
@@ -328,21 +406,22 @@ def _settings_help() -> str:
 
 
 def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
-def _temperature(text: str) -> float:
-    value = float(text)
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a temperature of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return value

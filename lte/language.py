@@ -188,5 +188,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ConfigError([f"worker.device: {name!r} is not on this machine; use auto or cpu"]) from None
     return device
-
-

@@ -3,7 +3,7 @@
 A message is two frames: a header (magic, protocol version, then MessagePack of the message and of
 a table of tensors) and, where there are tensors, a payload with their raw little-endian bytes,
 each at a 64-byte boundary. Nothing is pickled. `SCHEMA` names this vocabulary: it changes with any
-field, and peers of another schema refuse each other.
+field or dtype, and peers of another schema refuse each other.
 
     worker                              server
       Hello               ->
@@ -24,7 +24,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import torch
@@ -35,6 +35,13 @@ from lte.errors import WireError
 MAGIC = b"LTE\x01"
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 16 << 20
+MAX_DIMENSIONS = 16
+"""Of a tensor, so that nobody multiplies a million sizes to learn that they do not fit."""
+MAX_TENSOR_BYTES = 1 << 62
+"""With sizes of 0 read as 1: an empty tensor's strides must be numbers, too."""
+
+Whole = Annotated[int, msgspec.Meta(ge=0)]
+"""A count or an index; what arrives negative is malformed."""
 
 assert sys.byteorder == "little", "tensors travel little-endian, as every supported machine has them"
 
@@ -55,7 +62,7 @@ class Hello(Message, frozen=True, kw_only=True):
     worker_id: str
     session: str
     model: dict[str, str]
-    heads: int
+    heads: Whole
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -65,11 +72,11 @@ class Welcome(Message, frozen=True, kw_only=True):
     workers; it decides its part of the data and its heads.
     """
 
-    generation: int
+    generation: Whole
     worker_id: str
-    incarnation: int
-    slot: int
-    version: int
+    incarnation: Whole
+    slot: Whole
+    version: Whole
     settings: dict[str, Any]
     model: dict[str, str]
     base_digest: str
@@ -85,8 +92,8 @@ class Refusal(Message, frozen=True, kw_only=True):
 class Begin(Message, frozen=True, kw_only=True):
     """The round on `version` is open and this worker is expected in it."""
 
-    generation: int
-    version: int
+    generation: Whole
+    version: Whole
 
 
 class Contribution(Message, frozen=True, kw_only=True):
@@ -94,15 +101,16 @@ class Contribution(Message, frozen=True, kw_only=True):
 
     `version` is the base that it trained on, `draw` counts redraws of its A, `base_digest` is of
     the base that it holds, `merged_digest` of the merged factors that it is encoded against and
-    `given_digest` of its A where A is not sent because the server draws it too (else empty). `loss` is the mean training loss over `tokens`.
+    `given_digest` of its A where A is not sent because the server draws it too (else empty).
+    `loss` is the mean training loss over `tokens`.
     """
 
-    generation: int
+    generation: Whole
     worker_id: str
-    incarnation: int
-    version: int
-    draw: int
-    tokens: int
+    incarnation: Whole
+    version: Whole
+    draw: Whole
+    tokens: Whole
     loss: float | None
     base_digest: str
     merged_digest: str
@@ -113,7 +121,7 @@ class Receipt(Message, frozen=True, kw_only=True):
     """What became of a contribution: `held` until the round closes, `superseded` (it came too late;
     the next one still owes it) or `refused`."""
 
-    version: int
+    version: Whole
     status: Literal["held", "superseded", "refused"]
     reason: str
 
@@ -124,9 +132,9 @@ class Update(Message, frozen=True, kw_only=True):
     `merged` are the incarnations whose contributions are in it; `last` says that no round follows.
     """
 
-    generation: int
-    version: int
-    merged: tuple[int, ...]
+    generation: Whole
+    version: Whole
+    merged: tuple[Whole, ...]
     base_digest: str
     last: bool
 
@@ -134,48 +142,38 @@ class Update(Message, frozen=True, kw_only=True):
 class Heartbeat(Message, frozen=True, kw_only=True):
     """A sign of life with progress, so that a stuck worker is seen."""
 
-    generation: int
+    generation: Whole
     worker_id: str
-    incarnation: int
-    version: int
-    local_step: int
+    incarnation: Whole
+    version: Whole
+    local_step: Whole
 
 
 class Pulse(Message, frozen=True, kw_only=True):
     """The answer to a heartbeat: the server lives and has published `version`."""
 
-    generation: int
-    version: int
+    generation: Whole
+    version: Whole
 
 
 class Leave(Message, frozen=True, kw_only=True):
     """A worker goes. Nothing more will come from it."""
 
     worker_id: str
-    incarnation: int
+    incarnation: Whole
     reason: str
 
 
 class Farewell(Message, frozen=True, kw_only=True):
     """The server goes; `finished` if the run is complete."""
 
-    generation: int
+    generation: Whole
     reason: str
     finished: bool
 
 
 AnyMessage = (
-    Hello
-    | Welcome
-    | Refusal
-    | Begin
-    | Contribution
-    | Receipt
-    | Update
-    | Heartbeat
-    | Pulse
-    | Leave
-    | Farewell
+    Hello | Welcome | Refusal | Begin | Contribution | Receipt | Update | Heartbeat | Pulse | Leave | Farewell
 )
 
 DTYPES: dict[str, torch.dtype] = {
@@ -196,8 +194,8 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    shape: tuple[Whole, ...]
+    offset: Whole
 
     @property
     def num_bytes(self) -> int:
@@ -209,15 +207,16 @@ class _Header(msgspec.Struct, frozen=True, array_like=True):
     tensors: tuple[TensorEntry, ...]
 
 
-def _schema() -> str:
+def schema_of(kinds: Sequence[type[msgspec.Struct]]) -> str:
+    """Names a vocabulary by its fields, their types, and what tensors may hold."""
+    everything: list[type[msgspec.Struct]] = [*kinds, TensorEntry]
     described = [
-        (kind.__name__, [(f.name, str(f.type)) for f in msgspec.structs.fields(kind)])
-        for kind in get_args(AnyMessage)
+        (kind.__name__, [(f.name, str(f.type)) for f in msgspec.structs.fields(kind)]) for kind in everything
     ]
-    return hashlib.sha256(repr((MAGIC, described)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((MAGIC, described, sorted(DTYPES))).encode()).hexdigest()[:16]
 
 
-SCHEMA = _schema()
+SCHEMA = schema_of(get_args(AnyMessage))
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_Header)
@@ -258,14 +257,16 @@ def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
         raise WireError("these bytes do not begin as a message of this version of lte does")
     try:
         decoded = _DECODER.decode(header[len(MAGIC) :])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WireError(f"malformed header: {error}") from None
-    num_bytes, end = (memoryview(frames[1]).nbytes if len(frames) == 2 else 0), 0
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"malformed header: {str(error)[:200]}") from None
+    if len(frames) != (2 if decoded.tensors else 1):
+        raise WireError("a message has a payload if it has tensors, and only then")
     if len({entry.name for entry in decoded.tensors}) != len(decoded.tensors):
         raise WireError("a tensor occurs twice")
+    num_bytes, end = sum(memoryview(frame).nbytes for frame in frames[1:]), 0
     for entry in decoded.tensors:
-        if entry.dtype not in DTYPES or any(size < 0 for size in entry.shape) or entry.offset != end:
-            raise WireError(f"malformed tensor entry {entry.name!r}")
+        if not _is_possible(entry) or entry.offset != end:
+            raise WireError(f"malformed tensor entry {entry.name[:200]!r}")
         end = _aligned(end + entry.num_bytes)
     if end != num_bytes:
         raise WireError(f"a payload of {num_bytes} bytes where the header announces {end}")
@@ -285,6 +286,12 @@ def tensors(frames: Frames, entries: Sequence[TensorEntry]) -> dict[str, Tensor]
 def num_bytes(frames: Frames) -> int:
     """Bytes of these frames as they are handed to a transport."""
     return sum(memoryview(frame).nbytes for frame in frames)
+
+
+def _is_possible(entry: TensorEntry) -> bool:
+    if entry.dtype not in DTYPES or len(entry.shape) > MAX_DIMENSIONS:
+        return False
+    return math.prod(max(size, 1) for size in entry.shape) * DTYPES[entry.dtype].itemsize <= MAX_TENSOR_BYTES
 
 
 def _aligned(offset: int) -> int:

@@ -161,6 +161,7 @@ def _pieces(text: npt.NDArray[np.uint8]) -> Iterator[str]:
         if start + len(block) < len(text):
             block = block[: block.rfind(b"\n") + 1] or block
         piece = block.decode(errors="ignore")  # ignores at most the start of a character cut in two
+        assert piece, "the text was checked to be UTF-8"
         yield piece
         start += len(piece.encode())
 

@@ -27,6 +27,8 @@ from lte.lowrank import generator_of
 INDEX = "index.json"
 CHUNK_TOKENS = 65_536
 """Tokens of a sample; the last sample of a shard may be shorter."""
+MIX_TOKENS = 1 << 26
+"""Most tokens whose windows are shuffled together, and so are held in memory; at least one shard's."""
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Count = Annotated[int, Field(ge=1)]
@@ -82,7 +84,7 @@ class Index:
             index = _ADAPTER.validate_json((folder / INDEX).read_bytes())
         except OSError:
             raise DataError(
-                f"{folder}: no packed text there (no {INDEX}); make it: lte data pack TEXT --out {folder}"
+                f"{folder}: no packed text (no {INDEX}); make it: lte data pack TEXT --out {folder}"
             ) from None
         except ValidationError as error:
             fault = error.errors()[0]
@@ -110,6 +112,10 @@ _ADAPTER: TypeAdapter[Index] = TypeAdapter(Index)
 def cure(folder: Path) -> str:
     """What to do about a folder that is not as it was packed."""
     return f"copy the folder again, or make it again: lte data pack TEXT --out {folder} --force"
+
+
+Part = tuple[Shard, range]
+"""A shard, and the numbers of those of its windows that a worker reads."""
 
 
 def storage(dtype: str | np.dtype[Any]) -> tuple[np.dtype[Any], str]:
@@ -172,11 +178,11 @@ class TrainingStream:
     `batch(step)` depends on nothing but the arguments given here, the step and the packed text: a
     resumed worker goes on exactly, without reading what went before.
 
-    In an epoch a worker reads each window of its part once, in an order of its own: its shards
-    shuffled, and the windows shuffled in each. A shard's windows are context_tokens apart, from an
-    offset that is drawn anew for each epoch and is common to the workers that share the shard.
-    The grid leaves out fewer than 2 * context_tokens tokens of a shard, others in each epoch.
-    Memory: the two shards read last.
+    In an epoch a worker reads each window of its part once, in an order of its own: its shards are
+    shuffled and taken in groups of up to `MIX_TOKENS` tokens; the windows of a group are shuffled. A
+    shard's windows are context_tokens apart, from an offset that is drawn anew for each epoch and is
+    common to the workers that share the shard. The grid leaves out fewer than 2 * context_tokens tokens
+    of a shard, others in each epoch. Memory: one group of shards.
 
     Args:
         folder: packed text.
@@ -212,15 +218,15 @@ class TrainingStream:
             if not windows:
                 raise DataError(
                     f"{folder / shard.file}: {shard.num_tokens} tokens are too few for windows of"
-                    f" {context_tokens} and {num_workers} workers; pack more text, or into fewer shards,"
-                    " or set a smaller model.context_tokens"
+                    f" {context_tokens} and {num_workers} workers; pack more text, or fewer shards, or"
+                    " set a smaller model.context_tokens"
                 )
         self.num_windows = sum(len(windows) for _, windows in self._shards)
         """Windows of an epoch of this worker."""
-        # Two of each: a batch may reach into the next shard and the next epoch.
-        self._order = lru_cache(2)(partial(_permutation, len(self._shards), seed, worker))
-        self._starts = lru_cache(2)(partial(_starts, context_tokens, seed, worker))
-        self._tokens = lru_cache(2)(partial(read_shard, folder, index.dtype))
+        # Two orders: a batch may reach into the next group and the next epoch.
+        self._groups = lru_cache(2)(partial(_groups, tuple(self._shards), seed, worker))
+        self._order = lru_cache(2)(partial(_order, context_tokens, seed, worker))
+        self._tokens = lru_cache(1)(partial(_read_group, folder, index.dtype))
 
     def batch(self, step: int) -> Tensor:
         """Batch number `step`, counted from 0: int64 (batch_size, context_tokens + 1)."""
@@ -231,13 +237,14 @@ class TrainingStream:
     def _window(self, number: int) -> Tokens:
         """The worker's window `number`, counted over all epochs: (context_tokens + 1,)."""
         epoch, place = divmod(number, self.num_windows)
-        for which in self._order(epoch):
-            shard, windows = self._shards[which]
-            if place < len(windows):
+        for group in self._groups(epoch):
+            size = sum(len(windows) for _, windows in group)
+            if place < size:
                 break
-            place -= len(windows)
-        start = self._starts(epoch, shard, windows)[place]
-        return self._tokens(shard)[start : start + self.context_tokens + 1]
+            place -= size
+        which, start = self._order(epoch, group)[place]
+        tokens: Tokens = self._tokens(tuple(shard for shard, _ in group))[which]
+        return tokens[start : start + self.context_tokens + 1]
 
 
 def _grid(shard: Shard, context_tokens: int) -> int:
@@ -250,14 +257,36 @@ def _permutation(size: int, *seed: int | str) -> npt.NDArray[np.int64]:
     return order
 
 
-def _starts(
-    context_tokens: int, seed: int, worker: int, epoch: int, shard: Shard, windows: range
+def _groups(parts: tuple[Part, ...], seed: int, worker: int, epoch: int) -> list[tuple[Part, ...]]:
+    """A worker's shards in the order of an epoch, cut into groups that are shuffled together."""
+    groups: list[tuple[Part, ...]] = []
+    room = 0
+    for number in _permutation(len(parts), seed, worker, epoch):
+        part = parts[number]
+        room -= part[0].num_tokens
+        if room < 0:
+            groups.append(())
+            room = MIX_TOKENS - part[0].num_tokens
+        groups[-1] += (part,)
+    return groups
+
+
+def _order(
+    context_tokens: int, seed: int, worker: int, epoch: int, group: tuple[Part, ...]
 ) -> npt.NDArray[np.int64]:
-    """First tokens of a worker's windows in a shard, in the order in which it reads them."""
-    # Without the worker's number: those who share the shard must have the same grid.
-    offset = int(torch.randint(context_tokens, (), generator=generator_of("data", seed, epoch, shard.file)))
-    order = _permutation(len(windows), seed, worker, epoch, shard.file)
-    return offset + context_tokens * (windows.start + windows.step * order)
+    """Windows of a group in the order in which a worker reads them: (windows, 2), shard and first token."""
+    windows = []
+    for which, (shard, numbers) in enumerate(group):
+        # Without the worker's number: those who share the shard must have the same grid.
+        generator = generator_of("data", seed, epoch, shard.file)
+        offset = int(torch.randint(context_tokens, (), generator=generator))
+        starts = offset + context_tokens * np.array(numbers)
+        windows.append(np.stack([np.full_like(starts, which), starts], axis=1))
+    return np.concatenate(windows)[_permutation(sum(map(len, windows)), seed, worker, epoch, group[0][0].file)]
+
+
+def _read_group(folder: Path, dtype: str, shards: tuple[Shard, ...]) -> list[Tokens]:
+    return [read_shard(folder, dtype, shard) for shard in shards]
 
 
 # Evaluation

@@ -70,8 +70,8 @@ class BPETokenizer:
             np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         )
         # A byte-level vocabulary writes each byte as one character.
-        vocabulary = model.get_vocab()
-        self._num_bytes = np.array([len(token) for token in sorted(vocabulary, key=vocabulary.get)])
+        tokens = sorted((number, token) for token, number in model.get_vocab().items())
+        self._num_bytes = np.array([len(token) for _, token in tokens])
 
     @classmethod
     def train(cls, name: str, vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
@@ -140,6 +140,6 @@ def load(folder: Path) -> Tokenizer:
         raise DataError(f"{path}: missing or damaged ({error}); {cure(folder)}") from None
     if loaded.vocab_size != index.vocab_size:
         raise DataError(
-            f"{path}: {loaded.vocab_size} tokens instead of {INDEX}'s {index.vocab_size}; {cure(folder)}"
+            f"{path}: {loaded.vocab_size} tokens, {INDEX} says {index.vocab_size}; {cure(folder)}"
         )
     return loaded

@@ -42,16 +42,19 @@ def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tens
     Args:
         state: groups of tensors; each becomes a file GROUP.safetensors.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    digests = {group: quantize.digest(sorted(tensors.items())) for group, tensors in state.items()}
+    described = json.dumps({"format": FORMAT, **asdict(progress), "digests": digests}, indent=1) + "\n"
     final = folder / f"version-{progress.version:08d}"
-    partial = folder / f".partial-{progress.version:08d}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    if (final / "progress.json").is_file() and (final / "progress.json").read_text() == described:
+        return final
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".partial-*"):  # of a process that was killed here
+        shutil.rmtree(stale)
+    partial = folder / f".partial-{progress.version:08d}"
     partial.mkdir()
     for group, tensors in state.items():
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial / f"{group}.safetensors")
-    digests = {group: quantize.digest(sorted(tensors.items())) for group, tensors in state.items()}
-    described = {"format": FORMAT, **asdict(progress), "digests": digests}
-    (partial / "progress.json").write_text(json.dumps(described, indent=1) + "\n")
+    (partial / "progress.json").write_text(described)
     for path in [*partial.iterdir(), partial]:
         _sync(path)
     if final.exists():
@@ -82,10 +85,14 @@ def load(checkpoint: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
         state = {group: load_file(checkpoint / f"{group}.safetensors") for group in digests}
         progress = Progress(**described)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RunError(f"{checkpoint}: not a readable checkpoint ({error}); delete it to use an older one") from None
+        raise RunError(
+            f"{checkpoint}: not a readable checkpoint ({error}); delete it to use an older one"
+        ) from None
     for group, expected in digests.items():
         if quantize.digest(sorted(state[group].items())) != expected:
-            raise RunError(f"{checkpoint / group}.safetensors: damaged; delete {checkpoint} to use an older one")
+            raise RunError(
+                f"{checkpoint / group}.safetensors: damaged; delete {checkpoint} to use an older one"
+            )
     return progress, state
 
 
@@ -105,10 +112,15 @@ def lock(folder: Path) -> IO[str]:
     """Claim a run folder for this process, until the returned file is closed.
 
     Raises:
-        RunError: another process has it.
+        RunError: another process has it, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = (folder / "lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "lock").open("w")
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be a run's folder ({error.strerror}); choose another run.dir"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -50,6 +50,8 @@ class State:
     Attributes:
         version: the published version, on which the open round trains.
         members: by worker_id. next_incarnation: rises with each worker welcomed.
+        fenced: sessions of processes that newer ones replaced. A Hello of theirs may still be under
+            way; it must not fence the newer one in turn.
         expected: workers of the open round; held: those of them whose contribution is kept.
         opened_s: when the round opened. quorum_s: when its quorum was reached, or None.
     """
@@ -59,6 +61,7 @@ class State:
     phase: Literal["starting", "collecting", "merging", "finished"] = "starting"
     members: Mapping[str, Member] = field(default_factory=dict)
     next_incarnation: int = 1
+    fenced: frozenset[str] = frozenset()
     expected: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
     opened_s: float = 0.0
@@ -195,12 +198,14 @@ def step(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action,
         case Ticked():
             state, actions = _silenced(state, now_s)
         case Merged():
+            assert state.phase == "merging", "nothing was ordered to be merged"
             state = replace(
                 state,
                 version=state.version + 1,
                 phase="collecting",
                 expected=frozenset(),
                 held=frozenset(),
+                quorum_s=None,
             )
             if state.version >= state.rules.rounds:
                 return replace(state, phase="finished"), ()
@@ -219,6 +224,8 @@ def next_deadline(state: State) -> float | None:
 
 
 def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Action, ...]]:
+    if event.session in state.fenced:
+        return state, (Fence(event.worker_id, f"{event.worker_id or 'it'} was replaced by a newer process"),)
     known = state.members.get(event.worker_id) or next(
         (m for m in state.members.values() if m.session == event.session), None
     )
@@ -231,6 +238,7 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
     actions = ()
     if known is not None:  # the same worker in a new process: the old one is fenced
         state, actions = _remove(state, known.worker_id, "replaced by a new process")
+        state = replace(state, fenced=state.fenced | {known.session})
     taken = {member.slot for member in state.members.values()}
     slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
     member = Member(
@@ -249,10 +257,12 @@ def _contributed(state: State, event: Contributed, now_s: float) -> tuple[State,
     state, fenced = _heard(state, event.worker_id, event.incarnation, now_s)
     if fenced:
         return state, fenced
-    if event.version != state.version or state.phase != "collecting":
+    if event.version != state.version:
         return state, (Answer(event.worker_id, "superseded", f"version {state.version} is published"),)
     if event.worker_id in state.held:
         return state, (Answer(event.worker_id, "held", "sent before"),)
+    if state.phase != "collecting":
+        return state, (Answer(event.worker_id, "superseded", "no round is open"),)
     if event.worker_id not in state.expected:
         return state, (Answer(event.worker_id, "superseded", "not expected before the next round"),)
     state = replace(state, held=state.held | {event.worker_id})
@@ -273,9 +283,8 @@ def _heard(state: State, worker_id: str, incarnation: int, now_s: float) -> tupl
 def _silenced(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
     actions: tuple[Action, ...] = ()
     for member in sorted(state.members.values(), key=lambda m: m.slot):
-        silence_s = now_s - member.heard_s
-        if silence_s >= state.rules.silence_s:
-            reason = f"no sign of life for {silence_s:.0f} s"
+        if now_s >= member.heard_s + state.rules.silence_s:
+            reason = f"no sign of life for {now_s - member.heard_s:.0f} s"
             state, removed = _remove(state, member.worker_id, reason)
             actions += removed
     return state, actions

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +24,7 @@ from lte.nn import difference
 from lte.server import checkpoint, rounds
 from lte.server.checkpoint import Progress
 from lte.server.master import Master, Received
-from lte.track import Tracker
+from lte.track import METRICS, Records, Tracker
 from lte.transport import Frames, Peer
 
 Evaluate = Callable[[nn.Module, int], float | None]
@@ -39,7 +42,7 @@ class Server:
 
     Attributes:
         address: where workers connect. recipe: with the defaults filled in. master: the weights.
-        folder: the run's.
+        folder: the run's. stopped_by: number of the signal that stopped it, or 0.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Server:
         self._accounted_bytes = (0, 0)
         self._published_s = self._now_s()
         self._stop_reason: str | None = None
+        self.stopped_by = 0
         self._said = ""
         self._event(
             "started",
@@ -145,7 +149,8 @@ class Server:
         Returns:
             Whether the run is finished. Either way what was trained is saved.
         """
-        if self.finished:
+        if self.finished:  # ended after its last merge and before its last line
+            self._finish()
             return True
         reason = "the server failed; what was merged since its last checkpoint is lost"
         try:
@@ -156,6 +161,12 @@ class Server:
                     self._hear(*received)
                 self._happened(rounds.Ticked())
             reason = self._stop_reason or "the run is finished"
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # Whoever read the progress has gone (a pipe's reader, a terminal): as if by SIGPIPE, in order.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            reason, self.stopped_by = "its output was closed", signal.SIGPIPE
         finally:
             farewell = wire.Farewell(generation=self.generation, reason=reason, finished=self.finished)
             self._broadcast(wire.encode(farewell))
@@ -171,16 +182,18 @@ class Server:
         self._stop_reason = reason
 
     def stop_on_signals(self) -> None:
-        """SIGINT and SIGTERM stop the server; a second SIGINT ends it at once."""
+        """SIGINT and SIGTERM stop the server, until it is closed; a second SIGINT ends it at once."""
 
         def handle(number: int, _: FrameType | None) -> None:
             if self._stop_reason is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
+            self.stopped_by = number
             self.stop(f"stopped by {signal.Signals(number).name}")
 
         assert threading.current_thread() is threading.main_thread()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
+            previous = signal.signal(number, handle)
+            self._resources.callback(signal.signal, number, previous or signal.SIG_DFL)
 
     def _hear(self, peer: Peer, frames: Frames) -> None:
         """Turn a message into an event, having checked all that the rounds need not know of."""
@@ -269,7 +282,9 @@ class Server:
             return "it counts fewer tokens or redraws than none, or more redraws than merges"
         given = self.master.given_digest(member.slot * member.heads, member.heads, message.draw)
         if message.given_digest != given:
-            return "its A is not what the server draws from the seed; use lora.A=trained between such machines"
+            return (
+                "its A is not what the server draws from the seed; use lora.A=trained between such machines"
+            )
         return ""
 
     def _is_stale(self, peer: Peer, generation: int) -> bool:
@@ -315,9 +330,7 @@ class Server:
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
                 if not self.finished:
-                    self._event(
-                        "left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id
-                    )
+                    self._event("left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id)
             case rounds.Merge(worker_ids, num_missing_heads):
                 self._merge(worker_ids, num_missing_heads)
         self._tracker.alive(len(self._state.members))
@@ -356,7 +369,9 @@ class Server:
         self._tokens += sum(message.tokens for message in contributions)
         losses = [message.loss for message in contributions if message.loss is not None]
         bytes_now = (self._endpoint.received_bytes, self._endpoint.sent_bytes)
-        uplink, downlink = (now - before for now, before in zip(bytes_now, self._accounted_bytes, strict=True))
+        uplink, downlink = (
+            now - before for now, before in zip(bytes_now, self._accounted_bytes, strict=True)
+        )
         self._accounted_bytes = bytes_now
         step = self.version * self.recipe.train.local_steps - 1
         factor = schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
@@ -485,6 +500,33 @@ class Server:
         return progress
 
 
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the run in `run.dir` has all the recipe's rounds, so that resuming it has nothing to do.
+
+    Raises:
+        RunError: the folder holds a run with other settings.
+    """
+    folder = Path(recipe.run.dir)
+    if recipe.run.resume == "never" or not checkpoint.versions(folder / "checkpoints"):
+        return False
+    _check_settings(folder, recipe)
+    done = [line for line in Records.read(folder / METRICS) if line["kind"] == "done"]
+    return bool(done) and bool(done[-1]["rounds"] >= recipe.train.rounds)
+
+
+def _check_settings(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on with a run of other settings."""
+    differences = config.differences(
+        config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run")
+    )
+    free = ("train.rounds", "run.resume", "run.dir")
+    if fixed := sorted(line for line in differences if not line.startswith(free)):
+        raise RunError(
+            f"{folder}: holds a run with other settings ({'; '.join(fixed)}); choose another"
+            " run.dir, or run.resume=never to move it aside"
+        )
+
+
 def _claim(folder: Path, recipe: Recipe) -> IO[str]:
     """Lock the run folder and decide, by `run.resume`, what becomes of a run that it holds."""
     resume = recipe.run.resume
@@ -495,16 +537,8 @@ def _claim(folder: Path, recipe: Recipe) -> IO[str]:
             raise RunError(f"{folder}: holds no run to resume (run.resume=must); use auto to start one")
         if resume == "never" or not holds_run:
             _move_aside(folder)
-        elif differences := config.differences(
-            config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run")
-        ):
-            free = ("train.rounds", "run.resume", "run.dir")
-            fixed = [line for line in differences if not line.startswith(free)]
-            if fixed:
-                raise RunError(
-                    f"{folder}: holds a run with other settings ({'; '.join(fixed)}); choose another"
-                    " run.dir, or run.resume=never to move it aside"
-                )
+        else:
+            _check_settings(folder, recipe)
     except BaseException:
         handle.close()
         raise
@@ -513,7 +547,7 @@ def _claim(folder: Path, recipe: Recipe) -> IO[str]:
 
 def _move_aside(folder: Path) -> None:
     """Rename what an earlier run left, so that nothing is lost and nothing is mixed."""
-    kept = [path for path in folder.iterdir() if path.name not in ("lock", "logs")]
+    kept = [path for path in folder.iterdir() if path.name != "lock"]
     if not any(path.name in ("checkpoints", "metrics.jsonl") for path in kept):
         return
     n = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lte.errors import ConnectError
 from lte.transport import inprocess, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
 
@@ -21,8 +20,7 @@ def bind(address: str, *, max_message_bytes: int, insecure: bool = False) -> Ser
         ConnectError: the address cannot be bound.
     """
     if address.startswith("inprocess://"):
-        return inprocess.bind(address)
-    _check(address)
+        return inprocess.bind(address, max_message_bytes=max_message_bytes)
     return zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
 
 
@@ -34,10 +32,4 @@ def connect(address: str) -> WorkerEndpoint:
     """
     if address.startswith("inprocess://"):
         return inprocess.connect(address)
-    _check(address)
     return zmq.connect(address)
-
-
-def _check(address: str) -> None:
-    if address.partition("://")[0] not in ("tcp", "ipc"):
-        raise ConnectError(f"{address!r}: an address is tcp://HOST:PORT, ipc://PATH or inprocess://NAME")

@@ -3,7 +3,7 @@
 A server's endpoint belongs to one thread. A worker's endpoint may be used by several threads. Both
 hand over frames in order, whole or not at all; a message may be lost when a connection breaks, so
 whoever needs an answer asks again. `send` never blocks on the network, and the buffers given to it
-must not change afterwards.
+must not change afterwards. `close` may be called twice; after it, `send` does nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ServerEndpoint(Protocol):
 
     Attributes:
         address: where workers connect, with the real port.
-        received_bytes, sent_bytes: of all frames so far.
+        received_bytes, sent_bytes: of all frames so far, those dropped at once left out.
     """
 
     address: str

@@ -11,6 +11,7 @@ from lte.transport.base import Frames, Peer
 
 _servers: dict[str, InprocessServer] = {}
 _lock = threading.Lock()
+_names = itertools.count()
 
 
 def _copied(frames: Frames) -> list[bytes]:
@@ -20,18 +21,11 @@ def _copied(frames: Frames) -> list[bytes]:
 class InprocessServer:
     """See `base.ServerEndpoint`."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, *, max_message_bytes: int) -> None:
+        self.address, self.max_message_bytes = address, max_message_bytes
         self.received_bytes = self.sent_bytes = 0
         self.inbox: queue.Queue[tuple[Peer, list[bytes]]] = queue.Queue()
         self.peers: dict[Peer, InprocessWorker] = {}
-        self._names = itertools.count()
-
-    def attach(self, worker: InprocessWorker) -> Peer:
-        """Give a worker its name."""
-        peer = b"%d" % next(self._names)
-        self.peers[peer] = worker
-        return peer
 
     def send(self, peer: Peer, frames: Frames) -> None:
         if worker := self.peers.get(peer):
@@ -41,7 +35,7 @@ class InprocessServer:
 
     def receive(self, timeout_s: float | None) -> tuple[Peer, Frames] | None:
         try:
-            peer, frames = self.inbox.get(timeout=timeout_s)
+            peer, frames = self.inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
         except queue.Empty:
             return None
         self.received_bytes += sum(map(len, frames))
@@ -49,23 +43,31 @@ class InprocessServer:
 
     def close(self) -> None:
         with _lock:
-            _servers.pop(self.address, None)
+            if _servers.get(self.address) is self:
+                del _servers[self.address]
 
 
 class InprocessWorker:
     """See `base.WorkerEndpoint`."""
 
-    def __init__(self, server: InprocessServer) -> None:
+    def __init__(self, address: str) -> None:
         self.inbox: queue.Queue[list[bytes]] = queue.Queue()
-        self._server = server
-        self._peer = server.attach(self)
+        self._address, self._peer = address, b"%d" % next(_names)
+        self._closed = False
 
     def send(self, frames: Frames) -> None:
-        self._server.inbox.put((self._peer, _copied(frames)))
+        copied = _copied(frames)
+        with _lock:  # the server of now: it may be another than at the last message
+            server = _servers.get(self._address)
+            if server is None or self._closed:
+                return
+            server.peers[self._peer] = self
+            if max(map(len, copied), default=0) <= server.max_message_bytes:
+                server.inbox.put((self._peer, copied))
 
     def receive(self, timeout_s: float) -> Frames | None:
         try:
-            return self.inbox.get(timeout=timeout_s)
+            return self.inbox.get(timeout=max(timeout_s, 0))
         except queue.Empty:
             return None
 
@@ -73,15 +75,18 @@ class InprocessWorker:
         return self.inbox.qsize()
 
     def close(self) -> None:
-        self._server.peers.pop(self._peer, None)
+        with _lock:
+            self._closed = True
+            if server := _servers.get(self._address):
+                server.peers.pop(self._peer, None)
 
 
-def bind(address: str) -> InprocessServer:
+def bind(address: str, *, max_message_bytes: int) -> InprocessServer:
     """See `transport.bind`."""
     with _lock:
         if address in _servers:
             raise ConnectError(f"{address}: in use by another server of this process; choose another name")
-        _servers[address] = InprocessServer(address)
+        _servers[address] = InprocessServer(address, max_message_bytes=max_message_bytes)
         return _servers[address]
 
 
@@ -89,5 +94,8 @@ def connect(address: str) -> InprocessWorker:
     """See `transport.connect`."""
     with _lock:
         if address not in _servers:
-            raise ConnectError(f"{address}: no server of this process has this address")
-        return InprocessWorker(_servers[address])
+            raise ConnectError(
+                f"{address}: no server of this process has this address; start it first, or use tcp:// or"
+                " ipc:// between processes"
+            )
+        return InprocessWorker(address)

@@ -11,7 +11,7 @@ from lte import config, wire
 from lte.config import Recipe
 from lte.errors import RefusedError
 from lte.nn import adapted_modules, difference, lora_of, plan_of
-from lte.worker.session import Session
+from lte.worker.session import Session, parting_words
 from lte.worker.trainer import MakeOptimizer, Trainer
 
 
@@ -80,7 +80,7 @@ class Worker:
             self._pushed = False
             self._until_open()
         except BaseException as error:
-            server.close(f"{type(error).__name__}: {error}")
+            server.close(parting_words(type(error), error))
             raise
 
     @property
@@ -126,7 +126,7 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("finished" if kind is None else f"{kind.__name__}: {error}")
+        self.close(parting_words(kind, error))
 
     def close(self, reason: str = "closed") -> None:
         """Leave the run."""

@@ -17,6 +17,13 @@ _ASK_AGAIN_S = 3.0
 """A question without an answer is asked again after this; every question may be repeated."""
 
 
+def parting_words(kind: type[BaseException] | None, error: BaseException | None) -> str:
+    """What a worker that ends by this exception, or by none, tells the server."""
+    if kind is None:
+        return "finished"
+    return "interrupted" if issubclass(kind, KeyboardInterrupt) else f"{kind.__name__}: {error}"
+
+
 class Session:
     """One worker's conversation with its server.
 
@@ -76,7 +83,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("finished" if kind is None else f"{kind.__name__}: {error}")
+        self.close(parting_words(kind, error))
 
     def progress(self, version: int, local_step: int) -> None:
         """What the next heartbeat says about how far this worker is."""
@@ -125,7 +132,9 @@ class Session:
         return self._endpoint.pending() > 0
 
     def close(self, reason: str) -> None:
-        """Say that this worker goes, and close."""
+        """Say that this worker goes, and close. Closing again does nothing."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         if self._heartbeats is not None:
             self._heartbeats.join()

@@ -91,11 +91,6 @@ class Trainer:
 
     # Local steps
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of lora_B (or the first group) at the latest step."""
-        return self.recipe.optimizer.lr * self._factor(max(self.local_step - 1, 0))
-
     def step(self) -> None:
         """Clip the gradients, let the optimizer step at its scheduled rates, clear the gradients."""
         factor = self._factor(self.local_step)

@@ -1,0 +1,812 @@
+"""The `lte` command as its users meet it: in real processes, over real sockets, with real mistakes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from processes import Command, Family, done, lines, saved_versions, versions
+
+from launch import local
+from lte import config, language
+from lte.cli import main
+from lte.track import METRICS, Records
+
+ENDS_WITHIN_S = 10.0
+"""How long Ctrl-C may take."""
+
+
+# The recipe, the data, and ways to run `lte`
+
+
+def tree(**settings: Any) -> dict[str, Any]:
+    """A recipe as small as can be, changed by settings such as `lora__rank=4`."""
+    small: dict[str, Any] = {
+        "run": {"dir": "run", "seed": 3},
+        "model": {
+            "num_layers": 1,
+            "width": 32,
+            "num_attention_heads": 2,
+            "mlp_width": 64,
+            "context_tokens": 16,
+        },
+        "data": {"shards": "data"},
+        "train": {"rounds": 6, "local_steps": 3, "workers": 2, "batch_size": 4},
+        "lora": {"rank": 4, "merge": "reset-b"},
+        "base": {"quant": "nf4"},
+        "schedule": {"warmup_steps": 3},
+        "server": {"address": "tcp://127.0.0.1:*", "checkpoint_every": 2},
+        "eval": {"every": 2, "sample_tokens": 20},
+    }
+    for key, value in settings.items():
+        section, name = key.split("__")
+        small.setdefault(section, {})[name] = value
+    return small
+
+
+LONG = {  # rounds enough that whoever watches comes in time, and quick ones
+    "train__rounds": 150,
+    "train__local_steps": 1,
+    "base__quant": "none",
+    "server__checkpoint_every": 1000,
+    "eval__every": 0,
+    "eval__sample_tokens": 0,
+}
+
+
+def write_recipe(folder: Path, name: str = "recipe.yaml", **settings: Any) -> Path:
+    (folder / name).write_text(yaml.safe_dump(tree(**settings)))
+    return folder / name
+
+
+def write_text(path: Path) -> Path:
+    """About 8 kB of words."""
+    words = "the quick brown fox jumps over a lazy dog while seven wizards brew ale".split()
+    generator = random.Random(0)
+    path.write_text("\n".join(" ".join(generator.choices(words, k=8)) for _ in range(200)))
+    return path
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Lte = Callable[..., Outcome]
+
+
+@pytest.fixture
+def lte(capfd: pytest.CaptureFixture[str]) -> Lte:
+    """The command in this process: `lte("train", recipe)`. Signals are handled as before afterwards."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        capfd.readouterr()
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    text = write_text(folder / "text.txt")
+    assert main(["data", "pack", str(text), "--out", str(folder / "data"), "--shards", "4"]) == 0
+    return folder / "data"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a user stands: a folder that holds `data`."""
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def family(folder: Path) -> Iterator[Family]:
+    family = Family(folder)
+    yield family
+    family.close()
+
+
+class Trained(NamedTuple):
+    run: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Trained:
+    """`lte train`: a server process and two worker processes over zmq. Not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").symlink_to(data)
+    family = Family(folder)
+    command = family.start("train", write_recipe(folder))
+    try:
+        assert command.ended() == 0, command.err
+    finally:
+        family.close()
+    return Trained(folder / "run", command.out, command.err)
+
+
+@pytest.fixture
+def copied(trained: Trained, folder: Path) -> Path:
+    """The trained run, to be changed."""
+    shutil.copytree(trained.run, folder / "run")
+    return folder / "run"
+
+
+def digest_in_threads(folder: Path, **settings: Any) -> str:
+    """Train in this process; returns the digest of the master."""
+    recipe = config.from_dict(tree(server__address="inprocess://x", **settings))
+    shutil.rmtree(folder / recipe.run.dir, ignore_errors=True)
+    assert local.train_in_threads(recipe) == 0
+    return str(done(folder / recipe.run.dir)["master_digest"])
+
+
+# The same arithmetic everywhere
+
+
+def test_threads_and_processes_reach_the_same_master(lte: Lte, folder: Path, trained: Trained) -> None:
+    recipe = write_recipe(folder, server__address="inprocess://x")
+    for run in ("once", "twice"):
+        assert lte("train", recipe, f"run.dir={run}").code == 0
+        assert done(folder / run)["master_digest"] == done(trained.run)["master_digest"]
+        for mine, theirs in zip(lines(folder / run, "round"), lines(trained.run, "round"), strict=True):
+            assert mine["train_loss"] == theirs["train_loss"]
+    other = digest_in_threads(folder, run__seed=4)
+    assert other != done(trained.run)["master_digest"]
+
+    for way in ("uplink_bytes", "downlink_bytes"):  # the same messages, but for heartbeats
+        assert done(folder / "once")[way] == pytest.approx(done(trained.run)[way], rel=0.01)
+        assert done(trained.run)[way] == sum(line[way] for line in lines(trained.run, "round"))
+
+
+def test_every_merge_mode_repeats_itself_and_differs_from_the_others(folder: Path) -> None:
+    modes = [("reset-less", "trained"), ("reset-less", "frozen"), ("reset", "trained")]
+    modes += [("reset-b", A) for A in ("trained", "frozen", "rotating")]
+    digests = set()
+    for merge, A in modes:
+        settings = {"lora__merge": merge, "lora__A": A, "lora__heads": 2, "train__rounds": 3}
+        one, other = (digest_in_threads(folder, **settings, eval__every=0) for _ in range(2))
+        assert one == other, f"{merge}, A {A}"
+        digests.add(one)
+    assert len(digests) == len(modes)
+
+
+def test_server_and_workers_started_by_hand_do_as_lte_train_does(
+    lte: Lte, folder: Path, family: Family, trained: Trained
+) -> None:
+    """... although meanwhile others knock at the server's door who should not."""
+    recipe = write_recipe(folder)
+    server = family.start("server", recipe)
+    address = server.until_said(r"lte worker --server (tcp://127\.0\.0\.1:\d+)").group(1)
+
+    other = write_recipe(folder, "other.yaml", model__width=64)
+    stranger = lte("worker", "--server", address, other)
+    assert stranger.code == 2
+    assert is_one_line(stranger.err, "the server refused this worker: it trains another model", "64")
+
+    second = lte("server", recipe)
+    assert second.code == 2
+    assert is_one_line(second.err, "run: in use by another server; choose another run.dir")
+
+    same_port = lte("server", recipe, "run.dir=elsewhere", f"server.address={address}")
+    assert same_port.code == 2
+    assert is_one_line(same_port.err, address, "the port is in use", "server.address=tcp://127.0.0.1:*")
+
+    workers = [family.start("worker", "--server", address) for _ in range(2)]
+    workers[0].until_said("joined")
+    assert [worker.ended() for worker in workers] == [0, 0]
+    assert server.ended() == 0
+    assert {line for worker in workers for line in worker.out.splitlines()} == {
+        f"w{slot} {what}"
+        for slot in (0, 1)
+        for what in (f"joined {address} at version 0", "finished at version 6")
+    }
+    assert server.err == ""
+    assert [line["message"] for line in lines(folder / "run", "event") if line["what"] == "refused"]
+    assert done(folder / "run")["master_digest"] == done(trained.run)["master_digest"]
+
+
+# Records
+
+
+def test_the_run_folder_holds_what_the_design_promises(trained: Trained) -> None:
+    run, rounds = trained.run, lines(trained.run, "round")
+    for name in ("config.yaml", METRICS, "checkpoints", "logs", "loss.png", "sample.txt"):
+        assert (run / name).exists(), name
+    written = config.load(run / "config.yaml")
+    assert written == config.load(run.parent / "recipe.yaml")
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert saved_versions(run) == [4, 6]
+
+    assert versions(run) == [1, 2, 3, 4, 5, 6]
+    for version, line in enumerate(rounds, start=1):
+        assert line.keys() >= {
+            "kind",
+            "version",
+            "time_s",
+            "tokens",
+            "train_loss",
+            "num_merged",
+            "uplink_bytes",
+            "downlink_bytes",
+            "merge_s",
+            "wait_s",
+            "lr",
+        }
+        assert line["tokens"] == version * 3 * 2 * 4 * 16  # local steps, workers, sequences, tokens each
+        assert line["num_merged"] == 2
+        assert min(line["uplink_bytes"], line["downlink_bytes"], line["merge_s"], line["wait_s"]) > 0
+    times = [line["time_s"] for line in rounds]
+    assert times == sorted(times)
+    assert rounds[0]["lr"] == written.optimizer.lr > rounds[-1]["lr"]
+    assert rounds[-1]["train_loss"] < rounds[0]["train_loss"] - 1
+
+    evals = lines(run, "eval")
+    assert [line["version"] for line in evals] == [2, 4, 6]
+    assert [line["tokens"] for line in evals] == [rounds[version - 1]["tokens"] for version in (2, 4, 6)]
+    assert [line["what"] for line in lines(run, "event")] == ["started", "joined", "joined"]
+    last = done(run)
+    assert last.keys() == {
+        "kind",
+        "rounds",
+        "tokens",
+        "workers",
+        "num_parameters",
+        "num_adapted_parameters",
+        "uplink_bytes",
+        "downlink_bytes",
+        "loss",
+        "loss_master",
+        "master_digest",
+        "time_s",
+    }
+    assert (last["rounds"], last["tokens"], last["workers"]) == (6, 2304, 2)
+    assert (last["loss"], last["loss_master"]) == (evals[-1]["loss"], evals[-1]["loss_master"])
+    assert last["loss"] != last["loss_master"]
+    assert last["num_adapted_parameters"] == 32 * (4 * 32 + 2 * 64 + 256)
+    assert last["num_parameters"] > last["num_adapted_parameters"] + 256 * 32
+
+    assert trained.err == ""
+    assert "finished at round 6 of 6" in trained.out
+    assert f"{last['loss']:.3f} published (nf4), {last['loss_master']:.3f} master" in trained.out
+    sample = (run / "sample.txt").read_text(encoding="utf-8")
+    assert sample.split()[0] in trained.out.split("The trained model writes:")[1]
+    logs = [path.read_text().splitlines() for path in sorted((run / "logs").iterdir())]
+    assert [[line.split()[1] for line in log] for log in logs] == [["joined", "finished"]] * 2
+
+
+def test_eval_measures_what_the_run_recorded(lte: Lte, trained: Trained, folder: Path) -> None:
+    last = done(trained.run)
+    code, out, err = lte("eval", trained.run)
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        f"published  version 6  validation loss {last['loss']:.4f} nats a token",
+        f"master     version 6  validation loss {last['loss_master']:.4f} nats a token",
+    ]
+    few = lte("eval", trained.run, "--tokens", "64").out
+    assert few != out
+    (folder / "data").rename(folder / "moved")
+    assert lte("eval", trained.run, "--data", folder / "moved").out == out
+
+
+def test_generate_repeats_itself_by_seed(lte: Lte, trained: Trained, folder: Path) -> None:
+    def text(*arguments: str) -> str:
+        code, out, err = lte("generate", trained.run, "--prompt", "the ", "--tokens", "40", *arguments)
+        assert (code, err) == (0, "")
+        assert out.startswith("the ")
+        return out
+
+    assert text("--seed", "1") == text("--seed", "1") != text("--seed", "2")
+    likeliest = text("--temperature", "0")
+    assert likeliest == text("--temperature", "0", "--seed", "5")
+    assert text("--tokens", "0") == "the \n"
+    assert text("--weights", "master", "--temperature", "0").startswith("the ")
+
+
+def test_bpe_from_packing_to_writing(lte: Lte, folder: Path) -> None:
+    text = write_text(folder / "text.txt")
+    packed = lte("data", "pack", text, "--out", "bpe", "--tokenizer", "bpe:300", "--shards", "2")
+    assert packed.code == 0
+    assert re.search(r"^bpe: [\d,]+ training and [\d,]+ validation tokens \(bpe:300\)$", packed.out, re.M)
+
+    recipe = write_recipe(folder, server__address="inprocess://x", data__shards="bpe")
+    too_small = lte("train", recipe)
+    assert too_small.code == 2
+    assert is_one_line(too_small.err, "model.vocab_size: 256 is less than the", "bpe")
+    (cure,) = re.findall(r"set (model\.vocab_size=\d+)", too_small.err)
+    assert lte("train", recipe, cure).code == 0
+    assert done(folder / "run")["loss"] < lines(folder / "run", "eval")[0]["loss"]
+    assert lte("generate", "run", "--prompt", "quick brown", "--tokens", "9").out.startswith("quick brown")
+
+
+def test_wandb_offline_needs_no_key_and_no_network(
+    lte: Lte, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
+        monkeypatch.delenv(name)
+    (folder / "home").mkdir()
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    recipe = write_recipe(folder, server__address="inprocess://x", log__wandb="offline")
+    code, _, err = lte("train", recipe, "train.rounds=1")
+    import wandb
+
+    wandb.teardown()
+    assert (code, err) == (0, "")
+    (recorded,) = (folder / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert recorded.stat().st_size > 0
+    assert "wandb sync" in next(
+        line["message"] for line in lines(folder / "run", "event") if line["what"] == "wandb"
+    )
+
+
+# Faults of machines: every wait is for a fact, and the families' fixture finds orphans and tracebacks
+
+
+def start_long_run(family: Family, folder: Path, until: int = 3, **settings: Any) -> Command:
+    """`lte train` that has merged some rounds and has many before it."""
+    command = family.start("train", write_recipe(folder, **{**LONG, **settings}))
+    command.until_round(folder / "run", until)
+    return command
+
+
+def finish(lte: Lte, folder: Path, rounds: int) -> None:
+    """Go on with a run that was cut short, up to so many rounds: its records must be whole."""
+    saved = saved_versions(folder / "run")[-1]
+    arguments = (f"train.rounds={rounds}", "server.address=inprocess://x", "run.resume=must")
+    assert lte("train", folder / "recipe.yaml", *arguments).code == 0
+    assert_whole(folder / "run", rounds)
+    assert lines(folder / "run", "event")[-1]["version"] == saved
+
+
+def assert_whole(run: Path, rounds: int) -> None:
+    """One line a version, whatever happened on the way; totals that are the lines' sums."""
+    recorded = lines(run, "round")
+    assert [line["version"] for line in recorded] == list(range(1, rounds + 1))
+    tokens = [line["tokens"] for line in recorded]
+    assert tokens == sorted(set(tokens))
+    last = done(run)
+    assert (last["rounds"], last["tokens"]) == (rounds, tokens[-1])
+    assert last["uplink_bytes"] == sum(line["uplink_bytes"] for line in recorded)
+    assert len(lines(run, "done")) == 1
+
+
+def test_the_run_goes_on_without_a_worker_that_was_killed(family: Family, folder: Path) -> None:
+    settings = {"server__silence_s": 3.0, "worker__heartbeat_s": 0.3}
+    command = start_long_run(family, folder, **settings)
+    family.kill(family.members("worker")[0])
+
+    assert command.ended() == 0
+    family.until_all_ended(ENDS_WITHIN_S)
+    assert_whole(folder / "run", 150)
+    merged = [line["num_merged"] for line in lines(folder / "run", "round")]
+    assert merged == [2] * merged.count(2) + [1] * merged.count(1)
+    assert merged.count(1) > 0
+    assert merged.count(2) >= 3
+    (left,) = (line["message"] for line in lines(folder / "run", "event") if line["what"] == "left")
+    assert re.fullmatch(r"w[01] is gone: no sign of life for \d s", left)
+    assert is_one_line(command.err, "worker", "killed by SIGKILL", "run/logs/worker-")
+
+
+def test_a_run_without_workers_saves_and_ends(lte: Lte, family: Family, folder: Path) -> None:
+    command = start_long_run(family, folder)
+    family.kill(*family.members("worker"))
+
+    assert command.ended() == 1
+    family.until_all_ended(ENDS_WITHIN_S)
+    assert is_one_line(command.err, "workers 0, 1 ended: killed by SIGKILL; see run/logs")
+    assert "The same command goes on from here." in command.out
+    version = versions(folder / "run")[-1]
+    assert saved_versions(folder / "run") == [version]
+    finish(lte, folder, version + 2)
+
+
+def test_workers_that_cannot_start_end_the_run_with_their_reason(family: Family, folder: Path) -> None:
+    command = family.start("train", write_recipe(folder, **LONG), "worker.device=nonsense")
+    assert command.ended() == 2
+    family.until_all_ended(ENDS_WITHIN_S)
+    assert is_one_line(command.err, "worker.device: 'nonsense' is not on this machine; use auto or cpu")
+
+
+def test_nobody_outlives_a_launcher_that_was_killed(lte: Lte, family: Family, folder: Path) -> None:
+    command = start_long_run(family, folder)
+    family.kill(command.process.pid)
+
+    family.until_all_ended(ENDS_WITHIN_S)
+    version = versions(folder / "run")[-1]
+    assert saved_versions(folder / "run") == [version]
+    assert lines(folder / "run", "event")[-1]["message"] == "stopped by SIGTERM"
+    finish(lte, folder, version + 2)
+
+
+def test_a_killed_server_ends_the_run_at_its_last_checkpoint(lte: Lte, family: Family, folder: Path) -> None:
+    command = start_long_run(family, folder, server__checkpoint_every=5, until=12)
+    family.kill(*family.members("server"))
+
+    assert command.ended() == 1
+    family.until_all_ended(ENDS_WITHIN_S)
+    assert is_one_line(command.err, "the server was ended by SIGKILL", "goes on from its last checkpoint")
+    saved, version = saved_versions(folder / "run")[-1], versions(folder / "run")[-1]
+    assert saved in (version // 5 * 5, version // 5 * 5 - 5)  # killed while it saved, or not
+    assert saved >= 5
+    finish(lte, folder, version + 2)
+
+
+# Ctrl-C
+
+
+class Terminal:
+    """A terminal of its own for a command: what it shows is kept, and keys can be pressed."""
+
+    LOGIN = (sys.executable, "-c", "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])")
+
+    def __init__(self, family: Family, *arguments: str | Path) -> None:
+        self.shown = b""
+        self._keys, screen = os.openpty()
+        try:
+            self.command = family.start(*arguments, before=self.LOGIN, stdin=screen)
+        finally:
+            os.close(screen)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self.shown += os.read(self._keys, 65_536)
+            except OSError:  # the last process that had it open has ended
+                return
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._keys, b"\x03")
+
+    def close(self) -> str:
+        """Wait until nobody has the terminal open; returns what was shown."""
+        self._reader.join(ENDS_WITHIN_S)
+        assert not self._reader.is_alive()
+        os.close(self._keys)
+        return self.shown.decode(errors="replace")
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    recipe = write_recipe(folder, **LONG)
+    terminal = Terminal(family, "train", recipe)
+    terminal.command.until_round(folder / "run", 3)
+    terminal.press_ctrl_c()
+
+    assert terminal.command.ended(within_s=ENDS_WITHIN_S) == 130
+    assert family.members() == []
+    shown = terminal.close()
+    assert "Traceback" not in shown
+    assert "Saved in run. The same command goes on from here." in shown
+    assert re.search(r"run\S* round \d+/150", shown), "no live display"
+    version = versions(folder / "run")[-1]
+    assert 3 <= version < 150
+    assert saved_versions(folder / "run") == [version]
+    assert lines(folder / "run", "event")[-1]["message"] == "stopped by SIGINT"
+
+    again = family.start("train", recipe)
+    assert again.ended() == 0
+    assert (again.err, family.members()) == ("", [])
+    assert_whole(folder / "run", 150)
+    started = [line["version"] for line in lines(folder / "run", "event") if line["what"] == "started"]
+    assert started == [0, version]
+    tokens = [line["tokens"] for line in lines(folder / "run", "round")]
+    assert tokens == [version * 2 * 4 * 16 for version in range(1, 151)]
+
+
+def test_sigterm_saves_and_ends_too(lte: Lte, family: Family, folder: Path) -> None:
+    command = start_long_run(family, folder, train__workers=1)
+    command.signal(signal.SIGTERM)
+
+    assert command.ended(within_s=ENDS_WITHIN_S) == 143
+    assert (command.err, family.members()) == ("", [])
+    version = versions(folder / "run")[-1]
+    assert saved_versions(folder / "run") == [version]
+    finish(lte, folder, version + 2)
+
+
+def test_a_second_ctrl_c_ends_at_once_even_if_the_server_hangs(family: Family, folder: Path) -> None:
+    command = start_long_run(family, folder, train__workers=1)
+    (server,) = family.members("server")
+    os.kill(server, signal.SIGSTOP)
+    command.signal(signal.SIGINT)
+    command.until(lambda: is_pending(server, signal.SIGINT) or None, "SIGINT passed on to the server")
+    command.signal(signal.SIGINT)
+
+    assert command.ended(within_s=ENDS_WITHIN_S) == 130
+    assert family.members() == []
+    assert command.err == ""
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal waits for a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(
+        int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"^(?:Shd|Sig)Pnd:\s*(\w+)", status, re.M)
+    )
+
+
+def test_ctrl_c_before_the_server_can_hear_it(family: Family, folder: Path) -> None:
+    command = family.start("train", write_recipe(folder, **LONG))
+    command.until(lambda: family.members("server") or None, "server process")
+    command.signal(signal.SIGINT)
+
+    assert command.ended(within_s=ENDS_WITHIN_S) == 130
+    assert family.members() == []
+    assert command.err in ("", "lte: interrupted\n")
+
+
+def test_a_hand_run_server_that_waits_can_be_stopped(lte: Lte, family: Family, folder: Path) -> None:
+    server = family.start("server", write_recipe(folder, **LONG))
+    server.until_said("waiting for workers: 0 of 2")
+    server.signal(signal.SIGINT)
+
+    assert server.ended(within_s=ENDS_WITHIN_S) == 130
+    assert server.err == ""
+    assert saved_versions(folder / "run") == [0]
+    finish(lte, folder, 2)
+
+
+def test_ctrl_c_of_a_hand_run_worker_leaves_the_others_training(family: Family, folder: Path) -> None:
+    recipe = config.load(write_recipe(folder, **LONG))
+    with language.make_server(recipe, display=False) as server:
+        serving = threading.Thread(target=server.serve)
+        serving.start()
+        try:
+            workers = [family.start("worker", "--server", server.address) for _ in range(2)]
+            workers[0].until_round(folder / "run", 3)
+            workers[0].signal(signal.SIGINT)
+            assert workers[0].ended(within_s=ENDS_WITHIN_S) == 130
+            assert is_one_line(workers[0].err, "interrupted")
+            assert workers[1].ended() == 0
+        finally:
+            server.stop("the test is over")
+            serving.join()
+    name = workers[0].out.split()[0]
+    (left,) = (line["message"] for line in lines(folder / "run", "event") if line["what"] == "left")
+    assert left == f"{name} is gone: interrupted"
+    assert_whole(folder / "run", 150)
+    assert {line["num_merged"] for line in lines(folder / "run", "round")} == {1, 2}
+
+
+# Resuming
+
+
+def test_a_finished_run_is_not_trained_again(lte: Lte, copied: Path) -> None:
+    before = (copied / METRICS).read_bytes()
+    for recipe, command in ((copied / "config.yaml", "train"), (copied / "config.yaml", "server")):
+        code, out, err = lte(command, recipe)
+        assert (code, err) == (0, "")
+        assert "finished at round 6 of 6" in out
+        assert "run: finished already. run.resume=never starts anew" in out
+    assert (copied / METRICS).read_bytes() == before
+    assert (copied / "generation").read_text() == "1\n"
+
+
+def test_more_rounds_go_on_with_a_finished_run(lte: Lte, copied: Path) -> None:
+    arguments = ("train.rounds=8", "server.address=inprocess://x")
+    assert lte("train", copied / "config.yaml", *arguments).code == 0
+    assert_whole(copied, 8)
+
+
+def test_a_run_that_died_before_its_last_line_gets_it(lte: Lte, copied: Path, trained: Trained) -> None:
+    text = (copied / METRICS).read_text()
+    (copied / METRICS).write_text(text[: text.rindex('{"kind": "done"')])
+    assert lte("train", copied / "config.yaml", "server.address=inprocess://x").code == 0
+    assert_whole(copied, 6)
+    assert done(copied)["master_digest"] == done(trained.run)["master_digest"]
+    assert done(copied)["loss"] == done(trained.run)["loss"]
+
+
+def test_never_moves_the_old_run_aside(lte: Lte, copied: Path, folder: Path, trained: Trained) -> None:
+    arguments = ("run.resume=never", "run.seed=4", "server.address=inprocess://x")
+    for _ in range(2):
+        assert lte("train", copied / "config.yaml", *arguments).code == 0
+        assert_whole(copied, 6)
+        assert done(copied)["master_digest"] != done(trained.run)["master_digest"]
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "run", "run.old-1", "run.old-2"]
+    for path in trained.run.rglob("*"):
+        if path.is_file() and path.name != "lock":
+            assert (folder / "run.old-1" / path.relative_to(trained.run)).read_bytes() == path.read_bytes()
+
+
+def test_must_demands_a_run(lte: Lte, folder: Path) -> None:
+    code, _, err = lte("train", write_recipe(folder, server__address="inprocess://x"), "run.resume=must")
+    assert code == 2
+    assert is_one_line(err, "run: holds no run to resume (run.resume=must); use auto to start one")
+
+
+@pytest.mark.parametrize("setting", ["lora.rank=5", "run.seed=4", "train.local_steps=2", "model.width=64"])
+def test_a_run_with_other_settings_is_not_mixed_in(lte: Lte, copied: Path, setting: str) -> None:
+    before = (copied / METRICS).read_bytes()
+    code, out, err = lte("train", copied / "config.yaml", setting, "train.rounds=8")
+    assert (code, out) == (2, "")
+    key, value = setting.split("=")
+    assert is_one_line(err, "run: holds a run with other settings", key, f"-> {value}", "run.resume=never")
+    assert (copied / METRICS).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["master.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(lte: Lte, copied: Path, name: str) -> None:
+    arguments = (copied / "config.yaml", "train.rounds=8", "server.address=inprocess://x")
+    path = copied / "checkpoints" / "version-00000006" / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    for command in (("train", *arguments), ("eval", "run")):
+        code, _, err = lte(*command)
+        assert code == 2
+        assert is_one_line(err, "run/checkpoints/version-00000006", "to use an older one")
+    shutil.rmtree(path.parent)
+    assert lte("train", *arguments).code == 0
+    assert_whole(copied, 8)
+
+
+# Mistakes: one line, exit code 2
+
+
+def is_one_line(text: str, *parts: str) -> bool:
+    """Whether a complaint is one line of `lte` that says all these; shows it otherwise."""
+    assert re.fullmatch(r"lte: [^\n]+\n", text), text
+    for part in parts:
+        assert part in text, f"no {part!r} in {text}"
+    return True
+
+
+MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
+    (["train", "recipee.yaml"], ["recipee.yaml: no such file, did you mean recipe.yaml?"]),
+    (["train", "data"], ["data: cannot be read"]),
+    (["train", "text.txt"], ["text.txt: a recipe is a mapping of sections"]),
+    (["train", "recipe.yaml", "lora.rnak=3"], ["lora.rnak: unknown setting, did you mean lora.rank?"]),
+    (["train", "recipe.yaml", "rank=3"], ["rank: unknown setting, did you mean lora.rank?"]),
+    (["train", "recipe.yaml", "lora.rank"], ["'lora.rank': an override is key=value"]),
+    (["train", "recipe.yaml", "lora.rank=0"], ["lora.rank: 0 must be greater than or equal to 1"]),
+    (["train", "recipe.yaml", "lora.merge=resetb"], ["lora.merge: 'resetb'", "did you mean reset-b?"]),
+    (["train", "recipe.yaml", "data.shards=nowhere"], ["nowhere: no packed text", "lte data pack TEXT"]),
+    (["train", "recipe.yaml", "model.vocab_size=99"], ["model.vocab_size: 99 is less than the 256 tokens"]),
+    (["train", "recipe.yaml", "model.context_tokens=9999"], ["tokens", "context_tokens"]),
+    (["train", "recipe.yaml", "run.dir=text.txt"], ["text.txt: cannot be a run's folder (File exists)"]),
+    (["train", "recipe.yaml", "run.dir=text.txt/run"], ["text.txt/run: cannot be a run's folder"]),
+    (["train", "recipe.yaml", "run.dir=/proc/run"], ["/proc/run: cannot be a run's folder", "run.dir"]),
+    (["train", "recipe.yaml", "--fast"], ["unrecognized arguments: --fast (see 'lte --help')"]),
+    (["server", "recipe.yaml", "server.address=tcp://0.0.0.0:*"], ["there are no keys", "insecure=true"]),
+    (["server", "recipe.yaml", "server.address=tcp://127.0.0.1"], ["tcp://127.0.0.1: cannot be bound"]),
+    (["server", "recipe.yaml", "server.address=5555"], ["server.address: 5555 must be"]),
+    (["worker", "--server", "127.0.0.1:5555"], ["an address is tcp://HOST:PORT"]),
+    (["worker"], ["the following arguments are required: --server (see 'lte worker --help')"]),
+    (["worker", "--server", "tcp://127.0.0.1:1", "--wait", "soon"], ["'soon' is not a number"]),
+    (["eval", "nowhere"], ["nowhere: not a run folder"]),
+    (["eval", "text.txt"], ["text.txt: not a run folder"]),
+    (["generate", "data"], ["data: not a run folder (it has no config.yaml); give the run.dir of a run"]),
+    (["generate", "run", "--tokens", "-1"], ["--tokens"]),
+    (["generate", "run", "--temperature", "hot"], ["--temperature: 'hot' is not a number of 0 or more"]),
+    (["data", "pack", "nowhere.txt", "--out", "out"], ["nowhere.txt: no such text file"]),
+    (["data", "pack", "text.txt", "--out", "data"], ["data: holds packed text already", "--force"]),
+    (["data", "pack", "text.txt", "--out", "text.txt"], ["text.txt: cannot be made a folder"]),
+    (
+        ["data", "pack", "text.txt", "--out", "out", "--tokenizer", "bpe"],
+        ["'bpe': must be bytes, or bpe:SIZE"],
+    ),
+    (["data", "pack", "text.txt", "--out", "out", "--shards", "none"], ["--shards: 'none' is not a whole"]),
+    (["trian", "recipe.yaml"], ["invalid choice: 'trian'"]),
+    ([], ["the following arguments are required: COMMAND (see 'lte --help')"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_a_mistake_gets_one_line(
+    lte: Lte, folder: Path, arguments: Sequence[str], parts: Sequence[str]
+) -> None:
+    write_recipe(folder, server__address="inprocess://x")
+    (folder / "text.txt").write_text("no recipe at all")
+    before = sorted(folder.iterdir())
+    code, out, err = lte(*arguments)
+    assert (code, out) == (2, "")
+    assert is_one_line(err, *parts)
+    assert "Traceback" not in err
+    left = {path.name for path in folder.iterdir()} - {path.name for path in before}
+    assert left <= {"run"}
+
+
+def test_every_fault_of_a_recipe_gets_a_line(lte: Lte, folder: Path) -> None:
+    code, _, err = lte("train", write_recipe(folder), "lora.rnak=3", "train.rounds=0", "modle.width=8")
+    assert code == 2
+    assert sorted(line.split(":")[1].strip() for line in err.splitlines()) == [
+        "lora.rnak",
+        "modle",
+        "train.rounds",
+    ]
+
+
+def test_ports_that_are_taken_or_dead(lte: Lte, folder: Path) -> None:
+    recipe = write_recipe(folder)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        code, _, err = lte("server", recipe, f"server.address={address}")
+        assert code == 2
+        assert is_one_line(err, f"{address}: the port is in use")
+    with socket.socket() as dead:  # bound, so that nobody else takes it, but nobody listens
+        dead.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{dead.getsockname()[1]}"
+        code, _, err = lte("worker", "--server", address, "--wait", "0.2")
+        assert code == 2
+        assert is_one_line(err, f"no server answers at {address} after 0.2 s", "lte server CONFIG")
+
+
+def test_mistakes_in_processes_of_their_own(family: Family, folder: Path) -> None:
+    """What only the operating system shows: the exit code, and that a launcher complains once."""
+    recipe = write_recipe(folder)
+    commands = [
+        family.start("train", "missing.yaml"),
+        family.start("train", recipe, "run.dir=data/index.json"),
+    ]
+    assert [command.ended() for command in commands] == [2, 2]
+    assert is_one_line(commands[0].err, "missing.yaml: no such file")
+    assert is_one_line(commands[1].err, "data/index.json: cannot be a run's folder")
+    assert [command.out for command in commands] == ["", ""]
+    assert family.members() == []
+
+
+# Help and pipes
+
+
+@pytest.mark.parametrize(
+    "command", ["", "train", "server", "worker", "eval", "generate", "data", "data pack"]
+)
+def test_help_shows_an_example(lte: Lte, command: str) -> None:
+    code, out, err = lte(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert re.search(rf"^ +lte {command or 'train'} ", out, re.M), out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_train_help_documents_every_setting(lte: Lte) -> None:
+    out = lte("train", "--help").out
+    for key, _, default, _ in config.describe():
+        assert re.search(rf"^ +{re.escape(key)} \(.*, {re.escape(default)}\)$", out, re.M), key
+
+
+def test_the_reader_of_a_pipe_may_leave(lte: Lte, family: Family, folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    help_ = family.start("train", "--help", stdout=writing)
+    os.close(writing)
+
+    reading, writing = os.pipe()
+    train = family.start("train", write_recipe(folder, **LONG), "train.workers=1", stdout=writing)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:  # as `| head -1` does
+        assert pipe.readline().startswith("event started")
+    for command in (help_, train):
+        assert command.ended() == 128 + signal.SIGPIPE
+        assert command.err == ""
+    assert family.members() == []
+    assert lines(folder / "run", "event")[-1]["message"] == "its output was closed"
+    assert saved_versions(folder / "run")[-1] == (versions(folder / "run") or [0])[-1]
+    assert Records.read(folder / "run" / METRICS)[-1]["kind"] == "event"

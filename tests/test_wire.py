@@ -1,0 +1,366 @@
+"""Messages and their bytes: what goes in comes out, and nothing else gets in."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from typing import Any, get_args
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lte import wire
+from lte.errors import WireError
+
+MESSAGES: list[wire.AnyMessage] = [
+    wire.Hello(schema=wire.SCHEMA, worker_id="w0", session="5e55", model={"a.weight": "adapted"}, heads=2),
+    wire.Welcome(
+        generation=1,
+        worker_id="w0",
+        incarnation=2**40,
+        slot=0,
+        version=3,
+        settings={"train": {"rounds": 5, "lr": 1e-300}, "modules": ["*"], "none": None, "text": "Ω\x00\n"},
+        model={"a.weight": "dense 3x4"},
+        base_digest="d1",
+    ),
+    wire.Refusal(reason="no", cure="yes"),
+    wire.Begin(generation=1, version=0),
+    wire.Contribution(
+        generation=1,
+        worker_id="w0",
+        incarnation=2,
+        version=3,
+        draw=0,
+        tokens=4096,
+        loss=5e-324,
+        base_digest="d1",
+        merged_digest="d2",
+        given_digest="",
+    ),
+    wire.Receipt(version=3, status="superseded", reason="late"),
+    wire.Update(generation=1, version=4, merged=(2, 7, 5), base_digest="d3", last=True),
+    wire.Heartbeat(generation=1, worker_id="w0", incarnation=2, version=3, local_step=9),
+    wire.Pulse(generation=1, version=4),
+    wire.Leave(worker_id="w0", incarnation=2, reason="finished"),
+    wire.Farewell(generation=1, reason="done", finished=False),
+]
+HELLO = MESSAGES[0]
+
+
+def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    """All that a tensor is, with NaNs and signed zeros told apart."""
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+    )
+
+
+def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Random bits: denormals, infinities and NaNs with payloads included."""
+    generator = torch.Generator().manual_seed(seed)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(shape)
+
+
+def every_kind_of_tensor() -> dict[str, torch.Tensor]:
+    shapes = [(), (1,), (7,), (0,), (3, 0, 2), (5, 3), (2, 1, 3, 1, 2), (1000, 33)]
+    found = {
+        f"{name} {shape}": random_tensor(dtype, shape, len(name) + len(shape))
+        for name, dtype in wire.DTYPES.items()
+        for shape in shapes
+    }
+    for name, dtype in wire.DTYPES.items():
+        whole = random_tensor(dtype, (6, 10), 3)
+        found |= {f"{name} turned": whole.T, f"{name} strided": whole[::2, 1::3]}
+        found |= {f"{name} spread": whole[:1].expand(4, 10)}
+    return found | {"": torch.zeros(2), "Ω/ü.\x00weight": torch.ones(2)}
+
+
+def frames_of(message: wire.AnyMessage, table: list[Any], payload: bytes | None = b"") -> list[bytes]:
+    """Frames with a table of our choice: [name, dtype, shape, offset] each."""
+    header = wire.MAGIC + msgspec.msgpack.encode([message, table])
+    return [header] if payload is None else [header, payload]
+
+
+def test_there_is_an_example_of_every_message() -> None:
+    assert {type(message) for message in MESSAGES} == set(get_args(wire.AnyMessage))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_a_message_comes_out_as_it_went_in(message: wire.AnyMessage) -> None:
+    sent = every_kind_of_tensor()
+    frames = wire.encode(message, sent)
+    decoded, table = wire.decode(frames)
+    received = wire.tensors(frames, table)
+    assert decoded == message
+    assert type(decoded) is type(message)
+    assert list(received) == list(sent)
+    assert {name: bits(tensor) for name, tensor in received.items()} == {
+        name: bits(tensor) for name, tensor in sent.items()
+    }
+    alone = wire.encode(message)
+    assert len(alone) == 1
+    assert wire.decode(alone) == (message, ())
+    assert wire.tensors(alone, ()) == {}
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_frames_may_come_in_any_kind_of_buffer(kind: Any) -> None:
+    frames = [kind(bytes(frame)) for frame in wire.encode(HELLO, {"a": torch.arange(5), "b": torch.ones(3)})]
+    message, table = wire.decode(frames)
+    assert message == HELLO
+    assert wire.tensors(frames, table)["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("misaligned_by", [0, 1, 24])
+def test_received_tensors_are_aligned_and_in_memory_of_their_own(misaligned_by: int) -> None:
+    frames = wire.encode(HELLO, {f"t{n}": torch.full((n,), n, dtype=torch.int8) for n in (1, 63, 64, 65, 3)})
+    buffer = bytearray(bytes(misaligned_by) + bytes(frames[1]))
+    arrived = [frames[0], memoryview(buffer)[misaligned_by:]]
+    received = wire.tensors(arrived, wire.decode(arrived)[1])
+    assert [tensor.data_ptr() % 64 for tensor in received.values()] == [0] * 5
+    buffer[:] = bytes(len(buffer))
+    assert all((tensor == len(tensor)).all() for tensor in received.values())
+
+
+def test_encode_copies() -> None:
+    tensor = torch.arange(12.0).view(3, 4)
+    frames = wire.encode(HELLO, {"whole": tensor, "part": tensor[:, 1]})
+    before = [bytes(frame) for frame in frames]
+    tensor.zero_()
+    assert [bytes(frame) for frame in frames] == before
+    assert wire.tensors(frames, wire.decode(frames)[1])["part"].tolist() == [1, 5, 9]
+
+
+def test_encoding_is_a_function_of_the_message_alone() -> None:
+    """Padding included: it must not carry what was in memory before."""
+    torch.full((4096,), 255, dtype=torch.uint8)
+    tensors = {"a": torch.ones(3), "b": torch.ones(70, dtype=torch.int8)}
+    first, second = ([bytes(frame) for frame in wire.encode(HELLO, tensors)] for _ in range(2))
+    assert first == second
+    assert wire.num_bytes(first) == len(first[0]) + 64 + 128
+    assert first[1][12:64] == bytes(52)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(MESSAGES),
+    st.lists(
+        st.tuples(st.sampled_from(list(wire.DTYPES.values())), st.lists(st.integers(0, 5), max_size=5)),
+        max_size=4,
+    ),
+    st.data(),
+)
+def test_damaged_frames_are_refused_or_are_messages_themselves(
+    message: wire.AnyMessage, kinds: list[tuple[torch.dtype, list[int]]], data: st.DataObject
+) -> None:
+    """Cut or extended: refused. With other bits: refused, or a message that is written as such.
+
+    A flipped bit in a number gives another number, which no format without a checksum can tell.
+    """
+    tensors = {f"t{n}": random_tensor(dtype, tuple(shape), n) for n, (dtype, shape) in enumerate(kinds)}
+    frames = [bytearray(frame) for frame in wire.encode(message, tensors)]
+    which = data.draw(st.integers(0, len(frames) - 1))
+    damage = data.draw(st.sampled_from(["cut", "extended", "flipped", "another frame"]))
+    frame = frames[which]
+    if damage == "flipped" and frame:
+        bit = data.draw(st.integers(0, 8 * len(frame) - 1))
+        frame[bit // 8] ^= 1 << bit % 8
+        assert_refused_or_sound(frames)
+        return
+    if damage == "another frame":
+        frames.append(bytearray(data.draw(st.binary(max_size=3))))
+    elif damage == "cut" and frame:
+        del frame[data.draw(st.integers(0, len(frame) - 1)) :]
+    else:
+        frame += data.draw(st.binary(min_size=1, max_size=100))
+    with pytest.raises(WireError):
+        wire.decode(frames)
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=300), max_size=3), st.booleans())
+def test_random_frames_are_refused(frames: list[bytes], has_magic: bool) -> None:
+    if frames and has_magic:
+        frames = [wire.MAGIC + frames[0], *frames[1:]]
+    assert_refused_or_sound(frames)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=3),
+            st.sampled_from([*wire.DTYPES, "c8", ""]),
+            st.lists(st.integers(-1, 3) | st.integers(-(2**63), 2**64 - 1), max_size=20),
+            st.integers(-64, 256) | st.integers(0, 2**64 - 1),
+        ),
+        max_size=3,
+    ),
+    st.binary(max_size=300),
+)
+def test_random_tables_are_refused(table: list[Any], payload: bytes) -> None:
+    """The header is sound, its table of tensors is not."""
+    assert_refused_or_sound(frames_of(HELLO, table, payload))
+
+
+def assert_refused_or_sound(frames: list[Any]) -> None:
+    """Whatever these are, decoding raises nothing but WireError, and takes no more than what came."""
+    received_bytes = sum(map(len, frames))
+    taken, empty, complaint = [], torch.empty, ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda n, **options: taken.append(n) or empty(n, **options))
+        tracemalloc.start()
+        try:
+            message, table = wire.decode(frames)
+            tensors = wire.tensors(frames, table)
+        except WireError as error:
+            complaint = str(error)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak_bytes < 100_000 + 100 * received_bytes
+    assert sum(taken) <= received_bytes
+    assert len(complaint) < 500
+    if complaint:
+        return
+    again = wire.encode(message, tensors)
+    assert wire.decode(again)[1] == table
+    assert [bytes(f) for f in wire.encode(wire.decode(again)[0], tensors)] == [bytes(f) for f in again]
+
+
+# Each was raised by the decoder of a former version, or asks for more than its frames hold.
+_WELCOME = msgspec.msgpack.encode([MESSAGES[1], []])
+_FIVE = b"\xa6rounds\x05"
+assert _FIVE in _WELCOME
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\x91" * 100_000 + b"\xc0",  # lists in lists: RecursionError
+        b"\xa2\xff\xfe",  # not UTF-8
+        b"\x81\x81\x01\x01\x01",  # a map as a key
+        b"\xdd\xff\xff\xff\xff",  # a list of 4 G items
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\xd7\xff" + b"\xff" * 8,  # a time out of range
+    ],
+    ids=["deep", "not utf-8", "unhashable key", "huge list", "huge map", "huge text", "time"],
+)
+def test_hostile_settings_are_refused(value: bytes) -> None:
+    frames = [wire.MAGIC + _WELCOME.replace(_FIVE, b"\xa6rounds" + value)]
+    with pytest.raises(WireError):
+        wire.decode(frames)
+    assert_refused_or_sound(frames)
+
+
+@pytest.mark.parametrize(
+    ("table", "payload", "words"),
+    [
+        ([["a", "f4", [2], 0], ["a", "f4", [2], 64]], bytes(128), "twice"),
+        ([["a", "f4", [2], 0], ["b", "f4", [2], 0]], bytes(64), "malformed tensor entry 'b'"),  # overlap
+        ([["a", "f4", [2], 0], ["b", "f4", [2], 8]], bytes(128), "malformed tensor entry 'b'"),
+        ([["a", "f4", [2], 0], ["b", "f4", [2], 128]], bytes(192), "malformed tensor entry 'b'"),  # gap
+        ([["a", "f4", [2], 64], ["b", "f4", [2], 0]], bytes(128), "malformed tensor entry 'a'"),
+        ([["a", "f4", [17], 0]], bytes(64), "announces 128"),
+        ([["a", "f4", [2], 0]], bytes(128), "announces 64"),
+        ([["a", "f4", [2**40], 0]], bytes(64), "announces"),
+        ([["a", "f4", [2**64 - 1, 2**64 - 1], 0]], bytes(64), "malformed"),
+        ([["a", "f4", [0, 2**62], 0]], b"", "malformed"),  # empty, but no strides can be made for it
+        ([["a", "f4", [1] * 17, 0]], bytes(64), "malformed"),
+        ([["a", "f4", [-2], 0]], bytes(64), "header"),
+        ([["a", "f4", [2.0], 0]], bytes(64), "header"),
+        ([["a", "f4", [True], 0]], bytes(64), "header"),
+        ([["a", "f16", [2], 0]], bytes(64), "malformed"),
+        ([["a", "f4", [2], 0]], None, "payload"),
+        ([["a", "f4", [0], 0]], None, "payload"),  # an IndexError once: announced, and no frame came
+        ([], b"", "payload"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_table_that_does_not_fit_is_refused(table: list[Any], payload: bytes | None, words: str) -> None:
+    frames = frames_of(HELLO, table, payload)
+    with pytest.raises(WireError, match=words):
+        wire.decode(frames)
+    assert_refused_or_sound(frames)
+
+
+def test_a_shape_of_a_million_sizes_is_refused_at_once() -> None:
+    """Their product would have 64 million bits; the test's time limit is the assertion."""
+    with pytest.raises(WireError, match="malformed"):
+        wire.decode(frames_of(HELLO, [["a", "f4", [2**64 - 1] * 1_000_000, 0]]))
+
+
+def test_the_header_has_a_largest_size() -> None:
+    def of_size(num_bytes: int) -> list[bytes | memoryview]:
+        empty = wire.num_bytes(wire.encode(wire.Refusal(reason="r" * 100_000, cure="")))
+        return wire.encode(wire.Refusal(reason="r" * (100_000 + num_bytes - empty), cure=""))
+
+    wire.decode(of_size(wire.MAX_HEADER_BYTES))
+    with pytest.raises(WireError, match="header of 16777217 bytes"):
+        wire.decode(of_size(wire.MAX_HEADER_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b""],
+        [b"GET / HTTP/1.1"],
+        [b"LTE\x02" + bytes(wire.encode(HELLO)[0])[4:]],  # a later version of the protocol
+        [*wire.encode(HELLO, {"a": torch.ones(1)}), b""],
+    ],
+)
+def test_other_things_than_messages_are_refused(frames: list[bytes]) -> None:
+    with pytest.raises(WireError):
+        wire.decode(frames)
+
+
+@pytest.mark.parametrize("field", ["heads", "version", "incarnation", "tokens"])
+def test_counts_are_not_negative(field: str) -> None:
+    """Negative heads would turn a merge's sign."""
+    message = next(m for m in MESSAGES if hasattr(m, field) and not isinstance(m, wire.Welcome))
+    frames = wire.encode(msgspec.structs.replace(message, **{field: -1}))
+    with pytest.raises(WireError, match=field):
+        wire.decode(frames)
+
+
+def test_fields_that_are_missing_or_unknown_are_refused() -> None:
+    fields = msgspec.to_builtins(HELLO)
+    for wrong in (fields | {"more": 1}, {k: v for k, v in fields.items() if k != "session"}, {"type": "Hi"}):
+        with pytest.raises(WireError, match="malformed header"):
+            wire.decode([wire.MAGIC + msgspec.msgpack.encode([wrong, []])])
+    wire.decode([wire.MAGIC + msgspec.msgpack.encode([fields, []])])
+
+
+def variant(**changes: Any) -> list[type[msgspec.Struct]]:
+    """The vocabulary with another Pulse: fields changed, added, or (None) taken away."""
+    fields = {f.name: f.type for f in msgspec.structs.fields(wire.Pulse)} | changes
+    pulse = msgspec.defstruct(
+        "Pulse", [(name, kind) for name, kind in fields.items() if kind], bases=(wire.Message,), kw_only=True
+    )
+    return [pulse if kind is wire.Pulse else kind for kind in get_args(wire.AnyMessage)]
+
+
+def test_the_schema_names_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wire.schema_of(variant()) == wire.SCHEMA
+    names = {
+        wire.schema_of(kinds)
+        for kinds in (
+            variant(),
+            variant(more=int),
+            variant(version=None),
+            variant(version=str),
+            variant(version=int | None),
+            variant()[1:],
+        )
+    }
+    assert len(names) == 6
+    monkeypatch.setitem(wire.DTYPES, "f1", torch.float8_e4m3fn)
+    assert wire.schema_of(variant()) not in names
