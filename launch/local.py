@@ -69,6 +69,7 @@ class _Processes:
         self.server: subprocess.Popen[bytes] | None = None
         self.workers: dict[int, subprocess.Popen[bytes]] = {}
         self.failures: dict[int, tuple[int, str]] = {}  # worker: its exit code, and why
+        self.num_finished = 0
         self.signal = 0  # that this process got first
 
     def run(self) -> int:
@@ -122,12 +123,10 @@ class _Processes:
     def _supervise(self) -> int:
         """Wait for the server to end; end it when no worker is left, or the first round cannot come."""
         assert self.server is not None
-        too_few = False
         while self.server.poll() is None:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
             self._reap_workers()
-            too_few = bool(self.failures) and not (self.workers and self._has_begun())
-            if too_few and not self.signal:
+            if self._is_hopeless() and not self.signal:
                 self.server.terminate()
                 self.server.wait()
         code = self.server.returncode
@@ -141,14 +140,19 @@ class _Processes:
                 file=sys.stderr,
             )
             return 1
-        if code and too_few:  # a user's mistake if it was every worker's
+        if code and self._is_hopeless():  # a user's mistake if it was every worker's
             return 2 if {failed for failed, _ in self.failures.values()} == {2} else 1
         return code
+
+    def _is_hopeless(self) -> bool:
+        """Whether workers failed and nobody is left to go on, or too few for the first round."""
+        return bool(self.failures) and not self.num_finished and not (self.workers and self._has_begun())
 
     def _reap_workers(self) -> None:
         for k, worker in list(self.workers.items()):
             if worker.poll() is not None:
                 del self.workers[k]
+                self.num_finished += worker.returncode == 0
                 if worker.returncode not in (0, EXIT_RUN_ENDED):
                     self.failures[k] = worker.returncode, self._last_words(k, worker.returncode)
 

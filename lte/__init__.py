@@ -1,12 +1,12 @@
 """lte: pretrain networks from scratch with LoRA workers and a parameter server.
 
-    model = lte.convert(model, lte.LoRA(rank=32), base="nf4")
-    with lte.Worker(model, server="tcp://10.0.0.1:5555") as worker:
-        for batch in loader:
-            loss = model(batch)
-            loss.backward()
-            if not worker.step(loss):
-                break
+model = lte.convert(model, lte.LoRA(rank=32), base="nf4")
+with lte.Worker(model, server="tcp://10.0.0.1:5555") as worker:
+    for batch in loader:
+        loss = model(batch)
+        loss.backward()
+        if not worker.step(loss):
+            break
 """
 
 from lte.config import (

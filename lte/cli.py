@@ -152,7 +152,7 @@ def _train(arguments: argparse.Namespace) -> int:
         code = local.train_in_threads(recipe)
         _conclude(recipe, finished=code == 0)
         return code
-    language.check_data(recipe)
+    language.check_training_data(recipe)
     return local.train_in_processes(recipe, [arguments.config, *arguments.overrides])
 
 

@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from lte.errors import ConfigError
 from lte.lowrank import Init, Subspace
 from lte.quantize import Quant
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _no_truth(value: Any) -> Any:
+    """Python takes true for 1; a person who writes `train.rounds=true` means something else."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number")
+    return value
+
+
+def _none_if_said(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+_MAX_INT = 2**63 - 1
+"""What travels, and what torch counts with."""
+Count = Annotated[int, Field(ge=1, le=_MAX_INT), BeforeValidator(_no_truth)]
+Whole = Annotated[int, Field(ge=0, le=_MAX_INT), BeforeValidator(_no_truth)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Name = Annotated[str, Field(min_length=1)]
+_OrNone = BeforeValidator(_none_if_said)
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -40,7 +59,7 @@ class Run:
     """Where a run lives and how it starts."""
 
     __pydantic_config__ = _STRICT
-    dir: str = _doc("runs/default", "folder that the run writes")
+    dir: Name = _doc("runs/default", "folder that the run writes")
     seed: Whole = _doc(0, "seed of initialization, heads and data order")
     resume: Literal["auto", "never", "must"] = _doc(
         "auto", "auto: go on with the run in run.dir, if any; never: move it aside; must: demand it"
@@ -66,7 +85,7 @@ class Data:
     """Where the tokens come from."""
 
     __pydantic_config__ = _STRICT
-    shards: str = _doc("data/shards", "folder made by `lte data pack`: WebDataset shards, index.json")
+    shards: Name = _doc("data/shards", "folder made by `lte data pack`: WebDataset shards, index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +105,9 @@ class Override:
 
     __pydantic_config__ = _STRICT
     modules: str = _doc("*", "pattern of module names, such as 'blocks.*.mlp.*'")
-    rank: Count | None = _doc(None, "lora_rank r of these modules")
-    scale: Positive | None = _doc(None, "lora_scale s of these modules")
-    init: Init | None = _doc(None, "initialization of A of these modules")
+    rank: Annotated[Count | None, _OrNone] = _doc(None, "lora_rank r of these modules")
+    scale: Annotated[Positive | None, _OrNone] = _doc(None, "lora_scale s of these modules")
+    init: Annotated[Init | None, _OrNone] = _doc(None, "initialization of A of these modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +152,9 @@ class Optimizer:
     __pydantic_config__ = _STRICT
     name: Literal["adamw", "sgd"] = _doc("adamw", "torch's AdamW, or SGD with momentum")
     lr: NonNegative = _doc(1e-3, "learning rate of lora_B, at its peak")
-    lr_A: NonNegative | None = _doc(None, "learning rate of lora_A, at its peak; none: the same as lr")
+    lr_A: Annotated[NonNegative | None, _OrNone] = _doc(
+        None, "learning rate of lora_A, at its peak; none: the same as lr"
+    )
     dense_lr: NonNegative = _doc(3e-3, "learning rate of dense parameters, at its peak")
     beta1: Fraction = _doc(0.9, "AdamW's first decay")
     beta2: Fraction = _doc(0.95, "AdamW's second decay")
@@ -194,7 +215,7 @@ class WorkerSettings:
     """What a worker process does with its machine."""
 
     __pydantic_config__ = _STRICT
-    device: str = _doc("auto", "auto: a GPU if there is one; or cpu, cuda, cuda:1")
+    device: Name = _doc("auto", "auto: a GPU if there is one; or cpu, cuda, cuda:1")
     num_threads: Count = _doc(1, "CPU threads of a worker")
     heartbeat_s: Positive = _doc(1.0, "seconds between signs of life")
     patience_s: Positive = _doc(60.0, "seconds without a word from the server after which a worker leaves")
@@ -263,15 +284,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         raise ConfigError([_missing_file(Path(path))]) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
+        raise ConfigError([f"{path}: cannot be read ({reason})"]) from None
     try:
-        tree = yaml.safe_load(text)
+        tree = _read_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: not YAML ({' '.join(str(error).split())})"]) from None
+        raise ConfigError([_yaml_fault(path, error)]) from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError([f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}"])
+        raise ConfigError([f"{path}: must hold sections, such as train:, not {_quoted(tree)}"])
     faults: list[str] = []
     for override in overrides:
         _override(tree, override, faults)
@@ -290,7 +312,9 @@ def from_dict(tree: Mapping[str, Any], faults: Sequence[str] = ()) -> Recipe:
     found = list(faults)
     recipe: Recipe | None = None
     try:
-        recipe = _ADAPTER.validate_python(tree)
+        # A section whose settings are all commented out is none in YAML.
+        sections = {key: {} if value is None else value for key, value in tree.items()}
+        recipe = _ADAPTER.validate_python(sections)
     except ValidationError as error:
         found += [_fault_line(fault) for fault in error.errors()]
     if recipe is not None:
@@ -303,6 +327,8 @@ def from_dict(tree: Mapping[str, Any], faults: Sequence[str] = ()) -> Recipe:
 def check(recipe: Recipe) -> list[str]:
     """Faults that no single field shows, one line each."""
     lora, model, train, outer = recipe.lora, recipe.model, recipe.train, recipe.outer
+    inits = [lora.init, *(override.init for override in lora.overrides)]
+    other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
     rules = [
         (
             model.width % model.num_attention_heads == 0
@@ -328,8 +354,9 @@ def check(recipe: Recipe) -> list[str]:
             "lora.moments: transport needs lora.A = rotating (clear or keep otherwise)",
         ),
         (
-            lora.subspace == "random" or lora.init == "semi-orthogonal",
-            f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {lora.init}",
+            lora.subspace == "random" or other_init is None,
+            f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {other_init} (in"
+            " lora.overrides, too)",
         ),
         (
             outer.name == "sgd" or (outer.lr == 1.0 and outer.momentum == 0.0),
@@ -343,11 +370,6 @@ def check(recipe: Recipe) -> list[str]:
             recipe.worker.heartbeat_s * 3 <= recipe.server.silence_s,
             f"server.silence_s: {recipe.server.silence_s:g} s must be at least 3 times"
             f" worker.heartbeat_s ({recipe.worker.heartbeat_s:g} s)",
-        ),
-        (
-            recipe.schedule.warmup_steps <= recipe.total_steps,
-            f"schedule.warmup_steps: {recipe.schedule.warmup_steps} is more than the run has"
-            f" ({recipe.total_steps} = train.rounds * train.local_steps)",
         ),
         (
             recipe.server.address.partition("://")[0] in ("tcp", "ipc", "inprocess"),
@@ -364,7 +386,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """A recipe as YAML with every setting, which `load` reads back."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def replace(recipe: Recipe, **changes: Any) -> Recipe:
@@ -385,7 +407,7 @@ def differences(one: Recipe, other: Recipe, sections: Sequence[str]) -> list[str
     left, right = dict(_leaves(to_dict(one))), dict(_leaves(to_dict(other)))
     return [
         f"{key}: {left.get(key)} -> {right.get(key)}"
-        for key in left.keys() | right.keys()
+        for key in sorted(left.keys() | right.keys())
         if key.split(".")[0] in sections and left.get(key) != right.get(key)
     ]
 
@@ -409,11 +431,12 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _show(value: Any) -> str:
-    if value is None:
-        return "none"
+    """A default as it is written in an override."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(str, value)) + "]"
-    return repr(value) if isinstance(value, str) and not value.strip() else str(value)
+        return yaml.dump(list(value), Dumper=_Dumper, default_flow_style=True).strip()
+    if isinstance(value, str):
+        return value if value.strip() else json.dumps(value)
+    return "none" if value is None else str(value).lower()
 
 
 def _type_name(hint: Any) -> str:
@@ -433,13 +456,20 @@ def _type_name(hint: Any) -> str:
 
 def _override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    key = key.strip()
+    if not equals or not all(key.split(".")):
         faults.append(f"{override!r}: an override is key=value, such as train.rounds=20")
         return
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError:
-        faults.append(f"{key}: {text!r} is not a YAML value")
+        value = _UNREADABLE
+    if key in _text_keys() and not isinstance(value, str):  # a folder named 2024, a prompt "ROMEO:"
+        value = text
+    if value is _UNREADABLE:
+        faults.append(
+            f"{key}: {_quoted(text)} cannot be read; lists are [a, b], text with signs in it 'a: b'"
+        )
         return
     _place(tree, key, value, override, faults)
 
@@ -448,7 +478,9 @@ def _place(tree: dict[str, Any], key: str, value: Any, met: str, faults: list[st
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
-        child = node.setdefault(section, {})
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
         if not isinstance(child, dict):
             faults.append(f"{met}: {section!r} is a value, not a section")
             return
@@ -456,41 +488,76 @@ def _place(tree: dict[str, Any], key: str, value: Any, met: str, faults: list[st
     node[leaf] = value
 
 
+_UNREADABLE = object()
+_EXPECTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "finite_number": "finite",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "number": "a number",
+    "string_too_short": "a name",
+    "string_type": "text in quotes",
+    "tuple_type": "a list, such as [a, b]",
+}
+"""What to say for pydantic's types of errors."""
+
+
 def _fault_line(fault: Any) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in fault["loc"] if part != "Recipe"]
     key = ".".join(path)
     met = fault["input"]
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
         return f"{key}: unknown setting{_nearest(key)}"
     if fault["type"] in ("dataclass_type", "dataclass_exact_type", "model_type", "dict_type"):
-        return f"{key or 'recipe'}: must be a section with settings of its own, not {met!r}"
+        return f"{key or 'recipe'}: must be a section with settings of its own, not {_quoted(met)}"
     if fault["type"] == "literal_error":
         expected = fault["ctx"]["expected"].replace("'", "")
-        return f"{key}: {met!r} is not one of {expected}{_nearest_choice(met, expected)}"
-    message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}: {met!r} must be {message}"
+        return f"{key}: {_quoted(met)} is not one of {expected}{_nearest_choice(met, expected)}"
+    expected = _EXPECTED.get(fault["type"], fault["msg"].removeprefix("Input should be "))
+    return f"{key}: must be {expected}, not {_quoted(met)}"
+
+
+def _quoted(met: object) -> str:
+    """A value as a person wrote it, on one line of bearable length."""
+    text = str(met).lower() if met is None or isinstance(met, bool) else repr(met)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _known_keys() -> list[str]:
-    leaves = [key for key, *_ in describe()]
-    return sorted({key.split(".")[0] for key in leaves}) + leaves
+    return [key for key, *_ in describe()]
+
+
+def _text_keys() -> set[str]:
+    return {key for key, kind, *_ in describe() if kind == "str"}
 
 
 def _nearest(key: str) -> str:
-    """', did you mean ...?' with the nearest valid name, by whole key or by its last part."""
+    """What was meant, most likely: `, did you mean ...?`, or what there is."""
+    *above, leaf = key.split(".")
+    if above[:2] == ["lora", "overrides"]:
+        return _choose(leaf, [field.name for field in fields(Override)])
     known = _known_keys()
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not close:  # the right name in the wrong section, or misspelt in a right one
-        leaf = key.split(".")[-1]
-        by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
-        close = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
-    if not close:
-        section = key.split(".")[0]
-        names = [name.split(".", 1)[1] for name in known if name.startswith(section + ".")]
-        choices = names or sorted({name.split(".")[0] for name in known})
-        return f"; known here: {', '.join(choices)}"
-    return f", did you mean {close[0]}?"
+    if namesakes := [name for name in known if name.split(".")[-1] == leaf]:
+        close = difflib.get_close_matches(key, namesakes, n=1, cutoff=0.75)
+        return f", did you mean {' or '.join(close or namesakes)}?"
+    if not above:
+        return _choose(leaf, [section.name for section in fields(Recipe)])
+    siblings = {name.split(".")[-1]: name for name in known if name.startswith(f"{above[0]}.")}
+    everywhere = {name.split(".")[-1]: name for name in reversed(known)}
+    for names, cutoff in ((siblings, 0.6), (everywhere, 0.75)):
+        if close := difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff):
+            return f", did you mean {names[close[0]]}?"
+    return _choose(leaf, list(siblings))
+
+
+def _choose(met: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(met, names, n=1)
+    return f", did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"
 
 
 def _nearest_choice(met: object, expected: str) -> str:
@@ -500,11 +567,68 @@ def _nearest_choice(met: object, expected: str) -> str:
 
 
 def _missing_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    names = [str(found) for found in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
-    close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
-    hint = f", did you mean {close[0]}?" if close else (f"; there is: {', '.join(names)}" if names else "")
-    return f"{path}: no such file{hint}"
+    found = [file for folder in (path.parent, Path("configs")) for file in sorted(folder.glob("*.yaml"))]
+    by_name = {file.stem: str(file) for file in reversed(found)}
+    close = difflib.get_close_matches(path.stem, by_name, n=1, cutoff=0.5)
+    if close:
+        return f"{path}: no such file, did you mean {by_name[close[0]]}?"
+    there = f"; there is: {', '.join(dict.fromkeys(map(str, found)))}" if found else ""
+    return f"{path}: no such file{there}"
+
+
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers and truth values of its version 1.2, and every key once.
+
+    PyYAML's 1.1 reads `off` as false, `1e-3` as text and `10:00` as 600.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for n, key in enumerate(keys):
+            if key.value in (other.value for other in keys[:n]):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} occurs twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what readers of either version would take for something else than text."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Line breaks that are not ASCII must be escaped, or they are read as spaces."""
+        style = '"' if set(text) & set("\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Loader.yaml_implicit_resolvers = {}
+_NUMBER = r"(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)"
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    ("float", rf"[-+]?(?:{_NUMBER})|\.(?:nan|NaN|NAN)", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in lists in lists
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _yaml_fault(path: str | Path, error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{path}, line {error.problem_mark.line + 1}: {error.problem}"
+    return f"{path}: not YAML ({' '.join(str(error).split())})"
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,7 +35,7 @@ def make_server(
     Raises:
         DataError: the shards are missing or do not fit the model.
     """
-    check_data(recipe)
+    check_training_data(recipe)
     return Server(
         lambda: initial_model(recipe),
         recipe,
@@ -73,14 +73,7 @@ def work(
         if shards is not None:
             recipe = config.replace(recipe, **{"data.shards": shards})
         check_data(recipe)
-        stream = TrainingStream(
-            recipe.data.shards,
-            context_tokens=recipe.model.context_tokens,
-            batch_size=recipe.train.batch_size,
-            seed=recipe.run.seed,
-            worker=welcome.slot,
-            num_workers=recipe.train.workers,
-        )
+        stream = _stream(recipe, welcome.slot)
         say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
         device = _device(recipe.worker.device)
         model = cast(GPT, materialize(_with_heads(recipe), device))
@@ -135,6 +128,19 @@ def check_data(recipe: Recipe) -> None:
         )
 
 
+def check_training_data(recipe: Recipe) -> None:
+    """Refuse data that the run could not be trained or evaluated on, before anything is started.
+
+    Raises:
+        DataError: no shards, or too little text. ConfigError: tokens that the model does not know.
+    """
+    check_data(recipe)
+    for worker in range(recipe.train.workers):
+        _stream(recipe, worker)
+    context_tokens = recipe.model.context_tokens
+    validation_batches(recipe.data.shards, context_tokens=context_tokens, batch_size=EVAL_BATCH)
+
+
 def load_run(folder: Path, which: str = "published") -> tuple[GPT, Recipe, int]:
     """A trained model from a run folder.
 
@@ -168,6 +174,18 @@ def sample(model: GPT, recipe: Recipe, prompt: str, num_tokens: int, *, temperat
     generator = torch.Generator().manual_seed(seed)
     tokens = model.generate(start, num_tokens, temperature=temperature, generator=generator)
     return reader.decode(tokens.tolist())
+
+
+def _stream(recipe: Recipe, worker: int) -> TrainingStream:
+    """The training data of the worker in this slot."""
+    return TrainingStream(
+        recipe.data.shards,
+        context_tokens=recipe.model.context_tokens,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.run.seed,
+        worker=worker,
+        num_workers=recipe.train.workers,
+    )
 
 
 def _with_heads(recipe: Recipe) -> nn.Module:

@@ -113,9 +113,7 @@ def delta(
     return scale * (left @ right)
 
 
-def stacked(
-    lora_A: Tensor, lora_B: Tensor, merged_A: Tensor, merged_B: Tensor
-) -> tuple[Tensor, Tensor]:
+def stacked(lora_A: Tensor, lora_B: Tensor, merged_A: Tensor, merged_B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors (left, right) of B A - B' A' = [B - B', B'] [A; A - A'].
 
     Args:

@@ -181,9 +181,7 @@ def test_heads_of_one_worker_are_workers_of_one_head(mode: str, optimizer: str) 
     H = 4
     common = {"lora.merge": mode, "optimizer.name": optimizer, "optimizer.lr": 0.02}
     many = Simulation(seeded(Regression), recipe(**common), H)
-    one = Simulation(
-        seeded(Regression), recipe(**common, **{"lora.heads": H, "train.batch_size": 8 * H}), 1
-    )
+    one = Simulation(seeded(Regression), recipe(**common, **{"lora.heads": H, "train.batch_size": 8 * H}), 1)
     for round_ in range(3):
         data = batches(H, 4, 8, seed=round_)
         joined = [tuple(torch.cat([data[w][t][i] for w in range(H)]) for i in (0, 1)) for t in range(4)]

@@ -10,18 +10,21 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import yaml
-from processes import Command, Family, done, lines, saved_versions, versions
+from processes import DEADLINE_S, Command, Family, done, lines, saved_versions, versions
 
 from launch import local
-from lte import config, language
+from lte import config, language, transport, wire
 from lte.cli import main
-from lte.track import METRICS, Records
+from lte.errors import RunEnded
+from lte.server.master import Master
+from lte.track import METRICS
 
 ENDS_WITHIN_S = 10.0
 """How long Ctrl-C may take."""
@@ -72,7 +75,20 @@ def write_recipe(folder: Path, name: str = "recipe.yaml", **settings: Any) -> Pa
 
 def write_text(path: Path) -> Path:
     """About 8 kB of words."""
-    words = "the quick brown fox jumps over a lazy dog while seven wizards brew ale".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "lazy",
+        "dogs",
+        "while",
+        "wizards",
+        "brew",
+        "ale",
+    ]
     generator = random.Random(0)
     path.write_text("\n".join(" ".join(generator.choices(words, k=8)) for _ in range(200)))
     return path
@@ -85,6 +101,7 @@ class Outcome(NamedTuple):
 
 
 Lte = Callable[..., Outcome]
+Heard = TypeVar("Heard", bound=wire.Message)
 
 
 @pytest.fixture
@@ -354,7 +371,7 @@ def test_wandb_offline_needs_no_key_and_no_network(
     wandb.teardown()
     assert (code, err) == (0, "")
     (recorded,) = (folder / "run" / "wandb").glob("offline-run-*/*.wandb")
-    assert recorded.stat().st_size > 0
+    assert b"round/uplink_bytes" in recorded.read_bytes()
     assert "wandb sync" in next(
         line["message"] for line in lines(folder / "run", "event") if line["what"] == "wandb"
     )
@@ -392,7 +409,7 @@ def assert_whole(run: Path, rounds: int) -> None:
 
 
 def test_the_run_goes_on_without_a_worker_that_was_killed(family: Family, folder: Path) -> None:
-    settings = {"server__silence_s": 3.0, "worker__heartbeat_s": 0.3}
+    settings = {"server__silence_s": 5.0, "worker__heartbeat_s": 0.3}
     command = start_long_run(family, folder, **settings)
     family.kill(family.members("worker")[0])
 
@@ -568,7 +585,7 @@ def test_a_hand_run_server_that_waits_can_be_stopped(lte: Lte, family: Family, f
     assert server.ended(within_s=ENDS_WITHIN_S) == 130
     assert server.err == ""
     assert saved_versions(folder / "run") == [0]
-    finish(lte, folder, 2)
+    finish(lte, folder, 3)
 
 
 def test_ctrl_c_of_a_hand_run_worker_leaves_the_others_training(family: Family, folder: Path) -> None:
@@ -591,6 +608,54 @@ def test_ctrl_c_of_a_hand_run_worker_leaves_the_others_training(family: Family, 
     assert left == f"{name} is gone: interrupted"
     assert_whole(folder / "run", 150)
     assert {line["num_merged"] for line in lines(folder / "run", "round")} == {1, 2}
+
+
+def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Path) -> None:
+    """A worker that joins at version 5 trains, although a sign of life follows the word at once."""
+    recipe = config.from_dict(tree(server__address="inprocess://x", worker__heartbeat_s=0.01))
+    master = Master(language.initial_model(recipe), recipe)
+    endpoint = transport.bind(recipe.server.address, max_message_bytes=1 << 20)
+    ended: list[RunEnded] = []
+
+    def work() -> None:
+        try:
+            language.work(recipe.server.address, say=lambda line: None)
+        except RunEnded as end:
+            ended.append(end)
+
+    def hear(kind: type[Heard]) -> tuple[transport.Peer, Heard]:
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            received = endpoint.receive(max(0.0, deadline - time.monotonic()))
+            assert received, f"no {kind.__name__}"
+            message, _ = wire.decode(received[1])
+            if isinstance(message, kind):
+                return received[0], message
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        peer, _ = hear(wire.Hello)
+        welcome = wire.Welcome(
+            generation=2,
+            worker_id="w0",
+            incarnation=1,
+            slot=0,
+            version=5,
+            settings=config.to_dict(recipe),
+            model=master.plan.describe(recipe.lora),
+            base_digest=master.base_digest(),
+        )
+        endpoint.send(peer, wire.encode(welcome, master.published()))
+        endpoint.send(peer, wire.encode(wire.Begin(generation=2, version=5)))
+        endpoint.send(peer, wire.encode(wire.Pulse(generation=2, version=5)))
+        assert hear(wire.Heartbeat)[1].version == 5
+        assert hear(wire.Contribution)[1].version == 5
+    finally:
+        endpoint.send(peer, wire.encode(wire.Farewell(generation=2, reason="enough", finished=False)))
+        worker.join()
+        endpoint.close()
+    assert [str(end) for end in ended] == ["enough"]
 
 
 # Resuming
@@ -680,22 +745,25 @@ def is_one_line(text: str, *parts: str) -> bool:
 MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["train", "recipee.yaml"], ["recipee.yaml: no such file, did you mean recipe.yaml?"]),
     (["train", "data"], ["data: cannot be read"]),
-    (["train", "text.txt"], ["text.txt: a recipe is a mapping of sections"]),
+    (["train", "text.txt"], ["text.txt: "]),
     (["train", "recipe.yaml", "lora.rnak=3"], ["lora.rnak: unknown setting, did you mean lora.rank?"]),
     (["train", "recipe.yaml", "rank=3"], ["rank: unknown setting, did you mean lora.rank?"]),
     (["train", "recipe.yaml", "lora.rank"], ["'lora.rank': an override is key=value"]),
-    (["train", "recipe.yaml", "lora.rank=0"], ["lora.rank: 0 must be greater than or equal to 1"]),
+    (["train", "recipe.yaml", "lora.rank=0"], ["lora.rank: ", "must be greater"]),
     (["train", "recipe.yaml", "lora.merge=resetb"], ["lora.merge: 'resetb'", "did you mean reset-b?"]),
     (["train", "recipe.yaml", "data.shards=nowhere"], ["nowhere: no packed text", "lte data pack TEXT"]),
     (["train", "recipe.yaml", "model.vocab_size=99"], ["model.vocab_size: 99 is less than the 256 tokens"]),
-    (["train", "recipe.yaml", "model.context_tokens=9999"], ["tokens", "context_tokens"]),
+    (
+        ["train", "recipe.yaml", "model.context_tokens=9999"],
+        ["tokens are too few for windows of 9999", "context_tokens"],
+    ),
     (["train", "recipe.yaml", "run.dir=text.txt"], ["text.txt: cannot be a run's folder (File exists)"]),
     (["train", "recipe.yaml", "run.dir=text.txt/run"], ["text.txt/run: cannot be a run's folder"]),
     (["train", "recipe.yaml", "run.dir=/proc/run"], ["/proc/run: cannot be a run's folder", "run.dir"]),
     (["train", "recipe.yaml", "--fast"], ["unrecognized arguments: --fast (see 'lte --help')"]),
     (["server", "recipe.yaml", "server.address=tcp://0.0.0.0:*"], ["there are no keys", "insecure=true"]),
-    (["server", "recipe.yaml", "server.address=tcp://127.0.0.1"], ["tcp://127.0.0.1: cannot be bound"]),
-    (["server", "recipe.yaml", "server.address=5555"], ["server.address: 5555 must be"]),
+    (["server", "recipe.yaml", "server.address=tcp://127.0.0.1"], ["tcp://127.0.0.1", "tcp://HOST:PORT"]),
+    (["server", "recipe.yaml", "server.address=5555"], ["server.address: ", "tcp://"]),
     (["worker", "--server", "127.0.0.1:5555"], ["an address is tcp://HOST:PORT"]),
     (["worker"], ["the following arguments are required: --server (see 'lte worker --help')"]),
     (["worker", "--server", "tcp://127.0.0.1:1", "--wait", "soon"], ["'soon' is not a number"]),
@@ -792,21 +860,21 @@ def test_train_help_documents_every_setting(lte: Lte) -> None:
         assert re.search(rf"^ +{re.escape(key)} \(.*, {re.escape(default)}\)$", out, re.M), key
 
 
-def test_the_reader_of_a_pipe_may_leave(lte: Lte, family: Family, folder: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    help_ = family.start("train", "--help", stdout=writing)
-    os.close(writing)
+def test_the_reader_of_a_pipe_may_leave(family: Family, folder: Path) -> None:
+    def start(*arguments: str | Path) -> tuple[Command, int]:
+        reading, writing = os.pipe()
+        command = family.start(*arguments, stdout=writing)
+        os.close(writing)
+        return command, reading
 
-    reading, writing = os.pipe()
-    train = family.start("train", write_recipe(folder, **LONG), "train.workers=1", stdout=writing)
-    os.close(writing)
+    help_, reading = start("train", "--help")
+    os.close(reading)
+    train, reading = start("train", write_recipe(folder, **LONG), "train.workers=1")
     with os.fdopen(reading) as pipe:  # as `| head -1` does
         assert pipe.readline().startswith("event started")
-    for command in (help_, train):
-        assert command.ended() == 128 + signal.SIGPIPE
-        assert command.err == ""
-    assert family.members() == []
+
+    assert help_.ended() in (0, 128 + signal.SIGPIPE)
+    assert train.ended() == 128 + signal.SIGPIPE
+    assert (help_.err, train.err, family.members()) == ("", "", [])
     assert lines(folder / "run", "event")[-1]["message"] == "its output was closed"
     assert saved_versions(folder / "run")[-1] == (versions(folder / "run") or [0])[-1]
-    assert Records.read(folder / "run" / METRICS)[-1]["kind"] == "event"

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(command: str, folder: Path, *more: str) -> str:
     """Run a command line of the README; returns what it printed."""
-    words = [sys.executable, "-m", *shlex.split(command)] + list(more)
+    words = [sys.executable, "-m", *shlex.split(command), *more]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 import os
 import socket
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zmq
 
 from lte import transport
 from lte.errors import ConnectError
@@ -306,14 +308,14 @@ def test_closing_leaves_no_thread_and_no_file(link: Link) -> None:
         peer, _ = hear(server)
         server.send(peer, [b"welcome"])
         hear_at(worker)
-    assert link.kind == "inprocess" or held() > before, "the test is blind"
+    assert link.kind == "inprocess" or min(map(operator.sub, held(), before)) > 0, "the test is blind"
     start_s = time.monotonic()
     for endpoint in (*workers, server):
         endpoint.close()
     assert time.monotonic() - start_s < PROMPT_S
     del server, workers, worker, endpoint, peer
     link.close()
-    assert held() == before
+    assert max(map(operator.sub, held(), before)) <= 0
 
 
 def test_an_endpoint_may_be_closed_twice_and_then_sends_nothing(link: Link) -> None:
@@ -488,7 +490,7 @@ def test_a_malformed_address_is_one_line(
     line = str(raised.value)
     assert address.strip() in line
     assert "\n" not in line
-    assert "tcp://HOST:PORT" in line or "ports end at 65535" in line
+    assert any(cure in line for cure in ("tcp://HOST:PORT", "ports end at 65535", "choose another path"))
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "tcp://*:5555"])
@@ -537,7 +539,7 @@ class SlowLink:
     def __init__(self, port: int, after_bytes: int) -> None:
         self._port, self._after_bytes = port, after_bytes
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "tcp://127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self.holding, self.go_on = threading.Event(), threading.Event()
         self.num_connections = 0
         self._open: list[socket.socket] = []
@@ -578,12 +580,17 @@ class SlowLink:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_message_that_takes_long_is_not_cut_off() -> None:
-    """With ZMTP's heartbeats, a pong waits behind the frame under way and the link is cut at the timeout.
-
-    On a link of 10 MB/s and with a timeout of 10 s, nothing above 100 MB ever arrived. No clock is
-    made to run fast here, so the test asks for what the sockets are set to.
+def test_a_message_that_takes_long_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ZMTP's heartbeats, a pong waits behind the frame under way, and the link is cut at the timeout:
+    with 10 s, no 100 MB ever arrived at 10 MB/s. Whatever is asked of them goes 50 times faster here.
     """
+    setsockopt = zmq.Socket.setsockopt
+
+    def hurried(self: zmq.Socket[bytes], option: int, value: int) -> None:
+        is_time = option in (zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TIMEOUT, zmq.HEARTBEAT_TTL)
+        setsockopt(self, option, -(-value // 50) if is_time else value)
+
+    monkeypatch.setattr(zmq.Socket, "setsockopt", hurried)
     with contextlib.closing(transport.bind("tcp://127.0.0.1:*", max_message_bytes=1 << 30)) as server:
         link = SlowLink(int(server.address.rpartition(":")[2]), after_bytes=1 << 20)
         with contextlib.closing(link), contextlib.closing(transport.connect(link.address)) as worker:

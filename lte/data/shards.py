@@ -282,7 +282,8 @@ def _order(
         offset = int(torch.randint(context_tokens, (), generator=generator))
         starts = offset + context_tokens * np.array(numbers)
         windows.append(np.stack([np.full_like(starts, which), starts], axis=1))
-    return np.concatenate(windows)[_permutation(sum(map(len, windows)), seed, worker, epoch, group[0][0].file)]
+    order = _permutation(sum(map(len, windows)), seed, worker, epoch, group[0][0].file)
+    return np.concatenate(windows)[order]
 
 
 def _read_group(folder: Path, dtype: str, shards: tuple[Shard, ...]) -> list[Tokens]:

@@ -13,7 +13,6 @@ from lte.compress import A, B
 from lte.config import Outer, Recipe
 from lte.errors import ConfigError
 from lte.nn import adapted_modules, plan
-from lte.quantize import Quantized
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class ZmqServer:
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            self._socket.close(linger=0)
+            self._context.term()
             raise ConnectError(_bind_fault(address, error)) from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
@@ -85,7 +86,8 @@ class ZmqServer:
         return bytes(peer.buffer), views
 
     def close(self) -> None:
-        self._context.destroy(linger=_LINGER_MS)
+        self._socket.close()
+        self._context.term()
 
 
 class ZmqWorker:
@@ -99,7 +101,8 @@ class ZmqWorker:
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            self._socket.close(linger=0)
+            self._context.term()
             raise ConnectError(f"{address}: cannot connect ({_words(error)}); {_FORMS}") from None
         self._inbox: queue.Queue[list[memoryview]] = queue.Queue()
         self._outbox: deque[Frames | None] = deque()
@@ -125,7 +128,8 @@ class ZmqWorker:
     def close(self) -> None:
         self._put(None)  # nothing is taken after it
         self._thread.join()
-        self._context.destroy(linger=_LINGER_MS)
+        self._bell.close()
+        self._context.term()
 
     def _put(self, item: Frames | None) -> None:
         with self._lock:  # the bell is a socket, which one thread at a time may use
@@ -139,17 +143,18 @@ class ZmqWorker:
         poller = zmq.Poller()
         poller.register(bell, zmq.POLLIN)
         poller.register(self._socket, zmq.POLLIN)
-        while True:
-            ready = dict(poller.poll())
-            if self._socket in ready:
-                frames = self._socket.recv_multipart(copy=False)
-                self._inbox.put([frame.buffer for frame in frames])
-            if bell in ready:
-                bell.recv()
-                item = self._outbox.popleft()
-                if item is None:
-                    return
-                self._socket.send_multipart(list(item), copy=_frame_bytes(item) < 65_536)
+        with bell, self._socket:
+            while True:
+                ready = dict(poller.poll())
+                if self._socket in ready:
+                    frames = self._socket.recv_multipart(copy=False)
+                    self._inbox.put([frame.buffer for frame in frames])
+                if bell in ready:
+                    bell.recv()
+                    item = self._outbox.popleft()
+                    if item is None:
+                        return
+                    self._socket.send_multipart(list(item), copy=_frame_bytes(item) < 65_536)
 
 
 def bind(address: str, *, max_message_bytes: int, insecure: bool) -> ZmqServer:
@@ -209,7 +214,7 @@ def _check_path(address: str) -> None:
     except (FileNotFoundError, ConnectionRefusedError):
         return
     except OSError as error:
-        raise ConnectError(f"{address}: cannot be bound ({error.strerror})") from None
+        raise ConnectError(f"{address}: cannot be bound ({error.strerror}); choose another path") from None
     raise ConnectError(f"{address}: in use by another server; choose another path")
 
 

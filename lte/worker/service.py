@@ -164,7 +164,7 @@ class Worker:
                 if message.last:
                     self.done = True
                     return
-            elif message.version == self.version and not self._pushed and not self._session.has_news:
+            elif message.version == self.version and not self._pushed:
                 return
 
 

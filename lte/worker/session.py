@@ -70,6 +70,7 @@ class Session:
         except BaseException:
             self._endpoint.close()
             raise
+        self._progress = (self.welcome.version, 0)
         self._patience_s = float(self.welcome.settings["worker"]["patience_s"])
         interval_s = float(self.welcome.settings["worker"]["heartbeat_s"])
         self._heartbeats = threading.Thread(
@@ -103,15 +104,19 @@ class Session:
             RunEnded: the server went, or is not heard any more.
         """
         heard_s = asked_s = time.monotonic()
-        published = -1
+        published, begin = -1, None
         while True:
+            if begin is not None and not self._endpoint.pending():
+                return begin, {}
             frames = self._endpoint.receive(_ASK_AGAIN_S)
             now = time.monotonic()
             if frames is not None:
                 heard_s = now
                 message, entries = self._decoded(frames)
-                if isinstance(message, wire.Begin | wire.Update):
+                if isinstance(message, wire.Update):
                     return message, wire.tensors(frames, entries)
+                if isinstance(message, wire.Begin):
+                    begin = message  # unless an update stands behind it
                 if isinstance(message, wire.Receipt) and message.version == self._pushed_version:
                     if message.status == "refused":
                         raise RefusedError(message.reason, "start the worker again")
@@ -125,11 +130,6 @@ class Session:
                 asked_s = now
             if now - heard_s > self._patience_s:
                 raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
-
-    @property
-    def has_news(self) -> bool:
-        """Whether a message waits to be read."""
-        return self._endpoint.pending() > 0
 
     def close(self, reason: str) -> None:
         """Say that this worker goes, and close. Closing again does nothing."""
