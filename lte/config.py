@@ -324,6 +324,15 @@ def from_dict(tree: Mapping[str, Any], faults: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def checked(recipe: Recipe) -> Recipe:
+    """The same recipe, for one that was made in Python: dataclasses alone take any value.
+
+    Raises:
+        ConfigError: with one line for each fault.
+    """
+    return from_dict(dataclasses.asdict(recipe))
+
+
 def check(recipe: Recipe) -> list[str]:
     """Faults that no single field shows, one line each."""
     lora, model, train, outer = recipe.lora, recipe.model, recipe.train, recipe.outer

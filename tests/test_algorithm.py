@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import lte
 from lte import config, lowrank
+from lte.errors import ConfigError
 
 MODES = ("reset-less", "reset-b", "reset")
 
@@ -352,3 +353,43 @@ def test_the_layer_computes_the_formula_and_its_gradients(quant: str) -> None:
         assert (met.double() - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
     # x sees the mean over the batch, as it would in the unconverted model
     assert (x.grad.double() - wide.grad / 2).abs().max() < 1e-5
+
+
+def test_settings_made_in_python_are_checked() -> None:
+    for lora, base, key in (
+        (lte.LoRA(rank=0), "nf4", "lora.rank"),
+        (lte.LoRA(merge="reset-c"), "nf4", "lora.merge"),
+        (lte.LoRA(A="rotating", merge="reset-less"), "nf4", "lora.A"),
+        (lte.LoRA(modules=("sideways",)), "nf4", "lora.modules"),
+        (lte.LoRA(), "nf5", "base.quant"),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            lte.convert(seeded(Net), lora, base)
+
+
+def test_tied_frozen_and_excluded_weights_get_no_heads() -> None:
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(10, 6),
+            "hidden": nn.Linear(6, 6),
+            "frozen": nn.Linear(6, 6),
+            "head": nn.Linear(6, 6),
+            "output": nn.Linear(6, 10, bias=False),
+        }
+    )
+    model["output"].weight = model["embedding"].weight
+    model["frozen"].weight.requires_grad_(False)
+    lte.convert(model, lte.LoRA(rank=2, exclude=("head",)), "int8")
+    kinds = {name: type(module).__name__ for name, module in model.items()}
+    assert kinds == {
+        "embedding": "Embedding",
+        "hidden": "LoRALinear",
+        "frozen": "Linear",
+        "head": "Linear",
+        "output": "Linear",
+    }
+    dense = dict(lte.nn.dense_parameters(model))
+    assert "embedding.weight" in dense
+    assert "head.weight" in dense
+    assert "frozen.weight" not in dense
+    assert "output.weight" not in dense, "a tied weight is one parameter"

@@ -550,6 +550,7 @@ def test_a_second_ctrl_c_ends_at_once_even_if_the_server_hangs(family: Family, f
     command = start_long_run(family, folder, train__workers=1)
     (server,) = family.members("server")
     os.kill(server, signal.SIGSTOP)
+    command.until(lambda: is_stopped(server) or None, "stop of the server")
     command.signal(signal.SIGINT)
     command.until(lambda: is_pending(server, signal.SIGINT) or None, "SIGINT passed on to the server")
     command.signal(signal.SIGINT)
@@ -557,6 +558,14 @@ def test_a_second_ctrl_c_ends_at_once_even_if_the_server_hangs(family: Family, f
     assert command.ended(within_s=ENDS_WITHIN_S) == 130
     assert family.members() == []
     assert command.err == ""
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process is stopped."""
+    states = [
+        path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")
+    ]
+    return set(states) == {"T"}
 
 
 def is_pending(pid: int, number: int) -> bool:

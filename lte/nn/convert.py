@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from lte import lowrank
-from lte.config import LoRA
+from lte import config, lowrank
+from lte.config import Base, LoRA, Recipe, Train
 from lte.errors import ConfigError
 from lte.nn.linear import LoRALinear
 from lte.quantize import Quant
@@ -132,9 +132,11 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
         The same model, its `nn.Linear` replaced by `LoRALinear`.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or a model that is converted already.
+        ConfigError: impossible settings, a pattern that matches nothing, or a model that is converted.
     """
     lora = lora or LoRA()
+    settings = Recipe(lora=lora, base=Base(quant=base), train=Train(batch_size=lora.heads))
+    lora = config.checked(settings).lora
     if any(adapted_modules(model)):
         raise ConfigError(["this model is converted already"])
     if type(model) is nn.Linear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ from lte.transport import Frames, Peer
 Evaluate = Callable[[nn.Module, int], float | None]
 """(model in eval mode, most tokens to use or 0 for all) -> mean loss, or None where there is none."""
 
+_WORKER_ID = re.compile(r"[\w.-]{0,64}", re.ASCII)
 _LONGEST_WAIT_S = 1.0
 """The service looks at clock and signals at least this often."""
 
@@ -67,6 +69,7 @@ class Server:
             another run, or holds none where one must be resumed. ConfigError: the recipe's
             patterns do not fit the model.
         """
+        recipe = config.checked(recipe)
         self.folder = Path(recipe.run.dir)
         self._resources = ExitStack()
         try:
@@ -109,6 +112,8 @@ class Server:
         self.generation = checkpoint.next_generation(self.folder)
         self._base_digest = self.master.base_digest()
         self._peers: dict[str, Peer] = {}
+        # The contribution at hand, until the rounds say whether it is kept; and those kept.
+        self._offered: tuple[Received, wire.Contribution] | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
         self._last_update: list[bytes | memoryview] = []
         self._accounted_bytes = (0, 0)
@@ -229,12 +234,22 @@ class Server:
                 reason=f"it trains another model ({differs})",
                 cure="use the server's recipe, or leave the recipe out to get it from the server",
             )
+        elif hello.heads not in (0, self.recipe.lora.heads):
+            refusal = wire.Refusal(
+                reason=f"it trains {hello.heads} heads, the server expects {self.recipe.lora.heads}",
+                cure="convert its model with the server's lora.heads",
+            )
+        elif not _WORKER_ID.fullmatch(hello.worker_id):
+            refusal = wire.Refusal(
+                reason="its name is not of letters, digits, '.', '_' and '-', 64 at most",
+                cure="choose another, or none to be given one",
+            )
         if refusal is not None:
             self._event("refused", f"a worker was refused: {refusal.reason}")
             self._send(peer, refusal)
             return
-        heads = hello.heads or self.recipe.lora.heads
-        self._happened(rounds.Joined(hello.worker_id, hello.session, heads), peer)
+        joined = rounds.Joined(hello.worker_id, hello.session, self.recipe.lora.heads)
+        self._happened(joined, peer)
 
     def _hear_contribution(
         self, peer: Peer, message: wire.Contribution, frames: Frames, entries: tuple[wire.TensorEntry, ...]
@@ -243,8 +258,9 @@ class Server:
             return
         member = self._state.members.get(message.worker_id)
         current = member is not None and member.incarnation == message.incarnation
-        tensors: dict[str, Tensor] = {}
+        self._offered = None
         if member is not None and current and message.version == self.version:
+            tensors: dict[str, Tensor] = {}
             fault = self._fault_of(message, entries, member)
             if not fault:
                 tensors = wire.tensors(frames, entries)
@@ -262,7 +278,7 @@ class Server:
                 tokens=message.tokens,
                 tensors=tensors,
             )
-            self._held.setdefault(message.worker_id, (received, message))
+            self._offered = (received, message)
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
 
@@ -314,8 +330,10 @@ class Server:
                     self._send(
                         self._peers[worker_id], wire.Begin(generation=self.generation, version=self.version)
                     )
-            case rounds.Keep():
+            case rounds.Keep(worker_id):
                 assert peer is not None
+                assert self._offered is not None
+                self._held[worker_id] = self._offered
                 self._send(peer, wire.Receipt(version=self.version, status="held", reason=""))
             case rounds.Answer(worker_id, status, reason):
                 assert peer is not None
