@@ -14,6 +14,12 @@ field or dtype, and peers of another schema refuse each other.
                           <-            Update                 version v to v + 1
       Heartbeat           ->
                           <-            Pulse
+      Behind              ->
+                          <-            Update                 again
+
+A connection keeps order. So a pulse that answers a heartbeat sent after a contribution comes after
+that contribution's receipt, and one that names a version comes after the update to it: what has not
+come by then was lost with a broken connection, however slow the link. No timer decides it.
       Leave               ->
                           <-            Farewell               the run ended, or the server stops
 """
@@ -140,9 +146,10 @@ class Update(Message, frozen=True, kw_only=True):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """A sign of life with progress, so that a stuck worker is seen."""
+    """A sign of life with progress, so that a stuck worker is seen. `number` counts heartbeats."""
 
     generation: Whole
+    number: Whole
     worker_id: str
     incarnation: Whole
     version: Whole
@@ -150,10 +157,19 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class Pulse(Message, frozen=True, kw_only=True):
-    """The answer to a heartbeat: the server lives and has published `version`."""
+    """The server lives and has published `version`. Answers heartbeat `number`; a Hello with 0."""
 
     generation: Whole
+    number: Whole
     version: Whole
+
+
+class Behind(Message, frozen=True, kw_only=True):
+    """A worker has missed the update to the published version: once more, please."""
+
+    generation: Whole
+    worker_id: str
+    incarnation: Whole
 
 
 class Leave(Message, frozen=True, kw_only=True):
@@ -173,7 +189,18 @@ class Farewell(Message, frozen=True, kw_only=True):
 
 
 AnyMessage = (
-    Hello | Welcome | Refusal | Begin | Contribution | Receipt | Update | Heartbeat | Pulse | Leave | Farewell
+    Hello
+    | Welcome
+    | Refusal
+    | Begin
+    | Contribution
+    | Receipt
+    | Update
+    | Heartbeat
+    | Pulse
+    | Behind
+    | Leave
+    | Farewell
 )
 
 DTYPES: dict[str, torch.dtype] = {

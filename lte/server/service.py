@@ -215,8 +215,15 @@ class Server:
             case wire.Heartbeat():
                 if not self._is_stale(peer, message.generation):
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
-                    self._send(peer, wire.Pulse(generation=self.generation, version=self.version))
-                    self._remind(peer, message)
+                    self._follow(peer, message.worker_id, message.incarnation)
+                    self._pulse(peer, message.number)
+                    if message.version == self.version and message.local_step == 0:
+                        self._remind(peer, message.worker_id)
+            case wire.Behind():
+                if not self._is_stale(peer, message.generation):
+                    self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
+                    self._endpoint.send(peer, self._last_update)
+                    self._remind(peer, message.worker_id)
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
             case _:
@@ -321,7 +328,10 @@ class Server:
         match action:
             case rounds.Admit(member, again):
                 assert peer is not None
+                if again and self._peers.get(member.worker_id) == peer:
+                    return  # its welcome is on the way, on this very connection
                 self._peers[member.worker_id] = peer
+                self._pulse(peer, number=0)  # so that a slow link does not look like no server
                 self._welcome(peer, member)
                 if not again:
                     self._event("joined", f"{member.worker_id} joined", worker_id=member.worker_id)
@@ -458,11 +468,19 @@ class Server:
         )
         self._endpoint.send(peer, wire.encode(welcome, self.master.published()))
 
-    def _remind(self, peer: Peer, heartbeat: wire.Heartbeat) -> None:
-        """Tell a worker that stands at the start of the open round, in case it missed the word."""
-        waits = heartbeat.version == self.version and heartbeat.local_step == 0
+    def _pulse(self, peer: Peer, number: int) -> None:
+        self._send(peer, wire.Pulse(generation=self.generation, number=number, version=self.version))
+
+    def _follow(self, peer: Peer, worker_id: str, incarnation: int) -> None:
+        """Answer a worker where it was heard last: a broken connection comes back as another peer."""
+        member = self._state.members.get(worker_id)
+        if member is not None and member.incarnation == incarnation:
+            self._peers[worker_id] = peer
+
+    def _remind(self, peer: Peer, worker_id: str) -> None:
+        """Tell a worker that the open round waits for it, in case it missed the word."""
         expected = self._state.expected - self._state.held
-        if waits and self._state.phase == "collecting" and heartbeat.worker_id in expected:
+        if self._state.phase == "collecting" and worker_id in expected:
             self._send(peer, wire.Begin(generation=self.generation, version=self.version))
 
     def _send(self, peer: Peer, message: wire.AnyMessage) -> None:

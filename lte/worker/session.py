@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,7 +15,13 @@ from lte import transport, wire
 from lte.errors import ConnectError, RefusedError, RunEnded
 
 _ASK_AGAIN_S = 3.0
-"""A question without an answer is asked again after this; every question may be repeated."""
+"""A Hello without an answer is sent again after this: no server may have been there."""
+_WELCOME_S = 600.0
+"""How long a welcome, which holds the model, may take to arrive once the server was heard."""
+_LOOK_UP_S = 1.0
+"""How often a waiting worker looks whether its patience is at its end."""
+
+Named = TypeVar("Named", wire.Heartbeat, wire.Behind)
 
 
 def parting_words(kind: type[BaseException] | None, error: BaseException | None) -> str:
@@ -54,8 +61,10 @@ class Session:
         self._endpoint = transport.connect(address)
         self._address = address
         self._progress = (0, 0)
-        self._pushed: wire.Frames = []
-        self._pushed_version, self._received = -1, False
+        # A contribution without a receipt, and the last heartbeat that was sent before it.
+        self._pushed: wire.Frames | None = None
+        self._pushed_after = self._number = 0
+        self._beating = threading.Lock()
         self._stopping = threading.Event()
         self._heartbeats: threading.Thread | None = None
         hello = wire.Hello(
@@ -91,10 +100,9 @@ class Session:
         self._progress = (version, local_step)
 
     def push(self, contribution: wire.Contribution, tensors: Mapping[str, Tensor]) -> None:
-        """Send a contribution; `next_step` sends it again if it seems lost."""
+        """Send a contribution; `next_step` sends it again if it was lost."""
         self._pushed = wire.encode(contribution, tensors)
-        self._pushed_version, self._received = contribution.version, False
-        self._endpoint.send(self._pushed)
+        self._push_again()
 
     def next_step(self) -> tuple[wire.Begin | wire.Update, dict[str, Tensor]]:
         """Wait until a round opens or a version is published.
@@ -103,33 +111,37 @@ class Session:
             RefusedError: the server found a contribution wrong, or fenced this worker.
             RunEnded: the server went, or is not heard any more.
         """
-        heard_s = asked_s = time.monotonic()
-        published, begin = -1, None
-        while True:
-            if begin is not None and not self._endpoint.pending():
-                return begin, {}
-            frames = self._endpoint.receive(_ASK_AGAIN_S)
-            now = time.monotonic()
-            if frames is not None:
-                heard_s = now
-                message, entries = self._decoded(frames)
-                if isinstance(message, wire.Update):
+        heard_s, begin = time.monotonic(), None
+        while begin is None or self._endpoint.pending():
+            frames = self._endpoint.receive(_LOOK_UP_S)
+            if frames is None:
+                if time.monotonic() - heard_s > self._patience_s:
+                    raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
+                continue
+            heard_s = time.monotonic()
+            message, entries = self._decoded(frames)
+            match message:
+                case wire.Update():
+                    self._pushed = None
                     return message, wire.tensors(frames, entries)
-                if isinstance(message, wire.Begin):
+                case wire.Begin():
                     begin = message  # unless an update stands behind it
-                if isinstance(message, wire.Receipt) and message.version == self._pushed_version:
-                    if message.status == "refused":
-                        raise RefusedError(message.reason, "start the worker again")
-                    self._received = True
-                if isinstance(message, wire.Pulse):
-                    published = message.version
-            # Either the contribution seems lost, or the update that answers it.
-            lost = not self._received or published > self._pushed_version
-            if self._pushed and lost and now - asked_s >= _ASK_AGAIN_S:
-                self._endpoint.send(self._pushed)
-                asked_s = now
-            if now - heard_s > self._patience_s:
-                raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
+                case wire.Receipt(status="refused"):
+                    raise RefusedError(message.reason, "start the worker again")
+                case wire.Receipt():
+                    self._pushed = None
+                case wire.Pulse() if self._pushed and message.number > self._pushed_after:
+                    self._push_again()
+                case wire.Pulse() if message.version > self._progress[0]:
+                    self._endpoint.send(wire.encode(self._named(wire.Behind)))
+        return begin, {}
+
+    def _push_again(self) -> None:
+        assert self._pushed is not None
+        # Under the lock no heartbeat is numbered later than this and sent earlier.
+        with self._beating:
+            self._pushed_after = self._number
+            self._endpoint.send(self._pushed)
 
     def close(self, reason: str) -> None:
         """Say that this worker goes, and close. Closing again does nothing."""
@@ -138,9 +150,8 @@ class Session:
         self._stopping.set()
         if self._heartbeats is not None:
             self._heartbeats.join()
-        leave = wire.Leave(
-            worker_id=self.welcome.worker_id, incarnation=self.welcome.incarnation, reason=reason
-        )
+        welcome = self.welcome
+        leave = wire.Leave(worker_id=welcome.worker_id, incarnation=welcome.incarnation, reason=reason)
         self._endpoint.send(wire.encode(leave))
         self._endpoint.close()
 
@@ -155,12 +166,15 @@ class Session:
             if frames is None:
                 continue
             message, entries = wire.decode(frames)
-            if isinstance(message, wire.Refusal):
-                raise RefusedError(message.reason, message.cure)
-            if isinstance(message, wire.Farewell):
-                raise RunEnded(message.reason, finished=message.finished)
-            if isinstance(message, wire.Welcome):
-                return message, wire.tensors(frames, entries)
+            match message:
+                case wire.Refusal(reason=reason, cure=cure):
+                    raise RefusedError(reason, cure)
+                case wire.Farewell(reason=reason, finished=finished):
+                    raise RunEnded(reason, finished=finished)
+                case wire.Pulse():  # it is there; the model that comes next may be large
+                    deadline = now + _WELCOME_S
+                case wire.Welcome():
+                    return message, wire.tensors(frames, entries)
         raise ConnectError(
             f"no server answers at {self._address} after {wait_s:g} s; start one with 'lte server CONFIG'"
             " and give the address that it prints"
@@ -180,11 +194,19 @@ class Session:
     def _beat(self, interval_s: float) -> None:
         while not self._stopping.wait(interval_s):
             version, local_step = self._progress
-            heartbeat = wire.Heartbeat(
-                generation=self.welcome.generation,
-                worker_id=self.welcome.worker_id,
-                incarnation=self.welcome.incarnation,
-                version=version,
-                local_step=local_step,
-            )
-            self._endpoint.send(wire.encode(heartbeat))
+            with self._beating:
+                self._number += 1
+                heartbeat = self._named(
+                    wire.Heartbeat, number=self._number, version=version, local_step=local_step
+                )
+                self._endpoint.send(wire.encode(heartbeat))
+
+    def _named(self, kind: type[Named], **fields: int) -> Named:
+        """A message that says from whom it is, and to which generation of the server."""
+        welcome = self.welcome
+        return kind(
+            generation=welcome.generation,
+            worker_id=welcome.worker_id,
+            incarnation=welcome.incarnation,
+            **fields,
+        )

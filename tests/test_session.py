@@ -1,0 +1,184 @@
+"""The worker's side of the protocol against a server that loses messages by script."""
+
+import threading
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+import torch
+
+from lte import config, transport, wire
+from lte.config import Recipe
+from lte.errors import ConnectError, RefusedError, RunEnded
+from lte.transport import Peer, ServerEndpoint
+from lte.worker.session import Session
+
+NAMES = count()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ServerEndpoint]:
+    address = f"inprocess://session-{next(NAMES)}"
+    server = transport.bind(address, max_message_bytes=1 << 20)
+    yield server
+    server.close()
+
+
+class Script:
+    """A server that answers as a test says. Runs the worker's side in a thread of its own."""
+
+    def __init__(self, endpoint: ServerEndpoint) -> None:
+        self.endpoint = endpoint
+        self.session: Session | None = None
+        self.errors: list[BaseException] = []
+
+    def hear(self, kind: type[wire.Message]) -> tuple[Peer, wire.Message]:
+        while True:
+            received = self.endpoint.receive(20)
+            assert received is not None, f"no {kind.__name__} came"
+            message, _ = wire.decode(received[1])
+            if isinstance(message, kind):
+                return received[0], message
+
+    def say(self, peer: Peer, message: wire.Message, **tensors: torch.Tensor) -> None:
+        self.endpoint.send(peer, wire.encode(message, tensors))
+
+    def join(self) -> Peer:
+        """A worker joins; returns once it has."""
+        settings = config.to_dict(config.replace(Recipe(), **{"worker.heartbeat_s": 0.02}))
+        joined = threading.Event()
+
+        def work() -> None:
+            self.session = Session(self.endpoint.address)
+            joined.set()
+
+        threading.Thread(target=work).start()
+        peer, _ = self.hear(wire.Hello)
+        welcome = wire.Welcome(
+            generation=1,
+            worker_id="w0",
+            incarnation=1,
+            slot=0,
+            version=0,
+            settings=settings,
+            model={},
+            base_digest="",
+        )
+        self.say(peer, welcome)
+        assert joined.wait(20)
+        return peer
+
+
+CONTRIBUTION = wire.Contribution(
+    generation=1,
+    worker_id="w0",
+    incarnation=1,
+    version=0,
+    draw=0,
+    tokens=1,
+    loss=None,
+    base_digest="",
+    merged_digest="",
+    given_digest="",
+)
+UPDATE = wire.Update(generation=1, version=1, merged=(1,), base_digest="", last=False)
+
+
+def in_thread(session: Session, script: Script) -> tuple[threading.Thread, list[wire.Message]]:
+    heard: list[wire.Message] = []
+
+    def wait() -> None:
+        try:
+            heard.append(session.next_step()[0])
+        except BaseException as error:
+            script.errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread, heard
+
+
+def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: ServerEndpoint) -> None:
+    """Lost is what a later heartbeat overtook; answers to earlier heartbeats prove nothing."""
+    script = Script(endpoint)
+    peer = script.join()
+    session = script.session
+    assert session is not None
+    _, before = script.hear(wire.Heartbeat)
+    session.push(CONTRIBUTION, {"x": torch.ones(3)})
+    thread, heard = in_thread(session, script)
+    assert script.hear(wire.Contribution)[1] == CONTRIBUTION
+    for _ in range(3):
+        script.say(peer, wire.Pulse(generation=1, number=before.number, version=0))
+    sent_since = []
+    while not sent_since or sent_since[-1].number < before.number + 5:  # heartbeats, and nothing else
+        received = endpoint.receive(20)
+        assert received is not None
+        sent_since.append(wire.decode(received[1])[0])
+    assert {type(message) for message in sent_since} == {wire.Heartbeat}
+    script.say(peer, wire.Pulse(generation=1, number=sent_since[-1].number, version=0))
+    assert script.hear(wire.Contribution)[1] == CONTRIBUTION
+    script.say(peer, wire.Receipt(version=0, status="held", reason=""))
+    script.say(peer, UPDATE)
+    thread.join(20)
+    assert heard == [UPDATE]
+    session.close("enough")
+
+
+def test_a_lost_update_is_asked_for(endpoint: ServerEndpoint) -> None:
+    script = Script(endpoint)
+    peer = script.join()
+    session = script.session
+    assert session is not None
+    thread, heard = in_thread(session, script)
+    script.say(peer, wire.Pulse(generation=1, number=0, version=0))  # nothing to miss yet
+    script.say(peer, wire.Pulse(generation=1, number=0, version=1))  # version 1 went astray
+    assert script.hear(wire.Behind)[1] == wire.Behind(generation=1, worker_id="w0", incarnation=1)
+    script.say(peer, UPDATE)
+    thread.join(20)
+    assert heard == [UPDATE]
+    session.close("enough")
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "says"),
+    [
+        (wire.Receipt(version=0, status="refused", reason="not finite"), RefusedError, "not finite"),
+        (wire.Refusal(reason="replaced", cure="go"), RefusedError, "replaced"),
+        (wire.Farewell(generation=1, reason="stopped", finished=False), RunEnded, "stopped"),
+        (wire.Begin(generation=2, version=0), RunEnded, "another server"),
+    ],
+)
+def test_what_ends_a_worker(
+    endpoint: ServerEndpoint, message: wire.Message, error: type[Exception], says: str
+) -> None:
+    script = Script(endpoint)
+    peer = script.join()
+    assert script.session is not None
+    thread, heard = in_thread(script.session, script)
+    script.say(peer, message)
+    thread.join(20)
+    assert heard == []
+    (met,) = script.errors
+    assert isinstance(met, error)
+    assert says in str(met)
+    script.session.close("enough")
+
+
+def test_a_server_that_falls_silent_is_left(
+    endpoint: ServerEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lte.worker.session._LOOK_UP_S", 0.01)
+    script = Script(endpoint)
+    script.join()
+    assert script.session is not None
+    script.session._patience_s = 0.05
+    thread, _ = in_thread(script.session, script)
+    thread.join(20)
+    assert "not heard for 0.05 s" in str(script.errors[0])
+    script.session.close("enough")
+
+
+def test_no_server_at_all() -> None:
+    with pytest.raises(ConnectError, match="no server answers at tcp"):
+        Session("tcp://127.0.0.1:1", wait_s=0.1)
