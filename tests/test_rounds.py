@@ -255,7 +255,7 @@ def test_a_death_after_the_contribution_keeps_it() -> None:
     trace = Trace.opened("a", "b")
     trace.contribute("a")
     assert kinds(trace.leave("a")) == [Forget]
-    assert trace.contribute("b")[-1] == Merge(("a", "b"), 0)
+    assert trace.contribute("b")[-1] == Merge(("b", "a"), 0), "those who have died since come last"
     assert trace.merged() == (Open(("b",)),)
 
 
@@ -513,7 +513,9 @@ class AnyTrace(RuleBasedStateMachine):
             case Merge(worker_ids, num_missing_heads):
                 assert self.state.version not in self.merges, "two merges of one version"
                 self.merges[self.state.version] = action
-                assert list(worker_ids) == sorted(self.kept), "all that is held, once, in one order"
+                assert sorted(worker_ids) == sorted(self.kept), "all that is held, once"
+                slots = [self.state.members[w].slot for w in worker_ids if w in self.state.members]
+                assert slots == sorted(slots), "in the order of slots, whatever the names and arrivals"
                 assert len(worker_ids) >= self.state.rules.quorum
                 counted = sum(self.kept.values()) + num_missing_heads
                 assert counted == sum(self.called.values()), "weights are 1 / expected"

@@ -328,7 +328,7 @@ def _maybe_close(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]
         return state, ()
     missing = state.expected - state.held
     num_missing_heads = sum(state.members[worker_id].heads for worker_id in missing)
-    return replace(state, phase="merging"), (Merge(tuple(sorted(state.held)), num_missing_heads),)
+    return replace(state, phase="merging"), (Merge(_by_slot(state, state.held), num_missing_heads),)
 
 
 def _closing_time(state: State) -> float:
@@ -339,7 +339,14 @@ def _closing_time(state: State) -> float:
 
 
 def _by_slot(state: State, worker_ids: frozenset[str]) -> tuple[str, ...]:
-    return tuple(sorted(worker_ids, key=lambda worker_id: state.members[worker_id].slot))
+    """In an order that no arrival and no name decides; those who have died since come last."""
+    last = len(state.members) + len(worker_ids)
+
+    def place(worker_id: str) -> tuple[int, str]:
+        member = state.members.get(worker_id)
+        return (last if member is None else member.slot, worker_id)
+
+    return tuple(sorted(worker_ids, key=place))
 
 
 def _free_id(state: State, slot: int) -> str:
