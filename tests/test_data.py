@@ -384,11 +384,14 @@ def test_validation_predicts_every_token_once(
     assert bytes(rows[:, :-1].flatten().tolist()) == valid[:length]
 
 
-def test_validation_stops_at_max_tokens(packed: Callable[..., Path]) -> None:
-    folder = packed(numbered(4000), num_shards=1, valid_fraction=0.5)
+def test_a_short_validation_is_spread_evenly_over_the_text(packed: Callable[..., Path]) -> None:
+    text = numbered(4000)
+    folder = packed(text, num_shards=1, valid_fraction=0.5)
     for max_tokens, num_windows in ((1, 1), (50, 3), (64, 4), (10**6, 1999 // 16)):
         batches = validation_batches(folder, context_tokens=16, batch_size=3, max_tokens=max_tokens)
-        assert sum(len(batch) for batch in batches) == num_windows
+        starts = [text.index(bytes(row.tolist())) for batch in batches for row in batch]
+        apart = 1999 // 16 // num_windows * 16
+        assert starts == list(range(2000, 2000 + num_windows * apart, apart))
 
 
 # Refusals

@@ -232,7 +232,7 @@ class TrainingStream:
         """Batch number `step`, counted from 0: int64 (batch_size, context_tokens + 1)."""
         first = step * self.batch_size
         rows = [self._window(number) for number in range(first, first + self.batch_size)]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        return _stacked(rows)
 
     def _window(self, number: int) -> Tokens:
         """The worker's window `number`, counted over all epochs: (context_tokens + 1,)."""
@@ -302,7 +302,8 @@ def validation_batches(
     Args:
         context_tokens: tokens that a window predicts; it holds one more, the window before's last.
         batch_size: windows of a batch; the last batch may have fewer.
-        max_tokens: most tokens to predict, in whole windows and at least one; 0: all.
+        max_tokens: most tokens to predict, in whole windows spread evenly over the text and at least
+            one; 0: all.
 
     Returns:
         Batches, int64 (at most batch_size, context_tokens + 1).
@@ -319,24 +320,31 @@ def validation_batches(
             f"{folder}: {num_tokens} tokens of validation text, a window needs {context_tokens + 1};"
             " pack with a larger valid_fraction, or a validation text of its own"
         )
-    if max_tokens:
-        num_windows = min(num_windows, max(1, max_tokens // context_tokens))
-    return _validation_batches(folder, index, context_tokens, batch_size, num_windows)
+    wanted = min(num_windows, max(1, max_tokens // context_tokens)) if max_tokens else num_windows
+    stride = num_windows // wanted
+    return _validation_batches(folder, index, context_tokens, batch_size, range(0, wanted * stride, stride))
 
 
 def _validation_batches(
-    folder: Path, index: Index, context_tokens: int, batch_size: int, num_windows: int
+    folder: Path, index: Index, context_tokens: int, batch_size: int, numbers: range
 ) -> Iterator[Tensor]:
-    rest = np.empty(0, index.dtype)  # from the first token that the next window holds
+    rest = np.empty(0, index.dtype)  # from the first token of window `first`
+    first, batch = 0, []
     for shard in index.valid:
         rest = np.concatenate([rest, read_shard(folder, index.dtype, shard)])
-        while num_windows:
-            size = min(batch_size, num_windows)
-            if len(rest) <= size * context_tokens:
-                break
-            tokens = torch.from_numpy(rest[: size * context_tokens + 1].astype(np.int64))
-            yield tokens.unfold(0, context_tokens + 1, context_tokens).contiguous()
-            rest = rest[size * context_tokens :]
-            num_windows -= size
-        if not num_windows:
-            return
+        count = max(0, (len(rest) - 1) // context_tokens)
+        for number in range(first, first + count):
+            if number not in numbers:
+                continue
+            start = (number - first) * context_tokens
+            batch.append(rest[start : start + context_tokens + 1])
+            if len(batch) == batch_size:
+                yield _stacked(batch)
+                batch = []
+        rest, first = rest[count * context_tokens :], first + count
+    if batch:
+        yield _stacked(batch)
+
+
+def _stacked(windows: list[Tokens]) -> Tensor:
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
