@@ -24,10 +24,11 @@ check: setup
 
 setup: $(VENV)/.installed
 
+# Without pip of its own: Debian has what would copy it there in a package apart (python3-venv).
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(VENV)/bin/python --quiet --disable-pip-version-check install \
 	  -c constraints.txt -e '.[dev]'
 	@touch $@
 

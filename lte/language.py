@@ -13,7 +13,7 @@ from torch import nn
 from lte import config
 from lte.config import Recipe
 from lte.data import Index, TrainingStream, tokenizer, validation_batches
-from lte.errors import ConfigError, RunError
+from lte.errors import ConfigError, RefusedError, RunError
 from lte.models import GPT, build
 from lte.nn import convert, lora_of, plan_of
 from lte.server import Server, checkpoint
@@ -68,7 +68,11 @@ def work(
     heads = recipe.lora.heads if recipe else 0
     with Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s) as session:
         welcome = session.welcome
-        recipe = config.from_dict(welcome.settings)
+        wanted, recipe = recipe, config.from_dict(welcome.settings)
+        if wanted and (differing := config.differences(wanted, recipe, ("model", "lora", "base"))):
+            raise RefusedError(
+                f"it trains another model ({differing[0]})", "give its recipe, or none to take it from there"
+            )
         torch.set_num_threads(recipe.worker.num_threads)
         if shards is not None:
             recipe = config.replace(recipe, **{"data.shards": shards})
@@ -88,7 +92,7 @@ def work(
 
 def initial_model(recipe: Recipe) -> GPT:
     """The recipe's model with its initial weights, a function of `run.seed`."""
-    model = build(recipe.model).to_empty(device="cpu")
+    model = cast(GPT, materialize(build(recipe.model), torch.device("cpu")))
     model.initialize(recipe.run.seed)
     return model
 

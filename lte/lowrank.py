@@ -139,5 +139,6 @@ def transport(
     Args:
         first_moment, second_moment: (out, r). old_A, new_A: (r, in).
     """
-    rotation = torch.linalg.solve(old_A @ old_A.T, old_A @ new_A.T)
+    # The pseudo-inverse: with more rows than columns A A^T has none of its own.
+    rotation = torch.linalg.pinv(old_A @ old_A.T, hermitian=True) @ (old_A @ new_A.T)
     return first_moment @ rotation, second_moment @ rotation.square()

@@ -16,12 +16,12 @@ field or dtype, and peers of another schema refuse each other.
                           <-            Pulse
       Behind              ->
                           <-            Update                 again
+      Leave               ->
+                          <-            Farewell               the run ended, or the server stops
 
 A connection keeps order. So a pulse that answers a heartbeat sent after a contribution comes after
 that contribution's receipt, and one that names a version comes after the update to it: what has not
 come by then was lost with a broken connection, however slow the link. No timer decides it.
-      Leave               ->
-                          <-            Farewell               the run ended, or the server stops
 """
 
 from __future__ import annotations
@@ -165,9 +165,10 @@ class Pulse(Message, frozen=True, kw_only=True):
 
 
 class Behind(Message, frozen=True, kw_only=True):
-    """A worker has missed the update to the published version: once more, please."""
+    """A worker holds `version` and has missed the update to the published one: once more, please."""
 
     generation: Whole
+    version: Whole
     worker_id: str
     incarnation: Whole
 
@@ -175,6 +176,7 @@ class Behind(Message, frozen=True, kw_only=True):
 class Leave(Message, frozen=True, kw_only=True):
     """A worker goes. Nothing more will come from it."""
 
+    generation: Whole
     worker_id: str
     incarnation: Whole
     reason: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import re
@@ -636,7 +637,9 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
         deadline = time.monotonic() + DEADLINE_S
         while True:
             received = endpoint.receive(max(0.0, deadline - time.monotonic()))
-            assert received, f"no {kind.__name__}"
+            if received is None:
+                faulthandler.dump_traceback(all_threads=True)  # where the worker stands instead
+                pytest.fail(f"no {kind.__name__}")
             message, _ = wire.decode(received[1])
             if isinstance(message, kind):
                 return received[0], message

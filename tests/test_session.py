@@ -133,7 +133,7 @@ def test_a_lost_update_is_asked_for(endpoint: ServerEndpoint) -> None:
     thread, heard = in_thread(session, script)
     script.say(peer, wire.Pulse(generation=1, number=0, version=0))  # nothing to miss yet
     script.say(peer, wire.Pulse(generation=1, number=0, version=1))  # version 1 went astray
-    assert script.hear(wire.Behind)[1] == wire.Behind(generation=1, worker_id="w0", incarnation=1)
+    assert script.hear(wire.Behind)[1] == wire.Behind(generation=1, version=0, worker_id="w0", incarnation=1)
     script.say(peer, UPDATE)
     thread.join(20)
     assert heard == [UPDATE]

@@ -45,8 +45,8 @@ MESSAGES: list[wire.AnyMessage] = [
     wire.Update(generation=1, version=4, merged=(2, 7, 5), base_digest="d3", last=True),
     wire.Heartbeat(generation=1, number=7, worker_id="w0", incarnation=2, version=3, local_step=9),
     wire.Pulse(generation=1, number=7, version=4),
-    wire.Behind(generation=1, worker_id="w0", incarnation=2),
-    wire.Leave(worker_id="w0", incarnation=2, reason="finished"),
+    wire.Behind(generation=1, version=3, worker_id="w0", incarnation=2),
+    wire.Leave(generation=1, worker_id="w0", incarnation=2, reason="finished"),
     wire.Farewell(generation=1, reason="done", finished=False),
 ]
 HELLO = MESSAGES[0]

@@ -76,11 +76,13 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     Every other parameter that asks for a gradient is dense.
 
     Raises:
-        ConfigError: a pattern or an override that matches no linear layer.
+        ConfigError: a pattern or an override that matches no linear layer, or parameters to train
+            that are not fp32.
     """
     uses: Counter[int] = Counter()
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         uses.update(id(parameter) for parameter in module.parameters(recurse=False))
+    _check_dtypes(model)
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     _check_patterns(lora, list(linears))
     adapted = {
@@ -230,6 +232,17 @@ def _head_spec(name: str, linear: nn.Linear, lora: LoRA) -> HeadSpec:
             scale = override.scale if override.scale is not None else scale
             init = override.init if override.init is not None else init
     return HeadSpec((linear.out_features, linear.in_features), rank, scale, init)
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ConfigError(
+                [
+                    f"{name}: is {str(parameter.dtype).removeprefix('torch.')}, but what is trained and"
+                    " merged must be float32; use model.float(), and torch.autocast for speed"
+                ]
+            )
 
 
 def _check_patterns(lora: LoRA, linear_names: list[str]) -> None:

@@ -107,6 +107,11 @@ class LoRALinear(nn.Module):
         self.register_buffer("merged_B", torch.zeros(B_shape, device=device) if reset_less else None)
 
     @property
+    def weight(self) -> Tensor:
+        """The published weight (out, in), fp32, dequantized anew: for code that looks at it."""
+        return quantize.dequantize(self.base)
+
+    @property
     def base(self) -> Quantized:
         """The frozen base; its tensors are this module's buffers."""
         return Quantized(self.quant, (self.out_features, self.in_features), self.codes, self.scales)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,11 @@ class Master:
         self.recipe = recipe
         self.plan = plan(model, recipe.lora, recipe.base.quant)
         parameters = dict(model.named_parameters())
-        initial = {name: parameters[f"{name}.weight"].detach().float() for name in self.plan.adapted}
+        # On the CPU, where contributions arrive and where merges give the same bits everywhere.
+        initial = {name: parameters[f"{name}.weight"].detach().cpu() for name in self.plan.adapted}
         self.base = {name: quantize.quantize(w, recipe.base.quant) for name, w in initial.items()}
         self.weights = {name: quantize.dequantize(base).clone() for name, base in self.base.items()}
-        self.dense = {name: parameters[name].detach().float().clone() for name in self.plan.dense}
+        self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.dense}
         self.momentum: dict[str, Tensor] = {}
         self.merged: dict[int, dict[str, Tensor]] = {}
         self._given: dict[int, tuple[int, dict[str, Tensor]]] = {}
@@ -112,7 +113,8 @@ class Master:
             changed += int((base.codes != self.base[name].codes).sum())
             total += base.codes.numel()
             self.base[name] = base
-        average = outer if outer.dense else Outer()
+        # The decay is of adapted weights alone.
+        average = replace(outer, weight_decay=0.0) if outer.dense else Outer()
         for name in self.plan.dense:
             delta = torch.zeros_like(self.dense[name])
             for contribution, share in zip(contributions, shares, strict=True):

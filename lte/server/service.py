@@ -115,7 +115,8 @@ class Server:
         # The contribution at hand, until the rounds say whether it is kept; and those kept.
         self._offered: tuple[Received, wire.Contribution] | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
-        self._last_update: list[bytes | memoryview] = []
+        # incarnation -> the version that its last merged contribution is in.
+        self._merged_in: dict[int, int] = {}
         self._accounted_bytes = (0, 0)
         self._published_s = self._now_s()
         self._stop_reason: str | None = None
@@ -162,8 +163,9 @@ class Server:
             while not self.finished and self._stop_reason is None:
                 self._say_waiting()
                 received = self._endpoint.receive(self._patience_s())
-                if received is not None:
+                while received is not None:  # all that has come: an evaluation made it wait, not silent
                     self._hear(*received)
+                    received = None if self.finished else self._endpoint.receive(0)
                 self._happened(rounds.Ticked())
             reason = self._stop_reason or "the run is finished"
         except OSError as error:
@@ -222,10 +224,12 @@ class Server:
             case wire.Behind():
                 if not self._is_stale(peer, message.generation):
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
-                    self._endpoint.send(peer, self._last_update)
+                    self._bring_up(peer, message.incarnation, message.version)
                     self._remind(peer, message.worker_id)
-            case wire.Leave():
+            case wire.Leave() if message.generation == self.generation:
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
+            case wire.Leave():
+                pass  # of a worker that an earlier server had
             case _:
                 self._event("malformed", f"a {type(message).__name__} is not for the server")
 
@@ -241,7 +245,7 @@ class Server:
                 reason=f"it trains another model ({differs})",
                 cure="use the server's recipe, or leave the recipe out to get it from the server",
             )
-        elif hello.heads not in (0, self.recipe.lora.heads):
+        elif self.master.plan.adapted and hello.heads not in (0, self.recipe.lora.heads):
             refusal = wire.Refusal(
                 reason=f"it trains {hello.heads} heads, the server expects {self.recipe.lora.heads}",
                 cure="convert its model with the server's lora.heads",
@@ -288,6 +292,8 @@ class Server:
             self._offered = (received, message)
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
+        if current and message.version < self.version:
+            self._bring_up(peer, message.incarnation, message.version)
 
     def _fault_of(
         self, message: wire.Contribution, entries: tuple[wire.TensorEntry, ...], member: rounds.Member
@@ -301,8 +307,10 @@ class Server:
             return f"its base is not bit for bit the published version {self.version}"
         if message.merged_digest != self.master.merged_digest(member.incarnation):
             return "it is encoded against merged factors that the server does not hold"
-        if message.tokens < 0 or not 0 <= message.draw <= message.version:
-            return "it counts fewer tokens or redraws than none, or more redraws than merges"
+        if message.draw > message.version:
+            return "it counts more draws of its A than there were merges"
+        if self.recipe.outer.weights == "tokens" and not message.tokens:
+            return "it counts no tokens, by which it would be weighted (worker.step(loss, tokens=...))"
         given = self.master.given_digest(member.slot * member.heads, member.heads, message.draw)
         if message.given_digest != given:
             return (
@@ -348,8 +356,7 @@ class Server:
             case rounds.Answer(worker_id, status, reason):
                 assert peer is not None
                 self._send(peer, wire.Receipt(version=self.version, status=status, reason=reason))
-                if status == "superseded" and self._last_update:
-                    self._endpoint.send(peer, self._last_update)
+                if status == "superseded":
                     self._event("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
             case rounds.Fence(worker_id, reason):
                 assert peer is not None
@@ -380,8 +387,8 @@ class Server:
             base_digest=self._base_digest,
             last=version >= self.recipe.train.rounds,
         )
-        self._last_update = wire.encode(update, self.master.published())
-        self._broadcast(self._last_update)
+        self._merged_in |= {received.incarnation: version for received, _ in held}
+        self._broadcast(wire.encode(update, self.master.published()))
         wait_s, self._published_s = closed_s - self._published_s, self._now_s()
         self.master.keep_only({member.incarnation for member in self._state.members.values()})
         self._happened(rounds.Merged())
@@ -467,6 +474,22 @@ class Server:
             base_digest=self._base_digest,
         )
         self._endpoint.send(peer, wire.encode(welcome, self.master.published()))
+
+    def _bring_up(self, peer: Peer, incarnation: int, version: int) -> None:
+        """Send the published version to a worker that holds an older one and missed what came since.
+
+        Its contribution to the round on `version`, if that was merged, counts as merged in this update.
+        """
+        if version >= self.version:
+            return
+        update = wire.Update(
+            generation=self.generation,
+            version=self.version,
+            merged=(incarnation,) if self._merged_in.get(incarnation, 0) > version else (),
+            base_digest=self._base_digest,
+            last=self.finished,
+        )
+        self._endpoint.send(peer, wire.encode(update, self.master.published()))
 
     def _pulse(self, peer: Peer, number: int) -> None:
         self._send(peer, wire.Pulse(generation=self.generation, number=number, version=self.version))
@@ -594,7 +617,8 @@ def _move_aside(folder: Path) -> None:
         path.rename(old / path.name)
 
 
+@torch.no_grad()
 def _set_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
-        parameters[name].data = tensor
+        parameters[name].copy_(tensor)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ _WELCOME_S = 600.0
 _LOOK_UP_S = 1.0
 """How often a waiting worker looks whether its patience is at its end."""
 
-Named = TypeVar("Named", wire.Heartbeat, wire.Behind)
+Named = TypeVar("Named", wire.Heartbeat, wire.Behind, wire.Leave)
 
 
 def parting_words(kind: type[BaseException] | None, error: BaseException | None) -> str:
@@ -133,7 +133,8 @@ class Session:
                 case wire.Pulse() if self._pushed and message.number > self._pushed_after:
                     self._push_again()
                 case wire.Pulse() if message.version > self._progress[0]:
-                    self._endpoint.send(wire.encode(self._named(wire.Behind)))
+                    behind = self._named(wire.Behind, version=self._progress[0])
+                    self._endpoint.send(wire.encode(behind))
         return begin, {}
 
     def _push_again(self) -> None:
@@ -150,9 +151,7 @@ class Session:
         self._stopping.set()
         if self._heartbeats is not None:
             self._heartbeats.join()
-        welcome = self.welcome
-        leave = wire.Leave(worker_id=welcome.worker_id, incarnation=welcome.incarnation, reason=reason)
-        self._endpoint.send(wire.encode(leave))
+        self._endpoint.send(wire.encode(self._named(wire.Leave, reason=reason)))
         self._endpoint.close()
 
     def _join(self, hello: wire.Frames, wait_s: float) -> tuple[wire.Welcome, dict[str, Tensor]]:
@@ -201,7 +200,7 @@ class Session:
                 )
                 self._endpoint.send(wire.encode(heartbeat))
 
-    def _named(self, kind: type[Named], **fields: int) -> Named:
+    def _named(self, kind: type[Named], **fields: Any) -> Named:
         """A message that says from whom it is, and to which generation of the server."""
         welcome = self.welcome
         return kind(

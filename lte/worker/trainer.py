@@ -45,7 +45,7 @@ class Trainer:
 
     Attributes:
         version: the version of the base. local_step: optimizer steps since then.
-        draw: how often A was redrawn.
+        draw: which draw of A the heads have; see `_draw_at`.
     """
 
     def __init__(
@@ -71,7 +71,10 @@ class Trainer:
             DigestError: the base does not have its digest.
         """
         self.model, self.recipe, self.version = model, recipe, version
-        self.local_step = self.draw = 0
+        self.local_step = 0
+        self.draw = self._draw_at(version)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            materialize(model, torch.device("cpu"))
         self.modules: dict[str, LoRALinear] = dict(adapted_modules(model))
         self.heads = next((m.heads for m in self.modules.values()), 1)
         self.first_head = slot * self.heads
@@ -80,7 +83,7 @@ class Trainer:
         self._published: dict[str, Tensor] = {}
         self._sent: dict[str, Tensor] = {}
         self._load(self._staged(base, base_digest))
-        draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=0)
+        draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
         if optimizer is None:
             self.optimizer = make_optimizer(model, recipe.optimizer)
         elif isinstance(optimizer, torch.optim.Optimizer):
@@ -173,12 +176,12 @@ class Trainer:
             ahead = parameter - self._published[name]
             if merged:
                 ahead = ahead - self._sent[name].to(parameter.device)
-            parameter.copy_(staged[name] + ahead)
+            parameter.copy_(staged[name].to(parameter.device) + ahead)
         self._load(staged, dense=False)
+        self.version, self.local_step = version, 0
         if merged:
             self._settle_heads()
         self._sent = {}
-        self.version, self.local_step = version, 0
 
     def _settle_heads(self) -> None:
         """The heads' contribution is in the base now: take it out of them, by the merge mode."""
@@ -198,13 +201,20 @@ class Trainer:
             else:
                 module.lora_B.zero_()
         self._has_merged = lora.merge == "reset-less"
-        rotate = lora.A == "rotating" and (self.version + 1) % lora.rotate_every == 0
-        if lora.merge == "reset" or rotate:
-            self._redraw(transport=rotate and lora.moments == "transport", clear=lora.moments == "clear")
+        if (draw := self._draw_at(self.version)) != self.draw:
+            self.draw = draw
+            self._redraw(transport=lora.moments == "transport", clear=lora.moments == "clear")
+
+    def _draw_at(self, version: int) -> int:
+        """Which draw of A belongs to a version: the same on all workers, also on late and new ones,
+        so that disjoint subspaces stay disjoint."""
+        lora = self.recipe.lora
+        if lora.A == "rotating":
+            return version // lora.rotate_every
+        return version if lora.merge == "reset" else 0
 
     def _redraw(self, *, transport: bool, clear: bool) -> None:
         """New A, and the optimizer's moments kept, carried over or cleared."""
-        self.draw += 1
         lora, seed = self.recipe.lora, self.recipe.run.seed
         for name, module in self.modules.items():
             for head in range(module.heads):
@@ -268,14 +278,17 @@ class Trainer:
 
 
 def materialize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a converted model to a device, with memory for parameters that are on the meta device.
+    """Move a model to a device, with memory for parameters that are on the meta device.
 
-    Their contents are undefined until a server fills them. A weight (out, in) is never among them:
-    the base took its place in `lte.convert`.
+    Their contents are undefined until somebody fills them. In a converted model no weight (out, in)
+    is among them: the base took its place in `lte.convert`.
     """
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                setattr(module, name, nn.Parameter(real, requires_grad=parameter.requires_grad))
+                if parameter not in made:
+                    real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    made[parameter] = nn.Parameter(real, requires_grad=parameter.requires_grad)
+                setattr(module, name, made[parameter])
     return model.to(device)
