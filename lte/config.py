@@ -202,7 +202,9 @@ class Server:
     quorum: Count = _doc(1, "least contributions to merge a round")
     grace_s: NonNegative = _doc(600.0, "seconds that a round waits for the rest once it has its quorum")
     deadline_s: Positive = _doc(600.0, "seconds after which a round with its quorum is merged anyway")
-    silence_s: Positive = _doc(15.0, "seconds without a sign of life after which a worker is gone")
+    silence_s: Positive = _doc(
+        15.0, "seconds without a sign of life after which a worker is gone; more than an upload takes"
+    )
     max_message_bytes: Count = _doc(1 << 31, "largest message accepted, bytes")
     insecure: bool = _doc(False, "bind beyond loopback although there are no keys: trusted networks only")
     num_threads: Count = _doc(1, "threads of the merge; changes the last bits of the master")

@@ -661,8 +661,8 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
         endpoint.send(peer, wire.encode(welcome, master.published()))
         endpoint.send(peer, wire.encode(wire.Begin(generation=2, version=5)))
         endpoint.send(peer, wire.encode(wire.Pulse(generation=2, number=0, version=5)))
-        assert hear(wire.Heartbeat)[1].version == 5
         assert hear(wire.Contribution)[1].version == 5
+        assert hear(wire.Heartbeat)[1].version == 5
     finally:
         endpoint.send(peer, wire.encode(wire.Farewell(generation=2, reason="enough", finished=False)))
         worker.join()

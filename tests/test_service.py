@@ -138,3 +138,18 @@ def test_an_evaluation_longer_than_the_silence_costs_no_worker(
 def test_settings_train_and_repeat(train: Train, settings: dict[str, object]) -> None:
     assert train(**settings) == train(**settings)
     assert train(**settings) != train(**settings, **{"run.seed": 1})
+
+
+def test_no_round_waits_for_a_heartbeat(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undisturbed, every word comes once: with heartbeats an hour apart a run ends all the same."""
+    updates = 0
+    send = InprocessServer.send
+
+    def counting(server: InprocessServer, peer: Peer, frames: Frames) -> None:
+        nonlocal updates
+        updates += isinstance(wire.decode(frames)[0], wire.Update)
+        send(server, peer, frames)
+
+    monkeypatch.setattr(InprocessServer, "send", counting)
+    train(**{"worker.heartbeat_s": 3600.0, "server.silence_s": 20000.0, "train.rounds": 30})
+    assert updates == 30 * 2, "an update goes to each worker once"

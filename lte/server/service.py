@@ -269,6 +269,7 @@ class Server:
             return
         member = self._state.members.get(message.worker_id)
         current = member is not None and member.incarnation == message.incarnation
+        is_late = current and message.version < self.version  # asked before this one closes the round
         self._offered = None
         if member is not None and current and message.version == self.version:
             tensors: dict[str, Tensor] = {}
@@ -292,7 +293,7 @@ class Server:
             self._offered = (received, message)
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
-        if current and message.version < self.version:
+        if is_late:
             self._bring_up(peer, message.incarnation, message.version)
 
     def _fault_of(

@@ -121,7 +121,7 @@ class Session:
             heard_s = time.monotonic()
             message, entries = self._decoded(frames)
             match message:
-                case wire.Update():
+                case wire.Update() if message.version > self._progress[0]:
                     self._pushed = None
                     return message, wire.tensors(frames, entries)
                 case wire.Begin():
