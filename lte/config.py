@@ -312,16 +312,19 @@ def from_dict(tree: Mapping[str, Any], faults: Sequence[str] = ()) -> Recipe:
         ConfigError: with one line for each fault.
     """
     found = list(faults)
-    recipe: Recipe | None = None
+    # A section whose settings are all commented out is none in YAML.
+    sections = {key: {} if value is None else value for key, value in tree.items()}
+    wrong: set[str] = set()
     try:
-        # A section whose settings are all commented out is none in YAML.
-        sections = {key: {} if value is None else value for key, value in tree.items()}
         recipe = _ADAPTER.validate_python(sections)
     except ValidationError as error:
         found += [_fault_line(fault) for fault in error.errors()]
-    if recipe is not None:
-        found += check(recipe)
-    if found or recipe is None:
+        wrong = {".".join(_path(fault)[:2]) for fault in error.errors()}
+        # What is right is checked all the same, with defaults in place of what is wrong.
+        recipe = _ADAPTER.validate_python(_without(sections, wrong))
+    # But a rule about a setting that is wrong by itself says nothing.
+    found += [line for line in check(recipe) if not any(_names(line, key) for key in wrong)]
+    if found:
         raise ConfigError(found)
     return recipe
 
@@ -517,9 +520,31 @@ _EXPECTED = {
 """What to say for pydantic's types of errors."""
 
 
+def _without(sections: Mapping[str, Any], wrong: set[str]) -> dict[str, Any]:
+    """The sections less the settings, or whole sections, that these keys name."""
+    return {
+        section: (
+            {key: setting for key, setting in value.items() if f"{section}.{key}" not in wrong}
+            if isinstance(value, Mapping)
+            else value
+        )
+        for section, value in sections.items()
+        if str(section) not in wrong
+    }
+
+
+def _names(line: str, key: str) -> bool:
+    return re.search(rf"{re.escape(key)}\b", line) is not None
+
+
+def _path(fault: Any) -> list[str]:
+    """Where one of pydantic's errors is, from the section down."""
+    return [str(part) for part in fault["loc"] if part != "Recipe"]
+
+
 def _fault_line(fault: Any) -> str:
     """One line for one of pydantic's errors."""
-    path = [str(part) for part in fault["loc"] if part != "Recipe"]
+    path = _path(fault)
     key = ".".join(path)
     met = fault["input"]
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):

@@ -15,7 +15,7 @@ from lte.config import Recipe
 from lte.data import Index, TrainingStream, tokenizer, validation_batches
 from lte.errors import ConfigError, RefusedError, RunError
 from lte.models import GPT, build
-from lte.nn import convert, lora_of, plan_of
+from lte.nn import convert, describe
 from lte.server import Server, checkpoint
 from lte.server.master import Master
 from lte.server.service import Evaluate
@@ -64,7 +64,7 @@ def work(
     Raises:
         ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here.
     """
-    described = _describe(_with_heads(recipe)) if recipe else None
+    described = describe(_with_heads(recipe)) if recipe else None
     heads = recipe.lora.heads if recipe else 0
     with Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s) as session:
         welcome = session.welcome
@@ -164,9 +164,7 @@ def load_run(folder: Path, which: str = "published") -> tuple[GPT, Recipe, int]:
     model = initial_model(recipe)
     master = Master(model, recipe)
     master.load_state(state)
-    parameters = dict(model.named_parameters())
-    for name, tensor in master.parameters(which).items():
-        parameters[name].data = tensor
+    master.fill(model, which)
     model.eval()
     return model, recipe, progress.version
 
@@ -195,10 +193,6 @@ def _stream(recipe: Recipe, worker: int) -> TrainingStream:
 def _with_heads(recipe: Recipe) -> nn.Module:
     """The recipe's model with heads; no weight (out, in) takes memory."""
     return convert(build(recipe.model), recipe.lora, recipe.base.quant)
-
-
-def _describe(model: nn.Module) -> dict[str, str]:
-    return plan_of(model).describe(lora_of(model))
 
 
 def _device(name: str) -> torch.device:

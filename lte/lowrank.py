@@ -72,6 +72,35 @@ def draw_A(
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
+def draw_A_of_heads(
+    rank: int,
+    in_features: int,
+    *,
+    init: Init,
+    subspace: Subspace,
+    seed: int,
+    module: str,
+    heads: range,
+    draw: int,
+) -> Tensor:
+    """`draw_A` of several heads of one module: (H, rank, in_features)."""
+    return torch.stack(
+        [
+            draw_A(
+                rank,
+                in_features,
+                init=init,
+                subspace=subspace,
+                seed=seed,
+                module=module,
+                head=head,
+                draw=draw,
+            )
+            for head in heads
+        ]
+    )
+
+
 def _normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 

@@ -471,3 +471,23 @@ def test_differences_name_what_differs_in_order() -> None:
         "train.rounds: 50 -> 9",
     ]
     assert config.differences(one, one, ("train", "lora", "run")) == []
+
+
+def test_faults_of_one_setting_and_of_several_are_reported_together() -> None:
+    """A rule whose settings are wrong by themselves adds nothing; the others are still checked."""
+    with pytest.raises(ConfigError) as caught:
+        config.from_dict(
+            {
+                "train": {"rouns": 3, "workers": "many"},
+                "server": {"quorum": 9, "silence_s": 1.0},
+                "model": {"num_attention_heads": 3},
+                "sever": {},
+            }
+        )
+    assert sorted(line.split(":")[0] for line in caught.value.faults) == [
+        "model.num_attention_heads",
+        "server.silence_s",
+        "sever",
+        "train.rouns",
+        "train.workers",
+    ]

@@ -153,6 +153,11 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
     return model
 
 
+def describe(model: nn.Module) -> dict[str, str]:
+    """`Plan.describe` of a converted model."""
+    return plan_of(model).describe(lora_of(model))
+
+
 def difference(workers: Mapping[str, str], servers: Mapping[str, str]) -> str:
     """The first difference between two descriptions of a model (`Plan.describe`), or ''."""
     for key in [*servers, *(key for key in workers if key not in servers)]:
@@ -166,22 +171,21 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
 
     Args:
         seed: the run's. first_head: index of this worker's first head among those of all workers.
-        draw: how often the heads were drawn before.
+        draw: which draw of A this is.
     """
     with torch.no_grad():
         for name, module in adapted_modules(model):
-            for head in range(module.heads):
-                A = lowrank.draw_A(
-                    module.rank,
-                    module.in_features,
-                    init=module.init,
-                    subspace=lora.subspace,
-                    seed=seed,
-                    module=name,
-                    head=first_head + head,
-                    draw=draw,
-                )
-                module.lora_A[head].copy_(A)
+            A = lowrank.draw_A_of_heads(
+                module.rank,
+                module.in_features,
+                init=module.init,
+                subspace=lora.subspace,
+                seed=seed,
+                module=name,
+                heads=range(first_head, first_head + module.heads),
+                draw=draw,
+            )
+            module.lora_A.copy_(A)
             module.lora_B.zero_()
             if module.merged_A is not None and module.merged_B is not None:
                 module.merged_A.zero_()

@@ -174,20 +174,15 @@ class Master:
 
     def _draw(self, name: str, first_head: int, heads: int, draw: int) -> Tensor:
         spec = self.plan.adapted[name]
-        return torch.stack(
-            [
-                lowrank.draw_A(
-                    spec.rank,
-                    spec.shape[1],
-                    init=spec.init,
-                    subspace=self.recipe.lora.subspace,
-                    seed=self.recipe.run.seed,
-                    module=name,
-                    head=head,
-                    draw=draw,
-                )
-                for head in range(first_head, first_head + heads)
-            ]
+        return lowrank.draw_A_of_heads(
+            spec.rank,
+            spec.shape[1],
+            init=spec.init,
+            subspace=self.recipe.lora.subspace,
+            seed=self.recipe.run.seed,
+            module=name,
+            heads=range(first_head, first_head + heads),
+            draw=draw,
         )
 
     def _A_of(self, name: str, contribution: Received, merged_A: Tensor | None) -> Tensor:
@@ -219,6 +214,13 @@ class Master:
         else:
             adapted = {f"{n}.weight": quantize.dequantize(base) for n, base in self.base.items()}
         return adapted | self.dense
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, which: str) -> None:
+        """Copy these `parameters` into a plain model of the same names."""
+        parameters = dict(model.named_parameters())
+        for name, tensor in self.parameters(which).items():
+            parameters[name].copy_(tensor)
 
     # State
 

@@ -98,14 +98,7 @@ class Server:
             raise
         self._tokens = progress.tokens
         self._state = rounds.State(
-            rules=rounds.Rules(
-                workers=recipe.train.workers,
-                rounds=recipe.train.rounds,
-                quorum=recipe.server.quorum,
-                grace_s=recipe.server.grace_s,
-                deadline_s=recipe.server.deadline_s,
-                silence_s=recipe.server.silence_s,
-            ),
+            rules=_rules(recipe),
             version=progress.version,
             phase="finished" if progress.version >= recipe.train.rounds else "starting",
         )
@@ -437,7 +430,7 @@ class Server:
             return None, None
         losses = []
         for which in ("published", "master"):
-            _set_parameters(self._model, self.master.parameters(which))
+            self.master.fill(self._model, which)
             with torch.no_grad():
                 losses.append(self._evaluate(self._model, max_tokens))
         self._tracker.record(
@@ -555,9 +548,21 @@ class Server:
             return Progress(version=0, tokens=0, master_digest="", base_digest="")
         progress, state = checkpoint.load(checkpoint.newest(self.folder))
         self.master.load_state(state)
-        if self.master.master_digest() != progress.master_digest:
-            raise RunError(f"{self.folder}: the checkpoint's tensors are not those of its master_digest")
+        held = (self.master.master_digest(), self.master.base_digest())
+        if held != (progress.master_digest, progress.base_digest):
+            raise RunError(f"{self.folder}: the checkpoint's master or base is not the one of its digest")
         return progress
+
+
+def _rules(recipe: Recipe) -> rounds.Rules:
+    return rounds.Rules(
+        workers=recipe.train.workers,
+        rounds=recipe.train.rounds,
+        quorum=recipe.server.quorum,
+        grace_s=recipe.server.grace_s,
+        deadline_s=recipe.server.deadline_s,
+        silence_s=recipe.server.silence_s,
+    )
 
 
 def is_complete(recipe: Recipe) -> bool:
@@ -616,10 +621,3 @@ def _move_aside(folder: Path) -> None:
     old.mkdir()
     for path in kept:
         path.rename(old / path.name)
-
-
-@torch.no_grad()
-def _set_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lte import config, wire
 from lte.config import Recipe
 from lte.errors import RefusedError
-from lte.nn import adapted_modules, difference, lora_of, plan_of
+from lte.nn import adapted_modules, describe, difference
 from lte.worker.session import Session, parting_words
 from lte.worker.trainer import MakeOptimizer, Trainer
 
@@ -55,7 +55,7 @@ class Worker:
         Raises:
             ConnectError: no server answers. RefusedError: it refused, for another model say.
         """
-        described = _describe(model)
+        described = describe(model)
         if isinstance(server, str):
             heads = next((m.heads for _, m in adapted_modules(model)), 1)
             server = Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s)
@@ -166,7 +166,3 @@ class Worker:
                     return
             elif message.version == self.version and not self._pushed:
                 return
-
-
-def _describe(model: nn.Module) -> dict[str, str]:
-    return plan_of(model).describe(lora_of(model))

@@ -129,7 +129,7 @@ class Trainer:
                 sent[name + A] = compress.encode_difference(module.lora_A, module.merged_A).detach().cpu()
             sent[name + B] = compress.encode_difference(module.lora_B, module.merged_B).detach().cpu()
         for name, parameter in self.dense.items():
-            sent[name] = (parameter - self._published[name]).detach().cpu()
+            sent[name] = compress.encode_difference(parameter, self._published[name]).detach().cpu()
         # Copies: an fp32 factor that travels whole would else change under training.
         self._sent = {name: tensor.clone() for name, tensor in sent.items()}
         return self._sent
@@ -217,20 +217,20 @@ class Trainer:
         """New A, and the optimizer's moments kept, carried over or cleared."""
         lora, seed = self.recipe.lora, self.recipe.run.seed
         for name, module in self.modules.items():
-            for head in range(module.heads):
-                new_A = lowrank.draw_A(
-                    module.rank,
-                    module.in_features,
-                    init=module.init,
-                    subspace=lora.subspace,
-                    seed=seed,
-                    module=name,
-                    head=self.first_head + head,
-                    draw=self.draw,
-                ).to(module.lora_A.device)
-                if transport:
-                    self._transport_moments(module, head, new_A)
-                module.lora_A[head].copy_(new_A)
+            new_A = lowrank.draw_A_of_heads(
+                module.rank,
+                module.in_features,
+                init=module.init,
+                subspace=lora.subspace,
+                seed=seed,
+                module=name,
+                heads=range(self.first_head, self.first_head + module.heads),
+                draw=self.draw,
+            ).to(module.lora_A.device)
+            if transport:
+                for head in range(module.heads):
+                    self._transport_moments(module, head, new_A[head])
+            module.lora_A.copy_(new_A)
             if clear:
                 for parameter in (module.lora_A, module.lora_B):
                     self.optimizer.state.pop(parameter, None)
