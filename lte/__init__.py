@@ -11,6 +11,7 @@ with lte.Worker(model, server="tcp://10.0.0.1:5555") as worker:
 
 from lte.config import (
     Base,
+    Compress,
     Data,
     Eval,
     Log,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Base",
+    "Compress",
     "Data",
     "Eval",
     "LoRA",

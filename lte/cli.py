@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from rich.console import Console
 
 from launch import local
-from lte import __version__, config, language, report
+from lte import __version__, config, cost, language, report
 from lte.config import Recipe
+from lte.cost import links
 from lte.data import pack
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
 from lte.server.service import is_complete
 
 EXIT_USER_ERROR = 2
 EXIT_PIPE = 128 + signal.SIGPIPE
+
+Read = TypeVar("Read")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_worker(commands)
     _add_eval(commands)
     _add_generate(commands)
+    _add_plan(commands)
     _add_data(commands)
     return parser
 
@@ -323,6 +329,81 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# plan
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "plan",
+        "tell what a recipe will cost over given links: bytes, seconds, memory",
+        "examples:\n"
+        "  lte plan configs/quickstart.yaml --bandwidth 100mbit --rtt 50ms\n"
+        "  lte plan configs/quickstart.yaml train.local_steps=50 --bandwidth 20mbit:100mbit --rtt 80ms \\\n"
+        "           --loss 0.5% --workers 16 --server-bandwidth 1gbit --share 0.9 --probe\n"
+        "  lte plan configs/quickstart.yaml --table links.txt --from runs/quickstart --json\n\n"
+        "Lines of a table: name bandwidth rtt [step_time] [count], such as 'pi 20mbit:100mbit 80ms 2s 4'.",
+    )
+    _add_recipe(command)
+    command.add_argument(
+        "--bandwidth", type=_unit(links.bandwidths), metavar="RATE", help="of a worker's link, or its UP:DOWN"
+    )
+    command.add_argument("--rtt", type=_unit(links.duration), metavar="TIME", help="there and back")
+    command.add_argument(
+        "--loss", type=_unit(links.share), default=0.0, metavar="X", help="share of packets lost (default: 0)"
+    )
+    command.add_argument("--table", type=Path, metavar="FILE", help="instead: workers of many links")
+    command.add_argument("--workers", type=_count, metavar="N", help="how many (default: the recipe's)")
+    command.add_argument(
+        "--server-bandwidth",
+        type=_unit(links.bandwidth),
+        default=math.inf,
+        metavar="RATE",
+        help="of the link that all workers share at the server (default: no limit)",
+    )
+    command.add_argument("--step-time", type=_unit(links.duration), metavar="TIME", help="of a local step")
+    command.add_argument(
+        "--from", dest="run_folder", type=Path, metavar="RUN", help="take speeds and bits from this run"
+    )
+    command.add_argument("--probe", action="store_true", help="measure speeds on this machine, some seconds")
+    command.add_argument(
+        "--share",
+        type=_unit(links.share),
+        default=0.95,
+        metavar="X",
+        help="of the time, that workers are to compute (default: 0.95)",
+    )
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
+    command.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    recipe = config.load(arguments.config, arguments.overrides)
+    if arguments.table:
+        if arguments.bandwidth or arguments.rtt is not None or arguments.workers:
+            raise UserError("--table says it for each worker: leave out --bandwidth, --rtt and --workers")
+        sites = cost.read_table(arguments.table, arguments.loss)
+    else:
+        if not arguments.bandwidth or arguments.rtt is None:
+            raise UserError("a plan needs --bandwidth and --rtt, such as 100mbit and 50ms, or --table FILE")
+        up_bps, down_bps = arguments.bandwidth
+        link = cost.Link(up_bps=up_bps, down_bps=down_bps, rtt_s=arguments.rtt, loss=arguments.loss)
+        sites = [cost.Site(name="worker", link=link, count=arguments.workers or recipe.train.workers)]
+    rates = cost.assumed(recipe)
+    if arguments.probe:
+        rates = cost.probe(recipe, rates)
+    if arguments.run_folder:
+        rates = cost.from_run(arguments.run_folder, recipe, rates)
+    if arguments.step_time is not None:
+        rates = cost.said(rates, step_s=arguments.step_time)
+    found = cost.outlook(recipe, sites, rates, server_bps=arguments.server_bandwidth, share=arguments.share)
+    if arguments.json:
+        print(json.dumps(cost.to_dict(found), indent=2))
+    else:
+        Console(width=max(80, Console().width)).print(cost.to_text(found))
+    return 0
+
+
 # data
 
 
@@ -415,6 +496,18 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _unit(read: Callable[[str], Read]) -> Callable[[str], Read]:
+    """A reader of numbers with units, for argparse."""
+
+    def read_or_complain(text: str) -> Read:
+        try:
+            return read(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read_or_complain
 
 
 def _number(text: str) -> float:

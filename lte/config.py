@@ -35,6 +35,9 @@ def _none_if_said(value: Any) -> Any:
     return None if value == "none" else value
 
 
+Codec = Literal["fp32", "bf16", "int8", "int4", "int2"]
+"""How small tensors travel (see `compress.blockwise`)."""
+
 _MAX_INT = 2**63 - 1
 """What travels, and what torch counts with."""
 Count = Annotated[int, Field(ge=1, le=_MAX_INT), BeforeValidator(_no_truth)]
@@ -97,6 +100,20 @@ class Train:
     local_steps: Count = _doc(10, "optimizer steps of a worker between merges (T)")
     workers: Count = _doc(4, "workers that must have joined before the first round opens (N)")
     batch_size: Count = _doc(8, "sequences a worker reads per local step, shared by its heads")
+    precision: Literal["fp32", "bf16"] = _doc(
+        "fp32", "bf16: a worker's matrix products under torch.autocast; all that is kept stays fp32"
+    )
+    overlap: bool = _doc(False, "take local steps of the next round while a merge is under way")
+    overlap_steps: Annotated[Count | None, _OrNone] = _doc(
+        None, "local steps of the next round after which the update is applied; none: all T"
+    )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Local steps that a worker takes of a round before the update that opens it is due."""
+        if not self.overlap:
+            return 0
+        return self.local_steps if self.overlap_steps is None else self.overlap_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +150,9 @@ class LoRA:
         "clear", "optimizer moments of a head whose A was redrawn: kept, carried over, or cleared"
     )
     modules: tuple[str, ...] = _doc(("*",), "patterns of the nn.Linear modules that get heads")
+    embeddings: bool = _doc(
+        False, "nn.Embedding modules that the patterns match get heads too, instead of training densely"
+    )
     exclude: tuple[str, ...] = _doc((), "patterns of modules that get none and stay dense")
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
 
@@ -143,6 +163,29 @@ class Base:
 
     __pydantic_config__ = _STRICT
     quant: Quant = _doc("nf4", "nf4: 4 bits, bitsandbytes' layout; int8: 8 bits; none: fp32")
+    hysteresis: NonNegative = _doc(
+        0.0, "a code changes only if the new one is nearer by more than this share: fewer changes"
+    )
+    keep_scale_from: Positive = _doc(
+        0.8, "a block keeps its scale while its largest weight is at least this share of it ..."
+    )
+    keep_scale_to: Positive = _doc(1.05, "... and at most this one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress:
+    """How contributions and dense changes travel. What a codec leaves out is owed, and sent later."""
+
+    __pydantic_config__ = _STRICT
+    factors: Codec = _doc("int4", "codec of lora_A and lora_B")
+    dense: Codec = _doc("int8", "codec of the changes of dense parameters, both ways")
+    truncate_rank: Annotated[Count | None, _OrNone] = _doc(
+        None, "send so many singular directions of each factor's change; none: all"
+    )
+    part_bytes: Count = _doc(
+        1 << 18, "largest piece of a contribution or update, bytes: whatever is urgent waits for one"
+    )
+    error_feedback: bool = _doc(True, "false forgets what codecs leave out: only to measure its worth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +246,7 @@ class Server:
     grace_s: NonNegative = _doc(600.0, "seconds that a round waits for the rest once it has its quorum")
     deadline_s: Positive = _doc(600.0, "seconds after which a round with its quorum is merged anyway")
     silence_s: Positive = _doc(
-        15.0, "seconds without a sign of life after which a worker is gone; more than an upload takes"
+        15.0, "seconds without a sign of life after which a worker is gone; more than one part takes"
     )
     max_message_bytes: Count = _doc(1 << 31, "largest message accepted, bytes")
     insecure: bool = _doc(False, "bind beyond loopback although there are no keys: trusted networks only")
@@ -255,6 +298,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     lora: LoRA = field(default_factory=LoRA)
     base: Base = field(default_factory=Base)
+    compress: Compress = field(default_factory=Compress)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     outer: Outer = field(default_factory=Outer)
@@ -371,6 +415,29 @@ def check(recipe: Recipe) -> list[str]:
             lora.subspace == "random" or other_init is None,
             f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {other_init} (in"
             " lora.overrides, too)",
+        ),
+        (
+            not train.overlap or (lora.A != "rotating" and lora.merge != "reset"),
+            "train.overlap: needs an A that merges do not redraw (lora.A trained or frozen, lora.merge"
+            " reset-b or reset-less)",
+        ),
+        (
+            not train.overlap or train.steps_ahead <= train.local_steps,
+            f"train.overlap_steps: {train.overlap_steps} is more than train.local_steps"
+            f" ({train.local_steps})",
+        ),
+        (
+            train.overlap or train.overlap_steps is None,
+            "train.overlap_steps: needs train.overlap=true",
+        ),
+        (
+            recipe.compress.error_feedback or not train.overlap,
+            "compress.error_feedback: false cannot be measured with train.overlap=true",
+        ),
+        (
+            recipe.base.keep_scale_from <= 1 <= recipe.base.keep_scale_to,
+            f"base.keep_scale_from, keep_scale_to: {recipe.base.keep_scale_from:g} to"
+            f" {recipe.base.keep_scale_to:g} must hold 1",
         ),
         (
             outer.name == "sgd" or (outer.lr == 1.0 and outer.momentum == 0.0),

@@ -84,7 +84,8 @@ def work(
         worker = Worker(model, session)
         while not worker.done:
             sequences = stream.batch(worker.step_index).to(device)
-            loss = model.loss(sequences)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+                loss = model.loss(sequences)
             loss.backward()  # type: ignore[no-untyped-call]
             worker.step(loss, tokens=sequences[:, 1:].numel())
         say(f"{worker.worker_id} finished at version {worker.version}")

@@ -63,10 +63,10 @@ class Outcome:
         return self.loss / self.loss_master - 1
 
     def bits(self, num_bytes: int) -> float | None:
-        """Bits a parameter and round, all workers together."""
+        """Bits a parameter, round and worker."""
         if not self.num_parameters or not self.rounds:
             return None
-        return 8 * num_bytes / (self.num_parameters * self.rounds)
+        return 8 * num_bytes / (self.num_parameters * self.rounds * self.workers)
 
     def ddp_bytes(self, local_steps: int) -> int | None:
         """What data-parallel training of as many steps and workers exchanges."""
@@ -153,7 +153,7 @@ def _losses(run: Outcome, recipe: Recipe) -> str:
 
 def _bytes(run: Outcome, num_bytes: int) -> str:
     text, bits = bytes_text(num_bytes), run.bits(num_bytes)
-    return text if bits is None else f"{text}, {bits:.3g} bits a parameter and round, all workers"
+    return text if bits is None else f"{text}, {bits:.3g} bits a parameter, round and worker"
 
 
 def _against_ddp(run: Outcome, local_steps: int) -> str:

@@ -1,23 +1,28 @@
 """The protocol's vocabulary and its bytes. Every message that travels is defined here.
 
-A message is two frames: a header (magic, protocol version, then MessagePack of the message and of
-a table of tensors) and, where there are tensors, a payload with their raw little-endian bytes,
+A message is two frames: a header (magic, protocol version, checksum, then MessagePack of the message
+and of a table of tensors) and, where there are tensors, a payload with their raw little-endian bytes,
 each at a 64-byte boundary. Nothing is pickled. `SCHEMA` names this vocabulary: it changes with any
 field or dtype, and peers of another schema refuse each other.
 
     worker                              server
       Hello               ->
                           <-            Welcome | Refusal
+                          <-            Part ... Update        the whole model
                           <-            Begin                  a round opens
-      Contribution        ->
+      Part ... Contribution ->
                           <-            Receipt
-                          <-            Update                 version v to v + 1
+                          <-            Part ... Update        version v to v + 1
       Heartbeat           ->
                           <-            Pulse
       Behind              ->
                           <-            Update                 again
       Leave               ->
                           <-            Farewell               the run ended, or the server stops
+
+Contributions and updates are as large as the model is, so their tensors travel ahead of them in
+parts, each sent as soon as it is encoded; the message that names their number closes them. They are
+staged, and taken whole or not at all.
 
 A connection keeps order. So a pulse that answers a heartbeat sent after a contribution comes after
 that contribution's receipt, and one that names a version comes after the update to it: what has not
@@ -29,7 +34,8 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
@@ -38,7 +44,8 @@ from torch import Tensor
 
 from lte.errors import WireError
 
-MAGIC = b"LTE\x01"
+MAGIC = b"LTE\x02"
+_CHECKSUM_BYTES = 4
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 16
@@ -72,7 +79,7 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The worker is in. Tensors: the base and dense parameters of `version`.
+    """The worker is in. An `Update` with the whole model follows.
 
     `settings` is the whole recipe: it is authoritative. `slot` is the worker's place among all
     workers; it decides its part of the data and its heads.
@@ -85,7 +92,6 @@ class Welcome(Message, frozen=True, kw_only=True):
     version: Whole
     settings: dict[str, Any]
     model: dict[str, str]
-    base_digest: str
 
 
 class Refusal(Message, frozen=True, kw_only=True):
@@ -102,22 +108,43 @@ class Begin(Message, frozen=True, kw_only=True):
     version: Whole
 
 
-class Contribution(Message, frozen=True, kw_only=True):
-    """What one worker learnt in one round. Tensors: its factors and dense deltas, encoded.
+class Part(Message, frozen=True, kw_only=True):
+    """Part `index` of a contribution or update that names `version`, which closes them.
 
-    `version` is the base that it trained on, `draw` counts redraws of its A, `base_digest` is of
-    the base that it holds, `merged_digest` of the merged factors that it is encoded against and
-    `given_digest` of its A where A is not sent because the server draws it too (else empty).
-    `loss` is the mean training loss over `tokens`.
+    Tensors: pieces of what is encoded. A piece under the name of the last one before it goes on
+    where that ended. The server leaves `worker_id` empty and `incarnation` 0.
     """
 
     generation: Whole
     worker_id: str
     incarnation: Whole
     version: Whole
+    index: Whole
+
+
+class Contribution(Message, frozen=True, kw_only=True):
+    """What one worker learnt in one round: closes `parts` with its factors and dense deltas.
+
+    `version` is the base that it trained on, `draw` counts redraws of its A, `base_digest` is of
+    the base that it holds, `merged_digest` of the merged factors that it is encoded against and
+    `given_digest` of its A where A is not sent because the server draws it too (else empty).
+    `loss` is the mean training loss over `tokens`. `lost` is the share of the heads' change that no
+    later contribution owes (see `compress.factors`). `step_s` is the mean time of a local step,
+    `encode_s` that of encoding and `apply_s` that of applying the last update.
+    """
+
+    generation: Whole
+    worker_id: str
+    incarnation: Whole
+    version: Whole
+    parts: Whole
     draw: Whole
     tokens: Whole
     loss: float | None
+    lost: float
+    step_s: float
+    encode_s: float
+    apply_s: float
     base_digest: str
     merged_digest: str
     given_digest: str
@@ -133,13 +160,16 @@ class Receipt(Message, frozen=True, kw_only=True):
 
 
 class Update(Message, frozen=True, kw_only=True):
-    """The server merged and published `version`. Tensors: the base and dense parameters.
+    """The server merged and published `version`: closes `parts` with the changes of base and dense
+    parameters since version `since`, or with all of them where that is None.
 
     `merged` are the incarnations whose contributions are in it; `last` says that no round follows.
     """
 
     generation: Whole
     version: Whole
+    since: Whole | None
+    parts: Whole
     merged: tuple[Whole, ...]
     base_digest: str
     last: bool
@@ -195,6 +225,7 @@ AnyMessage = (
     | Welcome
     | Refusal
     | Begin
+    | Part
     | Contribution
     | Receipt
     | Update
@@ -260,13 +291,14 @@ def encode(message: AnyMessage, tensors: Mapping[str, Tensor] | None = None) -> 
         entry = TensorEntry(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), offset)
         entries.append(entry)
         offset = _aligned(offset + entry.num_bytes)
-    header = MAGIC + _ENCODER.encode(_Header(message, tuple(entries)))
+    header = _ENCODER.encode(_Header(message, tuple(entries)))
     if not entries:
-        return [header]
+        return [MAGIC + _checksum(header) + header]
     payload = torch.zeros(offset, dtype=torch.uint8)
     for entry, tensor in zip(entries, (tensors or {}).values(), strict=True):
         _view(payload, entry).copy_(tensor.detach())
-    return [header, payload.numpy().data]
+    data = payload.numpy().data
+    return [MAGIC + _checksum(header, data) + header, data]
 
 
 def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
@@ -284,8 +316,11 @@ def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
         raise WireError(f"a header of {header.nbytes} bytes, more than {MAX_HEADER_BYTES}")
     if bytes(header[: len(MAGIC)]) != MAGIC:
         raise WireError("these bytes do not begin as a message of this version of lte does")
+    body = header[len(MAGIC) + _CHECKSUM_BYTES :]
+    if bytes(header[len(MAGIC) : len(MAGIC) + _CHECKSUM_BYTES]) != _checksum(body, *frames[1:]):
+        raise WireError("damaged on its way: its checksum is another")
     try:
-        decoded = _DECODER.decode(header[len(MAGIC) :])
+        decoded = _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"malformed header: {str(error)[:200]}") from None
     if len(frames) != (2 if decoded.tensors else 1):
@@ -312,6 +347,81 @@ def tensors(frames: Frames, entries: Sequence[TensorEntry]) -> dict[str, Tensor]
     return {entry.name: _view(payload, entry) for entry in entries}
 
 
+def in_parts(
+    blobs: Iterable[tuple[str, Tensor]], part_bytes: int, make: Callable[[int], Part]
+) -> Iterator[tuple[list[bytes | memoryview], dict[str, int]]]:
+    """Cut named bytes into parts, each as soon as it is full.
+
+    Args:
+        blobs: names and uint8 tensors of one dimension. make: the message of part 0, 1, ...
+
+    Yields:
+        A part's frames, and the bytes of each name in it.
+    """
+    pieces: dict[str, Tensor] = {}
+    room, index = part_bytes, 0
+
+    def close() -> tuple[list[bytes | memoryview], dict[str, int]]:
+        sizes = {name: piece.numel() for name, piece in pieces.items()}
+        return encode(make(index), pieces), sizes
+
+    for name, blob in blobs:
+        start = 0
+        while start < blob.numel() or name not in pieces:
+            piece = blob[start : start + room]
+            pieces[name] = piece
+            start += piece.numel()
+            room -= _aligned(piece.numel())
+            if room <= 0:
+                yield close()
+                pieces, room, index = {}, part_bytes, index + 1
+                if start >= blob.numel():
+                    break
+    if pieces:
+        yield close()
+
+
+class Assembly:
+    """The parts of one contribution or update, until it is closed or turns out to be broken.
+
+    Attributes:
+        version: that they name. sizes: bytes so far, by name.
+    """
+
+    def __init__(self, version: int, max_bytes: int) -> None:
+        self.version, self._max_bytes = version, max_bytes
+        self.sizes: dict[str, int] = {}
+        self._pieces: dict[str, list[Tensor]] = {}
+        self._num_parts = 0
+
+    def add(self, part: Part, frames: Frames, entries: Sequence[TensorEntry]) -> None:
+        """Take the next part.
+
+        Raises:
+            WireError: it is not the next one, or more than may come.
+        """
+        if part.index != self._num_parts or part.version != self.version:
+            raise WireError(f"part {part.index} of version {part.version} came out of order")
+        if any(entry.dtype != "u1" or len(entry.shape) != 1 for entry in entries):
+            raise WireError("a part holds what is not bytes")
+        if sum(self.sizes.values()) + sum(entry.num_bytes for entry in entries) > self._max_bytes:
+            raise WireError(f"more than the {self._max_bytes} bytes that may come")
+        for name, piece in tensors(frames, entries).items():
+            self._pieces.setdefault(name, []).append(piece)
+            self.sizes[name] = self.sizes.get(name, 0) + piece.numel()
+        self._num_parts += 1
+
+    def close(self, num_parts: int) -> dict[str, Tensor]:
+        """All that came, by name.
+
+        Raises:
+            WireError: a part is missing.
+        """
+        if num_parts != self._num_parts:
+            raise WireError(f"{self._num_parts} of {num_parts} parts came")
+        return {name: torch.cat(pieces) for name, pieces in self._pieces.items()}
+
+
 def num_bytes(frames: Frames) -> int:
     """Bytes of these frames as they are handed to a transport."""
     return sum(memoryview(frame).nbytes for frame in frames)
@@ -321,6 +431,14 @@ def _is_possible(entry: TensorEntry) -> bool:
     if entry.dtype not in DTYPES or len(entry.shape) > MAX_DIMENSIONS:
         return False
     return math.prod(max(size, 1) for size in entry.shape) * DTYPES[entry.dtype].itemsize <= MAX_TENSOR_BYTES
+
+
+def _checksum(*frames: bytes | bytearray | memoryview) -> bytes:
+    """Against damage; forgery is for keys to prevent."""
+    checksum = 0
+    for frame in frames:
+        checksum = zlib.crc32(frame, checksum)
+    return checksum.to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _aligned(offset: int) -> int:

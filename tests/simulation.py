@@ -8,6 +8,7 @@ from torch import nn
 
 import lte
 from lte import config
+from lte.compress import CODES, SCALES
 from lte.config import Recipe
 from lte.server.master import Master, Received
 from lte.worker.trainer import Trainer
@@ -16,7 +17,8 @@ Loss = Callable[[nn.Module, object], torch.Tensor]
 
 
 def recipe(**settings: object) -> Recipe:
-    """A recipe with plain SGD, no clipping, no warmup and a constant rate, changed by settings."""
+    """A recipe with plain SGD, no clipping, no warmup, a constant rate and nothing left out on the
+    wire, changed by settings."""
     plain = {
         "optimizer.name": "sgd",
         "optimizer.clip_norm": 0.0,
@@ -25,6 +27,8 @@ def recipe(**settings: object) -> Recipe:
         "lora.rank": 4,
         "lora.scale": 2.0,
         "base.quant": "none",
+        "compress.factors": "fp32",
+        "compress.dense": "fp32",
     }
     return config.replace(Recipe(), **(plain | settings))
 
@@ -41,7 +45,7 @@ class Simulation:
                 recipe,
                 slot=slot,
                 version=0,
-                base=self.master.published(),
+                base=self.master.snapshot(),
                 base_digest=self.master.base_digest(),
             )
             for slot in range(num_workers)
@@ -54,14 +58,21 @@ class Simulation:
                 loss(trainer.model, batch).backward()
                 trainer.step()
 
-    def merge(self, only: Sequence[int] | None = None) -> None:
-        """Merge the contributions of these workers (all by default); everyone takes the update."""
+    def merge(self, only: Sequence[int] | None = None, ahead: Callable[[], None] | None = None) -> None:
+        """Merge the contributions of these workers (all by default); everyone takes the update.
+
+        Args:
+            ahead: takes local steps of the next round after contributions are encoded and before the
+                update is applied, as a worker that overlaps does.
+        """
         chosen = list(range(len(self.trainers)) if only is None else only)
         received = []
         for slot, trainer in enumerate(self.trainers):
-            tensors = {name: tensor.clone() for name, tensor in trainer.contribution().items()}
+            merged_digest = trainer.merged_digest()
+            blobs = dict(trainer.contribution())
+            assert sum(map(torch.numel, blobs.values())) <= self.master.max_contribution_bytes(trainer.heads)
             if slot in chosen:
-                assert trainer.merged_digest() == self.master.merged_digest(slot)
+                assert merged_digest == self.master.merged_digest(slot)
                 assert trainer.base_digest() == self.master.base_digest()
                 assert trainer.given_digest() == self.master.given_digest(
                     trainer.first_head, trainer.heads, trainer.draw
@@ -73,15 +84,24 @@ class Simulation:
                         first_head=trainer.first_head,
                         draw=trainer.draw,
                         tokens=1,
-                        tensors=tensors,
+                        tensors=self.master.decode(blobs, slot, trainer.heads),
                     )
                 )
         missing = sum(t.heads for slot, t in enumerate(self.trainers) if slot not in chosen)
-        self.master.merge(received, missing)
+        if ahead is not None:
+            for trainer in self.trainers:
+                trainer.go_ahead()
+            ahead()
+        self.merge_in_steps = self.master.merge(received, missing)
+        before = self.master.requantize()
+        blobs = self.master.publish_dense()
+        for name, change in self.master.changes_since(before):
+            blobs |= {name + CODES: change.codes, name + SCALES: change.scales}
         for slot, trainer in enumerate(self.trainers):
             trainer.apply(
                 trainer.version + 1,
-                self.master.published(),
+                blobs,
                 self.master.base_digest(),
                 merged=slot in chosen,
+                whole=False,
             )

@@ -270,7 +270,7 @@ def test_rotating_A_is_known_to_the_server_and_never_sent(moments: str, subspace
         drawn.append([t.modules["up"].lora_A.clone() for t in simulation.trainers])
         expected = simulation.master.weights["up"].double()
         simulation.local_steps(mse, batches(3, 3, 8, seed=round_))
-        assert not any(name.endswith("/A") for name in simulation.trainers[0].contribution())
+        assert not any(name.endswith("/A") for name, _ in simulation.trainers[0].contribution())
         for trainer, A in zip(simulation.trainers, drawn[-1], strict=True):
             assert torch.equal(trainer.modules["up"].lora_A, A), "A moves only at a merge"
             expected += 2.0 / 3 * trainer.modules["up"].lora_B[0].double() @ A[0].double()

@@ -656,9 +656,24 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
             version=5,
             settings=config.to_dict(recipe),
             model=master.plan.describe(recipe.lora),
-            base_digest=master.base_digest(),
         )
-        endpoint.send(peer, wire.encode(welcome, master.published()))
+        endpoint.send(peer, wire.encode(welcome))
+
+        def part(index: int) -> wire.Part:
+            return wire.Part(generation=2, worker_id="", incarnation=0, version=5, index=index)
+
+        parts = [frames for frames, _ in wire.in_parts(master.snapshot().items(), 1 << 18, part)]
+        update = wire.Update(
+            generation=2,
+            version=5,
+            since=None,
+            parts=len(parts),
+            merged=(),
+            base_digest=master.base_digest(),
+            last=False,
+        )
+        for frames in [*parts, wire.encode(update)]:
+            endpoint.send(peer, frames)
         endpoint.send(peer, wire.encode(wire.Begin(generation=2, version=5)))
         endpoint.send(peer, wire.encode(wire.Pulse(generation=2, number=0, version=5)))
         assert hear(wire.Contribution)[1].version == 5

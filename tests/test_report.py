@@ -90,8 +90,8 @@ def test_summary_of_a_finished_run(tmp_path: Path) -> None:
             "workers        4 of 1 head, lora_rank 32, reset-b",
             "parameters     1,200,000, 90.0% adapted by LoRA heads",
             "loss           2.625 published (nf4), 2.500 master (published +5.00%)",
-            "up             105.0 MB, 14 bits a parameter and round, all workers",
-            "down           15.0 MB, 2 bits a parameter and round, all workers",
+            "up             105.0 MB, 3.5 bits a parameter, round and worker",
+            "down           15.0 MB, 0.5 bits a parameter, round and worker",
             "data-parallel  would move 9.6 GB, 80.0 times more",
             f"files          {folder}/config.yaml",
             f"               {folder}/metrics.jsonl",
@@ -119,7 +119,7 @@ def test_summary_of_an_unfinished_run(tmp_path: Path) -> None:
 def test_an_event_may_tell_the_size_before_the_end(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 10, num_parameters=1_200_000, num_adapted_parameters=600_000)
     assert "50.0% adapted" in printed(folder)
-    assert outcome(folder).bits(21_000_000) == 14
+    assert outcome(folder).bits(21_000_000) == 3.5
 
 
 @pytest.mark.parametrize("num_rounds", [0, 1])

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from itertools import count
 
+import msgspec
 import pytest
 import torch
 
@@ -62,9 +63,9 @@ class Script:
             version=0,
             settings=settings,
             model={},
-            base_digest="",
         )
         self.say(peer, welcome)
+        self.say(peer, msgspec.structs.replace(UPDATE, version=0, since=None))
         assert joined.wait(20)
         return peer
 
@@ -74,14 +75,19 @@ CONTRIBUTION = wire.Contribution(
     worker_id="w0",
     incarnation=1,
     version=0,
+    parts=1,
     draw=0,
     tokens=1,
     loss=None,
+    lost=0.0,
+    step_s=0.0,
+    encode_s=0.0,
+    apply_s=0.0,
     base_digest="",
     merged_digest="",
     given_digest="",
 )
-UPDATE = wire.Update(generation=1, version=1, merged=(1,), base_digest="", last=False)
+UPDATE = wire.Update(generation=1, version=1, since=0, parts=0, merged=(1,), base_digest="", last=False)
 
 
 def in_thread(session: Session, script: Script) -> tuple[threading.Thread, list[wire.Message]]:
@@ -105,7 +111,7 @@ def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: Serve
     session = script.session
     assert session is not None
     _, before = script.hear(wire.Heartbeat)
-    session.push(CONTRIBUTION, {"x": torch.ones(3)})
+    session.push(0, [("x", torch.ones(3, dtype=torch.uint8))], lambda parts: CONTRIBUTION)
     thread, heard = in_thread(session, script)
     assert script.hear(wire.Contribution)[1] == CONTRIBUTION
     for _ in range(3):
@@ -117,6 +123,7 @@ def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: Serve
         sent_since.append(wire.decode(received[1])[0])
     assert {type(message) for message in sent_since} == {wire.Heartbeat}
     script.say(peer, wire.Pulse(generation=1, number=sent_since[-1].number, version=0))
+    assert script.hear(wire.Part)[1].index == 0, "its parts come again, too"
     assert script.hear(wire.Contribution)[1] == CONTRIBUTION
     script.say(peer, wire.Receipt(version=0, status="held", reason=""))
     script.say(peer, UPDATE)
@@ -137,6 +144,37 @@ def test_a_lost_update_is_asked_for(endpoint: ServerEndpoint) -> None:
     script.say(peer, UPDATE)
     thread.join(20)
     assert heard == [UPDATE]
+    session.close("enough")
+
+
+@pytest.mark.parametrize("torn", ["first part", "last part", "closed twice", "of another version"])
+def test_an_update_that_is_not_whole_is_asked_for_again(endpoint: ServerEndpoint, torn: str) -> None:
+    script = Script(endpoint)
+    peer = script.join()
+    session = script.session
+    assert session is not None
+    thread, heard = in_thread(session, script)
+    blobs = [("x", torch.arange(150, dtype=torch.uint8))]
+
+    def part(index: int) -> wire.Part:
+        return wire.Part(generation=1, worker_id="", incarnation=0, version=1, index=index)
+
+    parts = [frames for frames, _ in wire.in_parts(blobs, 64, part)]
+    update = msgspec.structs.replace(UPDATE, parts=len(parts))
+    if torn == "of another version":
+        update = msgspec.structs.replace(update, version=2, since=1)
+    for frames in {"first part": parts[1:], "last part": parts[:-1]}.get(torn, parts):
+        endpoint.send(peer, frames)
+    if torn == "closed twice":
+        script.say(peer, msgspec.structs.replace(update, version=3, since=2))
+    script.say(peer, update)
+    assert script.hear(wire.Behind)[1].version == 0
+    for frames in parts:
+        endpoint.send(peer, frames)
+    whole = msgspec.structs.replace(UPDATE, parts=len(parts))
+    script.say(peer, whole)
+    thread.join(20)
+    assert heard == [whole]
     session.close("enough")
 
 

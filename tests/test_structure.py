@@ -29,6 +29,7 @@ FLOORS = [
     "server",
     "worker",
     "language",
+    "cost",
     "report",
     "launch",
     "cli",

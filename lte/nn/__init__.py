@@ -1,5 +1,6 @@
 """Modules with heads on frozen bases, and the conversion of any module to them."""
 
+from lte.nn.adapted import Adapted
 from lte.nn.convert import (
     Plan,
     adapted_modules,
@@ -13,9 +14,12 @@ from lte.nn.convert import (
     plan,
     plan_of,
 )
+from lte.nn.embedding import LoRAEmbedding
 from lte.nn.linear import LoRALinear
 
 __all__ = [
+    "Adapted",
+    "LoRAEmbedding",
     "LoRALinear",
     "Plan",
     "adapted_modules",

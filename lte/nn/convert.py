@@ -1,4 +1,4 @@
-"""Put heads on the linear layers of any module, and sort its parameters into adapted and dense."""
+"""Put heads on the layers of any module, and sort its parameters into adapted and dense."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte import config, lowrank
 from lte.config import Base, LoRA, Recipe, Train
 from lte.errors import ConfigError
+from lte.nn.adapted import Adapted
+from lte.nn.embedding import LoRAEmbedding, can_adapt
 from lte.nn.linear import LoRALinear
 from lte.quantize import Quant
 
@@ -71,25 +73,27 @@ class Plan:
 def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     """Decide what of a plain model is adapted and what is dense.
 
-    Adapted are `nn.Linear` modules (not subclasses) that a pattern of `lora.modules` matches and
-    none of `lora.exclude` does, unless their weight is frozen or shared with another module (tied).
+    Adapted are `nn.Linear` and, with `lora.embeddings`, `nn.Embedding` modules (not subclasses)
+    that a pattern of `lora.modules` matches and none of `lora.exclude` does, unless their weight is
+    frozen or shared with another module (tied), or an embedding is no plain table (`can_adapt`).
     Every other parameter that asks for a gradient is dense.
 
     Raises:
-        ConfigError: a pattern or an override that matches no linear layer, or parameters to train
+        ConfigError: a pattern or an override that matches no such module, or parameters to train
             that are not fp32.
     """
     uses: Counter[int] = Counter()
     for _, module in model.named_modules(remove_duplicate=False):
         uses.update(id(parameter) for parameter in module.parameters(recurse=False))
     _check_dtypes(model)
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    _check_patterns(lora, list(linears))
+    candidates = {name: m for name, m in model.named_modules() if type(m) in _kinds(lora)}
+    _check_patterns(lora, list(candidates))
     adapted = {
-        name: _head_spec(name, linear, lora)
-        for name, linear in linears.items()
-        if uses[id(linear.weight)] == 1
-        and linear.weight.requires_grad
+        name: _head_spec(name, module.weight, lora)
+        for name, module in candidates.items()
+        if uses[id(module.weight)] == 1
+        and module.weight.requires_grad
+        and (not isinstance(module, nn.Embedding) or can_adapt(module))
         and _matches(name, lora.modules)
         and not _matches(name, lora.exclude)
     }
@@ -119,7 +123,7 @@ def lora_of(model: nn.Module) -> LoRA:
 
 
 def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, seed: int = 0) -> nn.Module:
-    """Put LoRA heads on a frozen, quantized base under the linear layers of a model, in place.
+    """Put LoRA heads on frozen, quantized bases in place of weights of a model, in place.
 
     The heads are drawn for the first worker of a run; `lte.Worker` draws them anew for its place.
     In `eval()` mode the converted model computes the published model, without heads.
@@ -131,7 +135,8 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
         seed: of the heads.
 
     Returns:
-        The same model, its `nn.Linear` replaced by `LoRALinear`.
+        The same model, its `nn.Linear` replaced by `LoRALinear` and, with `lora.embeddings`, its
+        `nn.Embedding` by `LoRAEmbedding`.
 
     Raises:
         ConfigError: impossible settings, a pattern that matches nothing, or a model that is converted.
@@ -141,13 +146,12 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
     lora = config.checked(settings).lora
     if any(adapted_modules(model)):
         raise ConfigError(["this model is converted already"])
-    if type(model) is nn.Linear:
-        raise ConfigError(["a bare nn.Linear has no parent to hold its heads; wrap it in a module"])
+    if type(model) in _kinds(lora):
+        kind = f"nn.{type(model).__name__}"
+        raise ConfigError([f"a bare {kind} has no parent to hold its heads; wrap it in a module"])
     for name, spec in plan(model, lora, base).adapted.items():
         parent, _, child = name.rpartition(".")
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        adapted = LoRALinear(linear, lora, base, rank=spec.rank, scale=spec.scale, init=spec.init)
+        adapted = _with_heads(model.get_submodule(name), spec, lora, base)
         setattr(model.get_submodule(parent), child, adapted)
     draw_heads(model, lora, seed=seed, first_head=0, draw=0)
     return model
@@ -192,10 +196,10 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
                 module.merged_B.zero_()
 
 
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """The modules with heads, by name, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapted):
             yield name, module
 
 
@@ -218,7 +222,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {kind: parameters for kind, parameters in groups.items() if parameters}
 
 
-def _is_head(parameter_name: str, converted: dict[str, LoRALinear]) -> bool:
+def _is_head(parameter_name: str, converted: dict[str, Adapted]) -> bool:
     module, _, leaf = parameter_name.rpartition(".")
     return leaf in ("lora_A", "lora_B") and module in converted
 
@@ -227,7 +231,20 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _head_spec(name: str, linear: nn.Linear, lora: LoRA) -> HeadSpec:
+def _kinds(lora: LoRA) -> tuple[type[nn.Module], ...]:
+    """Types of the modules that may get heads."""
+    return (nn.Linear, nn.Embedding) if lora.embeddings else (nn.Linear,)
+
+
+def _with_heads(plain: nn.Module, spec: HeadSpec, lora: LoRA, base: Quant) -> Adapted:
+    """What takes the place of a module that `plan` adapts."""
+    if isinstance(plain, nn.Embedding):
+        return LoRAEmbedding(plain, lora, base, rank=spec.rank, scale=spec.scale, init=spec.init)
+    assert isinstance(plain, nn.Linear)
+    return LoRALinear(plain, lora, base, rank=spec.rank, scale=spec.scale, init=spec.init)
+
+
+def _head_spec(name: str, weight: Tensor, lora: LoRA) -> HeadSpec:
     """Settings of one module: those of the last override that names it, else the recipe's."""
     rank, scale, init = lora.rank, lora.scale, lora.init
     for override in lora.overrides:
@@ -235,7 +252,8 @@ def _head_spec(name: str, linear: nn.Linear, lora: LoRA) -> HeadSpec:
             rank = override.rank if override.rank is not None else rank
             scale = override.scale if override.scale is not None else scale
             init = override.init if override.init is not None else init
-    return HeadSpec((linear.out_features, linear.in_features), rank, scale, init)
+    out_features, in_features = weight.shape
+    return HeadSpec((out_features, in_features), rank, scale, init)
 
 
 def _check_dtypes(model: nn.Module) -> None:
@@ -249,15 +267,16 @@ def _check_dtypes(model: nn.Module) -> None:
             )
 
 
-def _check_patterns(lora: LoRA, linear_names: list[str]) -> None:
+def _check_patterns(lora: LoRA, names: list[str]) -> None:
     named = [("lora.modules", p) for p in lora.modules]
     named += [("lora.exclude", p) for p in lora.exclude]
     named += [("lora.overrides", o.modules) for o in lora.overrides]
-    shown = ", ".join(linear_names[:6]) + (", ..." if len(linear_names) > 6 else "")
+    kinds = " or ".join(f"nn.{kind.__name__}" for kind in _kinds(lora))
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     faults = [
-        f"{key}: {pattern!r} matches no nn.Linear; there are: {shown or 'none'}"
+        f"{key}: {pattern!r} matches no {kinds}; there are: {shown or 'none'}"
         for key, pattern in named
-        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in linear_names)
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names)
     ]
     if faults:
         raise ConfigError(faults)

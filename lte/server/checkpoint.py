@@ -18,7 +18,7 @@ from torch import Tensor
 from lte import quantize
 from lte.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lte import compress, lowrank, merge, quantize
-from lte.compress import A, B
+from lte import lowrank, merge, quantize
+from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Outer, Recipe
-from lte.errors import ConfigError
+from lte.errors import ConfigError, WireError
 from lte.nn import adapted_modules, plan
+from lte.quantize import Quantized
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Received:
     Attributes:
         incarnation: of the worker that sent it. heads: how many heads it trains.
         first_head: index of its first head among all workers'. draw: redraws of its A so far.
-        tensors: `MODULE/A` (H, r, in) unless A is given, `MODULE/B` (H, out, r), dense deltas.
+        tensors: changes of `MODULE/A` (H, r, in) unless A is given, of `MODULE/B` (H, out, r), and
+            of dense parameters, `NAME/dense`.
     """
 
     incarnation: int
@@ -38,12 +40,16 @@ class Master:
     worker's merged factors.
 
     W starts as deq(Q_0): from scratch that costs nothing, and what is published is the master then.
+    Q is requantized from what it was, so it depends on its history, as does what is published of the
+    dense parameters when a codec leaves something out.
 
     Attributes:
         weights: W of every adapted module, by `MODULE`. dense: every dense parameter, by name.
-        base: Q, by `MODULE`. momentum: of the outer optimizer, by module or parameter name.
-        merged: incarnation -> MODULE/A, MODULE/B -> merged factors (H, r, in), (H, out, r); only in
-            reset-less mode.
+        base: Q, by `MODULE`. published_dense: the dense parameters that workers hold.
+        momentum: of the outer optimizer, by module or parameter name.
+        merged: incarnation -> MODULE/A, MODULE/B -> merged factors (H, r, in), (H, out, r) in
+            reset-less mode; in reset-b MODULE/A alone, the A that was sent last (B' is zero), where A
+            is trained and sent lossily.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -62,21 +68,51 @@ class Master:
         self.base = {name: quantize.quantize(w, recipe.base.quant) for name, w in initial.items()}
         self.weights = {name: quantize.dequantize(base).clone() for name, base in self.base.items()}
         self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.dense}
+        self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
         self.momentum: dict[str, Tensor] = {}
         self.merged: dict[int, dict[str, Tensor]] = {}
         self._given: dict[int, tuple[int, dict[str, Tensor]]] = {}
 
     # Contributions
 
-    def expected_tensors(self, heads: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes (all fp32) that a contribution of this many heads must have."""
-        shapes: dict[str, tuple[int, ...]] = {}
+    def max_contribution_bytes(self, heads: int) -> int:
+        """Most bytes that a valid contribution of so many heads takes."""
+        settings = self.recipe.compress
+        total = sum(blockwise.max_rows_bytes(shape, settings.dense) for shape in self.plan.dense.values())
+        # At first A comes in 2 or 4 bytes an element, whatever its codec.
+        shapes = [shape for both in self._factor_shapes(heads).values() for shape in both.values()]
+        return total + sum(factors.max_bytes(shape, "fp32", None) for shape in shapes)
+
+    def decode(self, blobs: Mapping[str, Tensor], incarnation: int, heads: int) -> dict[str, Tensor]:
+        """The tensors of a contribution, as `Received` has them, finite and of the right shapes.
+
+        Raises:
+            WireError: it holds other names, malformed bytes, or numbers that are not finite.
+        """
+        shapes = {name: shape for both in self._factor_shapes(heads).values() for name, shape in both.items()}
+        expected = {*shapes, *(name + DENSE for name in self.plan.dense)}
+        if blobs.keys() != expected:
+            raise WireError("its tensors have other names than the model's heads and dense parameters")
+        settings, known = self.recipe.compress, self.merged.get(incarnation, {})
+        tensors = {}
+        for name, shape in shapes.items():
+            codec, truncate_rank = factors.codec_of(name, self.recipe, is_known=name in known)
+            tensors[name] = factors.decode(blobs[name], codec, shape, truncate_rank)
+        for name, shape in self.plan.dense.items():
+            tensors[name + DENSE] = blockwise.decode_rows(blobs[name + DENSE], settings.dense, shape)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise WireError("it holds numbers that are not finite (a learning rate too high?)")
+        return tensors
+
+    def _factor_shapes(self, heads: int) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Module -> shapes of what a worker of so many heads sends of its factors, by name."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, spec in self.plan.adapted.items():
             out_features, in_features = spec.shape
+            shapes[name] = {name + B: (heads, out_features, spec.rank)}
             if self.recipe.lora.A == "trained":
-                shapes[name + A] = (heads, spec.rank, in_features)
-            shapes[name + B] = (heads, out_features, spec.rank)
-        return shapes | self.plan.dense
+                shapes[name][name + A] = (heads, spec.rank, in_features)
+        return shapes
 
     def keep_only(self, incarnations: Collection[int]) -> None:
         """Drop the merged factors of all other workers: their heads are gone."""
@@ -89,11 +125,12 @@ class Master:
     # Merging
 
     @torch.no_grad()
-    def merge(self, contributions: Sequence[Received], num_missing_heads: int) -> dict[str, float]:
-        """Fold contributions into W and the dense parameters, and requantize W into Q.
+    def merge(self, contributions: Sequence[Received], num_missing_heads: int) -> float:
+        """Fold contributions into W and the dense parameters; `publish` must follow.
 
         Returns:
-            `codes_changed`, the share of codes of Q that this merge changed.
+            Root mean square of the change of W, in steps of the base's quantization; 0 for a base
+            without any.
         """
         shares = merge.shares(
             [c.heads for c in contributions],
@@ -101,29 +138,90 @@ class Master:
             num_missing_heads,
             self.recipe.outer.weights,
         )
-        outer, changed, total = self.recipe.outer, 0, 0
+        outer = self.recipe.outer
+        squared_change = squared_steps = 0.0
         for name, spec in self.plan.adapted.items():
             heads = [
-                merge.HeadDelta(*factors, spec.scale * share)
+                merge.HeadDelta(*pair, spec.scale * share)
                 for contribution, share in zip(contributions, shares, strict=True)
-                for factors in self._factors(name, contribution)
+                for pair in self._factors(name, contribution)
             ]
+            before = self.weights[name]
             self._step(name, self.weights, merge.mean_delta(heads), outer)
-            base = quantize.quantize(self.weights[name], self.plan.quant)
-            changed += int((base.codes != self.base[name].codes).sum())
-            total += base.codes.numel()
-            self.base[name] = base
+            squared_change += float((self.weights[name] - before).square().sum())
+            squared_steps += float(quantize.step(self.base[name]).square().sum()) * quantize.BLOCK
         # The decay is of adapted weights alone.
         average = replace(outer, weight_decay=0.0) if outer.dense else Outer()
         for name in self.plan.dense:
             delta = torch.zeros_like(self.dense[name])
             for contribution, share in zip(contributions, shares, strict=True):
-                delta += contribution.tensors[name] * (share * contribution.heads)
+                delta += contribution.tensors[name + DENSE] * (share * contribution.heads)
             self._step(name, self.dense, delta, average)
-        if self.recipe.lora.merge == "reset-less":
-            for contribution in contributions:
-                self.merged[contribution.incarnation] = self._rebuilt(contribution)
-        return {"codes_changed": changed / max(total, 1)}
+        for contribution in contributions:
+            if merged := self._rebuilt(contribution):
+                self.merged[contribution.incarnation] = merged
+        return (squared_change / squared_steps) ** 0.5 if squared_steps else 0.0
+
+    # Publishing
+
+    @torch.no_grad()
+    def requantize(self) -> dict[str, Quantized]:
+        """Bring Q up to W. Returns the Q of before, which `changes_since` needs."""
+        settings, before = self.recipe.base, self.base
+        keep = (settings.keep_scale_from, settings.keep_scale_to)
+        self.base = {
+            name: quantize.requantize(self.weights[name], base, hysteresis=settings.hysteresis, keep=keep)
+            for name, base in before.items()
+        }
+        return before
+
+    @torch.no_grad()
+    def publish_dense(self) -> dict[str, Tensor]:
+        """Bring the published dense parameters up to the master's, but for what the codec leaves out.
+
+        Returns:
+            The bytes that tell workers, by `NAME/dense.0`.
+        """
+        blobs = {}
+        for name, dense in self.dense.items():
+            ahead = dense - self.published_dense[name]
+            blob, sent = blockwise.encode_rows(ahead, self.recipe.compress.dense)
+            self.published_dense[name] = self.published_dense[name] + sent
+            blobs[f"{name}{DENSE}.0"] = blob
+        return blobs
+
+    def changes_since(self, before: Mapping[str, Quantized]) -> Iterator[tuple[str, changes.Change]]:
+        """The change of each module's base since then, encoded as it is asked for."""
+        for name, base in self.base.items():
+            yield name, changes.encode(before[name], base)
+
+    def folded(self, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """One update in place of the last ones.
+
+        Args:
+            history: the bytes of those updates, each version's on the one before, the newest last.
+        """
+        blobs: dict[str, Tensor] = {}
+        for name, base in self.base.items():
+            then = base
+            for update in reversed(history):
+                then = changes.revert(then, update[name + CODES], update[name + SCALES])
+            change = changes.encode(then, base)
+            blobs |= {name + CODES: change.codes, name + SCALES: change.scales}
+        for name in self.dense:  # in their order: fp32 sums of lossy changes have no other one
+            for k, update in enumerate(history):
+                blobs[f"{name}{DENSE}.{k}"] = update[f"{name}{DENSE}.0"]
+        return blobs
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The bytes of the whole published model: every code and scale, dense parameters in fp32."""
+        blobs: dict[str, Tensor] = {}
+        for name, base in self.base.items():
+            whole = changes.full(base)
+            blobs |= {name + CODES: whole.codes, name + SCALES: whole.scales}
+        for name, tensor in self.published_dense.items():
+            blobs[name + DENSE], _ = blockwise.encode(tensor, "fp32")
+        return blobs
 
     def _step(self, name: str, weights: dict[str, Tensor], delta: Tensor, outer: Outer) -> None:
         weights[name], momentum = merge.outer_step(weights[name], delta, self.momentum.get(name), outer)
@@ -131,32 +229,39 @@ class Master:
             self.momentum[name] = momentum
 
     def _rebuilt(self, contribution: Received) -> dict[str, Tensor]:
-        """The worker's factors as the server knows them: what it sent on top of the merged ones."""
-        held = self.merged.get(contribution.incarnation, {})
+        """What the server must remember of the worker's factors, as it knows them now."""
+        if self.recipe.lora.merge != "reset-less" and not factors.remembers_A(self.recipe):
+            return {}
         rebuilt = {}
         for name in self.plan.adapted:
-            sent_B = contribution.tensors[name + B]
-            rebuilt[name + B] = compress.rebuild(sent_B, held.get(name + B))
-            rebuilt[name + A] = self._A_of(name, contribution, held.get(name + A))
+            rebuilt[name + A], now_B, _, _ = self._pair(name, contribution)
+            if self.recipe.lora.merge == "reset-less":
+                rebuilt[name + B] = now_B
         return rebuilt
 
     def _factors(
         self, name: str, contribution: Received
-    ) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
         """A, B, A', B' of each of the worker's heads on one module."""
-        held = self.merged.get(contribution.incarnation, {})
-        merged_A, merged_B = held.get(name + A), held.get(name + B)
-        now_B = compress.rebuild(contribution.tensors[name + B], merged_B)
-        now_A = self._A_of(name, contribution, merged_A)
-        return [
-            (
-                now_A[h],
-                now_B[h],
-                None if merged_A is None else merged_A[h],
-                None if merged_B is None else merged_B[h],
-            )
-            for h in range(contribution.heads)
-        ]
+        now_A, now_B, merged_A, merged_B = self._pair(name, contribution)
+        for h in range(contribution.heads):
+            if merged_A is None or merged_B is None:  # of zeros, or an A that is only remembered
+                yield now_A[h], now_B[h], None, None
+            else:
+                yield now_A[h], now_B[h], merged_A[h], merged_B[h]
+
+    def _pair(self, name: str, contribution: Received) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A, B, A', B' of all of the worker's heads on one module: what it sent and what is known."""
+        known = self.merged.get(contribution.incarnation, {})
+        merged_A, merged_B = known.get(name + A), known.get(name + B)
+        if self.recipe.lora.A == "trained":
+            sent_A = contribution.tensors[name + A]
+            now_A = sent_A if merged_A is None else merged_A + sent_A
+        else:
+            given = self.given_A(contribution.first_head, contribution.heads, contribution.draw)
+            now_A = given[name + A]
+        sent_B = contribution.tensors[name + B]
+        return now_A, sent_B if merged_B is None else merged_B + sent_B, merged_A, merged_B
 
     def given_A(self, first_head: int, heads: int, draw: int) -> dict[str, Tensor]:
         """A frozen or rotating A of one worker, MODULE/A -> (H, r, in), drawn as the worker did."""
@@ -185,23 +290,11 @@ class Master:
             draw=draw,
         )
 
-    def _A_of(self, name: str, contribution: Received, merged_A: Tensor | None) -> Tensor:
-        if self.recipe.lora.A == "trained":
-            return compress.rebuild(contribution.tensors[name + A], merged_A)
-        return self.given_A(contribution.first_head, contribution.heads, contribution.draw)[name + A]
-
-    # Publishing
-
-    def published(self) -> dict[str, Tensor]:
-        """The tensors of an update: every module's base, every dense parameter."""
-        tensors: dict[str, Tensor] = {}
-        for name, base in self.base.items():
-            tensors |= compress.encode_base(name, base)
-        return tensors | self.dense
+    # Digests and state
 
     def base_digest(self) -> str:
         """Digest of what is published, which every worker must reach."""
-        return quantize.digest(self.published().items())
+        return quantize.digest(tensors_of(self.base, self.published_dense).items())
 
     def master_digest(self) -> str:
         """Digest of the bits of W and of the dense parameters."""
@@ -210,10 +303,9 @@ class Master:
     def parameters(self, which: str) -> dict[str, Tensor]:
         """Parameters of the plain model, by name: `published` (deq(Q)) or `master` (W)."""
         if which == "master":
-            adapted = {f"{name}.weight": weight for name, weight in self.weights.items()}
-        else:
-            adapted = {f"{n}.weight": quantize.dequantize(base) for n, base in self.base.items()}
-        return adapted | self.dense
+            return {f"{name}.weight": weight for name, weight in self.weights.items()} | self.dense
+        adapted = {f"{n}.weight": quantize.dequantize(base) for n, base in self.base.items()}
+        return adapted | self.published_dense
 
     @torch.no_grad()
     def fill(self, model: nn.Module, which: str) -> None:
@@ -222,24 +314,21 @@ class Master:
         for name, tensor in self.parameters(which).items():
             parameters[name].copy_(tensor)
 
-    # State
-
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold, as named groups of tensors."""
-        base: dict[str, Tensor] = {}
-        for name, quantized in self.base.items():
-            base |= compress.encode_base(name, quantized)
         return {
-            "master": {f"{name}.weight": weight for name, weight in self.weights.items()} | self.dense,
-            "base": base,
+            "master": self.parameters("master"),
+            "base": tensors_of(self.base, self.published_dense),
             "momentum": self.momentum,
         }
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `state` returned. Workers start with new heads, so none are merged."""
-        for name in self.weights:
+        for name, base in self.base.items():
             self.weights[name] = state["master"][f"{name}.weight"].clone()
-            self.base[name] = compress.decode_base(name, self.base[name], state["base"])
+            codes, scales = state["base"][name + CODES].clone(), state["base"][name + SCALES].clone()
+            self.base[name] = replace(base, codes=codes, scales=scales)
         self.dense = {name: state["master"][name].clone() for name in self.dense}
+        self.published_dense = {name: state["base"][name + DENSE].clone() for name in self.dense}
         self.momentum = {name: tensor.clone() for name, tensor in state["momentum"].items()}
         self.merged = {}

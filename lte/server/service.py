@@ -6,10 +6,12 @@ import errno
 import os
 import re
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lte import config, schedule, transport, wire
+from lte.compress import CODES, KINDS, SCALES, kind_of
 from lte.config import Recipe
 from lte.errors import RunError, WireError
 from lte.nn import difference
+from lte.quantize import Quantized
 from lte.server import checkpoint, rounds
 from lte.server.checkpoint import Progress
 from lte.server.master import Master, Received
@@ -110,7 +114,13 @@ class Server:
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
         # incarnation -> the version that its last merged contribution is in.
         self._merged_in: dict[int, int] = {}
+        # Of the open round: parts that have come of contributions, by worker_id; bytes, by kind.
+        self._staged: dict[str, wire.Assembly] = {}
+        self._bytes = _no_bytes()
         self._accounted_bytes = (0, 0)
+        # The bytes of the last updates, each on the one before, for who is behind.
+        self._history: deque[dict[str, Tensor]] = deque()
+        self._whole_bytes = _size(self.master.snapshot())
         self._published_s = self._now_s()
         self._stop_reason: str | None = None
         self.stopped_by = 0
@@ -205,8 +215,10 @@ class Server:
         match message:
             case wire.Hello():
                 self._hear_hello(peer, message)
+            case wire.Part():
+                self._hear_part(peer, message, frames, entries)
             case wire.Contribution():
-                self._hear_contribution(peer, message, frames, entries)
+                self._hear_contribution(peer, message)
             case wire.Heartbeat():
                 if not self._is_stale(peer, message.generation):
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
@@ -255,26 +267,52 @@ class Server:
         joined = rounds.Joined(hello.worker_id, hello.session, self.recipe.lora.heads)
         self._happened(joined, peer)
 
-    def _hear_contribution(
-        self, peer: Peer, message: wire.Contribution, frames: Frames, entries: tuple[wire.TensorEntry, ...]
+    def _hear_part(
+        self, peer: Peer, part: wire.Part, frames: Frames, entries: tuple[wire.TensorEntry, ...]
     ) -> None:
+        """Stage a part of a contribution. What is out of order misses what a broken connection lost."""
+        if self._is_stale(peer, part.generation):
+            return
+        self._happened(rounds.Heard(part.worker_id, part.incarnation), peer)
+        member = self._state.members.get(part.worker_id)
+        if member is None or member.incarnation != part.incarnation or part.version != self.version:
+            return
+        if part.index == 0:
+            limit = self.master.max_contribution_bytes(member.heads)
+            self._staged[part.worker_id] = wire.Assembly(part.version, limit)
+        if part.worker_id in self._staged:
+            try:
+                self._staged[part.worker_id].add(part, frames, entries)
+            except WireError as error:
+                del self._staged[part.worker_id]
+                self._event("malformed", f"a contribution of {part.worker_id} was dropped: {error}")
+
+    def _hear_contribution(self, peer: Peer, message: wire.Contribution) -> None:
         if self._is_stale(peer, message.generation):
             return
+        assembly = self._staged.pop(message.worker_id, None)
         member = self._state.members.get(message.worker_id)
         current = member is not None and member.incarnation == message.incarnation
-        is_late = current and message.version < self.version  # asked before this one closes the round
         self._offered = None
         if member is not None and current and message.version == self.version:
-            tensors: dict[str, Tensor] = {}
-            fault = self._fault_of(message, entries, member)
+            try:
+                blobs = {} if assembly is None else assembly.close(message.parts)
+                if assembly is None and message.parts:
+                    raise WireError("its parts were lost")
+            except WireError:
+                return  # it is asked for again: no receipt follows
+            fault, tensors = self._fault_of(message, member), dict[str, Tensor]()
             if not fault:
-                tensors = wire.tensors(frames, entries)
-                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                    fault = "it holds numbers that are not finite (a learning rate too high?)"
+                try:
+                    tensors = self.master.decode(blobs, message.incarnation, member.heads)
+                except WireError as error:
+                    fault = str(error)
             if fault:
                 self._event("refused", f"a contribution of {message.worker_id} was refused: {fault}")
                 self._send(peer, wire.Receipt(version=message.version, status="refused", reason=fault))
                 return
+            assert assembly is not None or not blobs
+            self._count("uplink", assembly.sizes if assembly else {})
             received = Received(
                 incarnation=message.incarnation,
                 heads=member.heads,
@@ -286,17 +324,9 @@ class Server:
             self._offered = (received, message)
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
-        if is_late:
-            self._bring_up(peer, message.incarnation, message.version)
 
-    def _fault_of(
-        self, message: wire.Contribution, entries: tuple[wire.TensorEntry, ...], member: rounds.Member
-    ) -> str:
-        """What is wrong with a contribution before memory is taken for it, or ''."""
-        expected = self.master.expected_tensors(member.heads)
-        met = {entry.name: entry.shape for entry in entries if entry.dtype == "f4"}
-        if len(met) != len(entries) or met != expected:
-            return "its tensors have other names, shapes or dtypes than the model's heads"
+    def _fault_of(self, message: wire.Contribution, member: rounds.Member) -> str:
+        """What is wrong with a contribution before its tensors are looked at, or ''."""
         if message.base_digest != self._base_digest:
             return f"its base is not bit for bit the published version {self.version}"
         if message.merged_digest != self.master.merged_digest(member.incarnation):
@@ -369,32 +399,98 @@ class Server:
     def _merge(self, worker_ids: tuple[str, ...], num_missing_heads: int) -> None:
         closed_s = self._now_s()
         held = [self._held[worker_id] for worker_id in worker_ids]
-        self._held = {}
-        statistics = self.master.merge([received for received, _ in held], num_missing_heads)
-        self._base_digest = self.master.base_digest()
+        self._held, self._staged = {}, {}
+        merge_in_steps = self.master.merge([received for received, _ in held], num_missing_heads)
         merged_s = self._now_s()
+        before = self.master.requantize()
+        dense = self.master.publish_dense()
+        self._base_digest = self.master.base_digest()
+        requantized_s = self._now_s()
         version = self.version + 1
-        update = wire.Update(
-            generation=self.generation,
-            version=version,
-            merged=tuple(received.incarnation for received, _ in held),
-            base_digest=self._base_digest,
-            last=version >= self.recipe.train.rounds,
-        )
         self._merged_in |= {received.incarnation: version for received, _ in held}
-        self._broadcast(wire.encode(update, self.master.published()))
+        codes_changed = self._publish(version, before, dense, [received.incarnation for received, _ in held])
         wait_s, self._published_s = closed_s - self._published_s, self._now_s()
         self.master.keep_only({member.incarnation for member in self._state.members.values()})
         self._happened(rounds.Merged())
-        self._record_round([message for _, message in held], statistics, merged_s - closed_s, wait_s)
+        self._record_round(
+            [message for _, message in held],
+            codes_changed=codes_changed,
+            merge_in_steps=merge_in_steps,
+            merge_s=requantized_s - closed_s,
+            requantize_s=requantized_s - merged_s,
+            pack_s=self._published_s - requantized_s,
+            wait_s=wait_s,
+        )
 
-    def _record_round(
+    def _publish(
+        self, version: int, before: dict[str, Quantized], dense: dict[str, Tensor], merged: list[int]
+    ) -> float:
+        """Send a new version to all, each layer as soon as it is encoded, and remember its bytes.
+
+        Returns:
+            The share of codes that changed.
+        """
+        blobs: dict[str, Tensor] = {}
+        num_changed = 0
+
+        def encoded() -> Iterator[tuple[str, Tensor]]:
+            nonlocal num_changed
+            for name, change in self.master.changes_since(before):
+                num_changed += change.codes_changed
+                for ending, blob in ((CODES, change.codes), (SCALES, change.scales)):
+                    blobs[name + ending] = blob
+                    yield name + ending, blob
+            blobs.update(dense)
+            yield from dense.items()
+
+        self._send_update(list(self._peers.values()), version, self.version, encoded(), merged)
+        self._history.append(blobs)
+        # More of them would be no smaller than the whole model.
+        while sum(map(_size, self._history)) > self._whole_bytes:
+            self._history.popleft()
+        return num_changed / max(self.master.plan.num_adapted_parameters, 1)
+
+    def _send_update(
         self,
-        contributions: list[wire.Contribution],
-        statistics: dict[str, float],
-        merge_s: float,
-        wait_s: float,
+        peers: Sequence[Peer],
+        version: int,
+        since: int | None,
+        blobs: Iterable[tuple[str, Tensor]],
+        merged: Sequence[int],
     ) -> None:
+        """Send an update to these peers in parts, then the message that closes them."""
+
+        def part(index: int) -> wire.Part:
+            return wire.Part(
+                generation=self.generation, worker_id="", incarnation=0, version=version, index=index
+            )
+
+        num_parts = 0
+        for frames, sizes in wire.in_parts(blobs, self.recipe.compress.part_bytes, part):
+            num_parts += 1
+            for peer in peers:
+                sent_bytes = self._endpoint.sent_bytes
+                self._endpoint.send(peer, frames)
+                if self._endpoint.sent_bytes > sent_bytes:  # not to one that is gone
+                    self._count("downlink", sizes)
+        update = wire.Update(
+            generation=self.generation,
+            version=version,
+            since=since,
+            parts=num_parts,
+            merged=tuple(merged),
+            base_digest=self._base_digest,
+            last=version >= self.recipe.train.rounds,
+        )
+        for peer in peers:
+            self._send(peer, update)
+
+    def _count(self, direction: str, sizes: Mapping[str, int]) -> None:
+        """Add to the bytes of this round, by direction and kind."""
+        for name, num_bytes in sizes.items():
+            self._bytes[f"{direction}_{kind_of(name)}_bytes"] += num_bytes
+
+    def _record_round(self, contributions: list[wire.Contribution], **measured: float) -> None:
         self._tokens += sum(message.tokens for message in contributions)
         losses = [message.loss for message in contributions if message.loss is not None]
         bytes_now = (self._endpoint.received_bytes, self._endpoint.sent_bytes)
@@ -402,6 +498,11 @@ class Server:
             now - before for now, before in zip(bytes_now, self._accounted_bytes, strict=True)
         )
         self._accounted_bytes = bytes_now
+        by_kind, self._bytes = self._bytes, _no_bytes()
+        for direction, total in (("uplink", uplink), ("downlink", downlink)):
+            known = sum(n for key, n in by_kind.items() if key.startswith(direction))
+            by_kind[f"{direction}_control_bytes"] = total - known
+        bits = 8 / self.master.plan.num_parameters / len(contributions)
         step = self.version * self.recipe.train.local_steps - 1
         factor = schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
         self._tracker.record(
@@ -412,10 +513,15 @@ class Server:
             num_merged=len(contributions),
             uplink_bytes=uplink,
             downlink_bytes=downlink,
-            merge_s=merge_s,
-            wait_s=wait_s,
+            **by_kind,
+            uplink_bits=uplink * bits,
+            downlink_bits=downlink * bits,
+            lost=max(message.lost for message in contributions),
+            step_s=statistics.median(message.step_s for message in contributions),
+            encode_s=statistics.median(message.encode_s for message in contributions),
+            apply_s=statistics.median(message.apply_s for message in contributions),
             lr=self.recipe.optimizer.lr * factor,
-            **statistics,
+            **measured,
         )
         # From here on the workers train already, on the version that was just published.
         every = self.recipe.eval.every
@@ -465,25 +571,33 @@ class Server:
             version=self.version,
             settings=config.to_dict(self.recipe),
             model=self._described,
-            base_digest=self._base_digest,
         )
-        self._endpoint.send(peer, wire.encode(welcome, self.master.published()))
+        self._send(peer, welcome)
+        self._send_update([peer], self.version, None, self.master.snapshot().items(), ())
 
     def _bring_up(self, peer: Peer, incarnation: int, version: int) -> None:
-        """Send the published version to a worker that holds an older one and missed what came since.
+        """Send the published version to a worker that holds an older one and missed what came since:
+        the changes folded into one, or the whole model where that is smaller.
 
         Its contribution to the round on `version`, if that was merged, counts as merged in this update.
         """
-        if version >= self.version:
+        behind = self.version - version
+        if behind <= 0:
             return
-        update = wire.Update(
-            generation=self.generation,
-            version=self.version,
-            merged=(incarnation,) if self._merged_in.get(incarnation, 0) > version else (),
-            base_digest=self._base_digest,
-            last=self.finished,
-        )
-        self._endpoint.send(peer, wire.encode(update, self.master.published()))
+        blobs, since = self.master.snapshot(), None
+        if behind <= len(self._history):
+            folded = self._folded(behind)
+            if folded is not None and _size(folded) < _size(blobs):
+                blobs, since = folded, version
+        merged = (incarnation,) if self._merged_in.get(incarnation, 0) > version else ()
+        self._send_update([peer], self.version, since, blobs.items(), merged)
+
+    def _folded(self, behind: int) -> dict[str, Tensor] | None:
+        """The last changes as one, or None where one of them was so large that it came in full."""
+        try:
+            return self.master.folded(list(self._history)[-behind:])
+        except ValueError:
+            return None
 
     def _pulse(self, peer: Peer, number: int) -> None:
         self._send(peer, wire.Pulse(generation=self.generation, number=number, version=self.version))
@@ -563,6 +677,16 @@ def _rules(recipe: Recipe) -> rounds.Rules:
         deadline_s=recipe.server.deadline_s,
         silence_s=recipe.server.silence_s,
     )
+
+
+def _size(blobs: Mapping[str, Tensor]) -> int:
+    return sum(blob.numel() for blob in blobs.values())
+
+
+def _no_bytes() -> dict[str, int]:
+    """Bytes by direction and kind, none yet."""
+    up, down = KINDS[:2], KINDS[1:]
+    return {f"uplink_{kind}_bytes": 0 for kind in up} | {f"downlink_{kind}_bytes": 0 for kind in down}
 
 
 def is_complete(recipe: Recipe) -> bool:

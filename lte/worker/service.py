@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 import torch
@@ -72,13 +73,15 @@ class Worker:
                 slot=welcome.slot,
                 version=welcome.version,
                 base=server.base,
-                base_digest=welcome.base_digest,
+                base_digest=server.base_digest,
                 optimizer=optimizer,
             )
             server.base = {}  # the model holds it now
             self._loss, self._tokens, self._batches = torch.zeros(()), 0, 0
             self._pushed = False
+            self._apply_s = self._waited_s = 0.0
             self._until_open()
+            self._began_s, self._waited_s = time.monotonic(), 0.0
         except BaseException as error:
             server.close(parting_words(type(error), error))
             raise
@@ -91,7 +94,7 @@ class Worker:
     @property
     def step_index(self) -> int:
         """Local steps since the start of the run: names the next batch."""
-        return self.version * self.recipe.train.local_steps + self._trainer.local_step
+        return self._trainer.round * self.recipe.train.local_steps + self._trainer.local_step
 
     def step(self, loss: Tensor | float | None = None, *, tokens: int = 0) -> bool:
         """Take an optimizer step on the gradients at hand; after every T-th, merge.
@@ -114,10 +117,17 @@ class Worker:
             self._loss += loss.detach().cpu() if isinstance(loss, Tensor) else loss
             self._batches += 1
         self._tokens += tokens
-        self._session.progress(self.version, self._trainer.local_step)
-        if self._trainer.local_step >= self.recipe.train.local_steps:
+        trainer, train = self._trainer, self.recipe.train
+        self._session.progress(self.version, trainer.local_step)
+        if trainer.round > trainer.version and trainer.local_step >= train.steps_ahead:
+            self._until_published()
+        if not self.done and trainer.local_step >= train.local_steps:
             self._push()
-            self._until_open()
+            if train.overlap and trainer.round + 1 < train.rounds:
+                trainer.go_ahead()
+            else:
+                self._until_open()
+            self._began_s, self._waited_s = time.monotonic(), 0.0
         return not self.done
 
     def __enter__(self) -> Worker:
@@ -134,35 +144,63 @@ class Worker:
 
     def _push(self) -> None:
         trainer, welcome = self._trainer, self._session.welcome
-        contribution = wire.Contribution(
-            generation=welcome.generation,
-            worker_id=welcome.worker_id,
-            incarnation=welcome.incarnation,
-            version=trainer.version,
-            draw=trainer.draw,
-            tokens=self._tokens,
-            loss=float(self._loss) / self._batches if self._batches else None,
-            base_digest=trainer.base_digest(),
-            merged_digest=trainer.merged_digest(),
-            given_digest=trainer.given_digest(),
-        )
-        self._session.push(contribution, trainer.contribution())
+        started_s = time.monotonic()
+        computed_s = started_s - self._began_s - self._waited_s
+        base_digest, merged_digest = trainer.base_digest(), trainer.merged_digest()
+
+        def close(num_parts: int) -> wire.Contribution:
+            return wire.Contribution(
+                generation=welcome.generation,
+                worker_id=welcome.worker_id,
+                incarnation=welcome.incarnation,
+                version=trainer.version,
+                parts=num_parts,
+                draw=trainer.draw,
+                tokens=self._tokens,
+                loss=float(self._loss) / self._batches if self._batches else None,
+                lost=trainer.lost,
+                step_s=computed_s / self.recipe.train.local_steps,
+                encode_s=time.monotonic() - started_s,
+                apply_s=self._apply_s,
+                base_digest=base_digest,
+                merged_digest=merged_digest,
+                given_digest=trainer.given_digest(),
+            )
+
+        self._session.push(trainer.version, trainer.contribution(), close)
         self._pushed = True
+        self._loss, self._tokens, self._batches = torch.zeros(()), 0, 0
 
     def _until_open(self) -> None:
         """Apply what is published until the round on the newest version opens, or none follows."""
-        while True:
-            message, tensors = self._session.next_step()
+        while not self.done:
+            message, blobs = self._wait()
             if isinstance(message, wire.Update):
-                if message.version <= self.version:
-                    continue
-                merged = self._pushed and self._session.welcome.incarnation in message.merged
-                self._trainer.apply(message.version, tensors, message.base_digest, merged=merged)
-                self._loss, self._tokens, self._batches = torch.zeros(()), 0, 0
-                self._pushed = False
-                self._session.progress(self.version, 0)
-                if message.last:
-                    self.done = True
-                    return
+                self._apply(message, blobs)
             elif message.version == self.version and not self._pushed:
                 return
+
+    def _until_published(self) -> None:
+        """Apply the update that opens the round which local steps are taken of already."""
+        while not self.done and self._trainer.version < self._trainer.round:
+            message, blobs = self._wait()
+            if isinstance(message, wire.Update):
+                self._apply(message, blobs)
+
+    def _wait(self) -> tuple[wire.Begin | wire.Update, dict[str, Tensor]]:
+        started_s = time.monotonic()
+        received = self._session.next_step()
+        self._waited_s += time.monotonic() - started_s
+        return received
+
+    def _apply(self, update: wire.Update, blobs: dict[str, Tensor]) -> None:
+        started_s = time.monotonic()
+        merged = self._pushed and self._session.welcome.incarnation in update.merged
+        self._trainer.apply(
+            update.version, blobs, update.base_digest, merged=merged, whole=update.since is None
+        )
+        self._pushed = False
+        self._session.progress(self.version, self._trainer.local_step)
+        self.done = update.last
+        self._apply_s = time.monotonic() - started_s
+        self._waited_s += self._apply_s

@@ -5,14 +5,14 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from lte import transport, wire
-from lte.errors import ConnectError, RefusedError, RunEnded
+from lte.errors import ConnectError, RefusedError, RunEnded, WireError
 
 _ASK_AGAIN_S = 3.0
 """A Hello without an answer is sent again after this: no server may have been there."""
@@ -21,7 +21,7 @@ _WELCOME_S = 600.0
 _LOOK_UP_S = 1.0
 """How often a waiting worker looks whether its patience is at its end."""
 
-Named = TypeVar("Named", wire.Heartbeat, wire.Behind, wire.Leave)
+Named = TypeVar("Named", wire.Heartbeat, wire.Part, wire.Behind, wire.Leave)
 
 
 def parting_words(kind: type[BaseException] | None, error: BaseException | None) -> str:
@@ -35,7 +35,8 @@ class Session:
     """One worker's conversation with its server.
 
     Attributes:
-        welcome: what the server said at the start, `base` the tensors that came with it.
+        welcome: what the server said at the start. base: the bytes of the whole model that came
+            with it; base_digest: of what they make.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Session:
         self._address = address
         self._progress = (0, 0)
         # A contribution without a receipt, and the last heartbeat that was sent before it.
-        self._pushed: wire.Frames | None = None
+        self._pushed: list[wire.Frames] = []
         self._pushed_after = self._number = 0
+        self._assembly: wire.Assembly | None = None
         self._beating = threading.Lock()
         self._stopping = threading.Event()
         self._heartbeats: threading.Thread | None = None
@@ -75,11 +77,10 @@ class Session:
             heads=heads,
         )
         try:
-            self.welcome, self.base = self._join(wire.encode(hello), wait_s)
+            self._join(wire.encode(hello), wait_s)
         except BaseException:
             self._endpoint.close()
             raise
-        self._progress = (self.welcome.version, 0)
         self._patience_s = float(self.welcome.settings["worker"]["patience_s"])
         interval_s = float(self.welcome.settings["worker"]["heartbeat_s"])
         self._heartbeats = threading.Thread(
@@ -99,13 +100,30 @@ class Session:
         """What the next heartbeat says about how far this worker is."""
         self._progress = (version, local_step)
 
-    def push(self, contribution: wire.Contribution, tensors: Mapping[str, Tensor]) -> None:
-        """Send a contribution; `next_step` sends it again if it was lost."""
-        self._pushed = wire.encode(contribution, tensors)
-        self._push_again()
+    def push(
+        self, version: int, blobs: Iterable[tuple[str, Tensor]], close: Callable[[int], wire.Contribution]
+    ) -> None:
+        """Send a contribution, in parts as they are made; `next_step` sends it again if it was lost.
+
+        Args:
+            version: on which it was trained. close: makes its message, given the number of parts.
+        """
+        part_bytes = int(self.welcome.settings["compress"]["part_bytes"])
+        pushed: list[wire.Frames] = []
+        for frames, _ in wire.in_parts(
+            blobs, part_bytes, lambda index: self._named(wire.Part, version=version, index=index)
+        ):
+            pushed.append(frames)
+            self._endpoint.send(frames)
+        pushed.append(wire.encode(close(len(pushed))))
+        self._pushed = pushed
+        self._send_pushed(pushed[-1:])
 
     def next_step(self) -> tuple[wire.Begin | wire.Update, dict[str, Tensor]]:
         """Wait until a round opens or a version is published.
+
+        Returns:
+            The message, and the named bytes of an update.
 
         Raises:
             RefusedError: the server found a contribution wrong, or fenced this worker.
@@ -121,28 +139,56 @@ class Session:
             heard_s = time.monotonic()
             message, entries = self._decoded(frames)
             match message:
+                case wire.Part():
+                    self._take(message, frames, entries)
                 case wire.Update() if message.version > self._progress[0]:
-                    self._pushed = None
-                    return message, wire.tensors(frames, entries)
+                    blobs = self._closed(message)
+                    if blobs is not None and message.since in (None, self._progress[0]):
+                        self._pushed = []
+                        return message, blobs
+                    self._fall_behind()
                 case wire.Begin():
                     begin = message  # unless an update stands behind it
                 case wire.Receipt(status="refused"):
                     raise RefusedError(message.reason, "start the worker again")
                 case wire.Receipt():
-                    self._pushed = None
+                    self._pushed = []
                 case wire.Pulse() if self._pushed and message.number > self._pushed_after:
-                    self._push_again()
+                    self._send_pushed(self._pushed)
                 case wire.Pulse() if message.version > self._progress[0]:
-                    behind = self._named(wire.Behind, version=self._progress[0])
-                    self._endpoint.send(wire.encode(behind))
+                    self._fall_behind()
         return begin, {}
 
-    def _push_again(self) -> None:
-        assert self._pushed is not None
+    def _take(self, part: wire.Part, frames: wire.Frames, entries: Sequence[wire.TensorEntry]) -> None:
+        """Stage a part. What is out of order belongs to what a broken connection has torn."""
+        if part.index == 0:
+            limit = int(self.welcome.settings["server"]["max_message_bytes"])
+            self._assembly = wire.Assembly(part.version, limit)
+        if self._assembly is not None:
+            try:
+                self._assembly.add(part, frames, entries)
+            except WireError:
+                self._assembly = None
+
+    def _closed(self, update: wire.Update) -> dict[str, Tensor] | None:
+        """All parts of an update, or None where some were lost."""
+        assembly, self._assembly = self._assembly, None
+        if assembly is None or assembly.version != update.version:
+            return {} if update.parts == 0 else None
+        try:
+            return assembly.close(update.parts)
+        except WireError:
+            return None
+
+    def _fall_behind(self) -> None:
+        self._endpoint.send(wire.encode(self._named(wire.Behind, version=self._progress[0])))
+
+    def _send_pushed(self, pushed: Sequence[wire.Frames]) -> None:
         # Under the lock no heartbeat is numbered later than this and sent earlier.
         with self._beating:
             self._pushed_after = self._number
-            self._endpoint.send(self._pushed)
+            for frames in pushed:
+                self._endpoint.send(frames)
 
     def close(self, reason: str) -> None:
         """Say that this worker goes, and close. Closing again does nothing."""
@@ -154,8 +200,8 @@ class Session:
         self._endpoint.send(wire.encode(self._named(wire.Leave, reason=reason)))
         self._endpoint.close()
 
-    def _join(self, hello: wire.Frames, wait_s: float) -> tuple[wire.Welcome, dict[str, Tensor]]:
-        deadline = time.monotonic() + wait_s
+    def _join(self, hello: wire.Frames, wait_s: float) -> None:
+        deadline, is_welcome = time.monotonic() + wait_s, False
         asked_s = -float("inf")
         while (now := time.monotonic()) < deadline:
             if now - asked_s >= _ASK_AGAIN_S:
@@ -173,7 +219,13 @@ class Session:
                 case wire.Pulse():  # it is there; the model that comes next may be large
                     deadline = now + _WELCOME_S
                 case wire.Welcome():
-                    return message, wire.tensors(frames, entries)
+                    self.welcome, is_welcome = message, True
+                case wire.Part() if is_welcome:
+                    self._take(message, frames, entries)
+                case wire.Update(since=None) if is_welcome and (base := self._closed(message)) is not None:
+                    self.base, self.base_digest = base, message.base_digest
+                    self._progress = (message.version, 0)
+                    return
         raise ConnectError(
             f"no server answers at {self._address} after {wait_s:g} s; start one with 'lte server CONFIG'"
             " and give the address that it prints"

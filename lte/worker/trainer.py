@@ -5,16 +5,18 @@ No socket and no clock: a trainer is a function of its batches and of the update
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lte import compress, lowrank, quantize, schedule
-from lte.compress import A, B
+from lte import lowrank, quantize, schedule
+from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Optimizer, Recipe
-from lte.errors import DigestError
-from lte.nn import LoRALinear, adapted_modules, dense_parameters, draw_heads, parameter_groups
+from lte.errors import DigestError, WireError
+from lte.nn import Adapted, adapted_modules, dense_parameters, draw_heads, parameter_groups
+from lte.quantize import Quantized
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -44,8 +46,10 @@ class Trainer:
     """Trains the heads and dense parameters of one converted model.
 
     Attributes:
-        version: the version of the base. local_step: optimizer steps since then.
+        version: of the base. round: the one that local steps belong to: the version's, or the next
+            one where steps are taken ahead of the update that opens it. local_step: taken in it.
         draw: which draw of A the heads have; see `_draw_at`.
+        lost: share of the heads' change that the last contribution left out and no later one owes.
     """
 
     def __init__(
@@ -64,25 +68,32 @@ class Trainer:
         Args:
             model: converted; with memory (see `materialize`).
             slot: place among all workers; its heads are the global heads slot * H ... .
-            base, base_digest: as published with `version`.
+            base, base_digest: the whole model as published with `version`, in bytes.
             optimizer: over the model's parameters, or what makes one; None: the recipe's.
 
         Raises:
             DigestError: the base does not have its digest.
         """
         self.model, self.recipe, self.version = model, recipe, version
-        self.local_step = 0
+        self.round, self.local_step, self.lost = version, 0, 0.0
         self.draw = self._draw_at(version)
         if any(parameter.is_meta for parameter in model.parameters()):
             materialize(model, torch.device("cpu"))
-        self.modules: dict[str, LoRALinear] = dict(adapted_modules(model))
+        self.modules: dict[str, Adapted] = dict(adapted_modules(model))
         self.heads = next((m.heads for m in self.modules.values()), 1)
         self.first_head = slot * self.heads
         self.dense = dict(dense_parameters(model))
         self._has_merged = False
-        self._published: dict[str, Tensor] = {}
+        self._published = {name: torch.zeros(p.shape) for name, p in self.dense.items()}
+        # What the last contribution came to at the server, and the A that it was sent with.
         self._sent: dict[str, Tensor] = {}
-        self._load(self._staged(base, base_digest))
+        self._sent_with: dict[str, Tensor] = {}
+        # The A that the server knows, where it remembers one (see `factors.remembers_A`).
+        self._known_A: dict[str, Tensor] = {}
+        self._load(*self._staged(base, base_digest, whole=True))
+        for name, parameter in self.dense.items():
+            with torch.no_grad():
+                parameter.copy_(self._published[name])
         draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
         if optimizer is None:
             self.optimizer = make_optimizer(model, recipe.optimizer)
@@ -111,44 +122,86 @@ class Trainer:
         self.local_step += 1
 
     def _factor(self, local_step: int) -> float:
-        step = self.version * self.recipe.train.local_steps + local_step
+        step = self.round * self.recipe.train.local_steps + local_step
         return schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
+
+    def go_ahead(self) -> None:
+        """Begin the local steps of the next round; the update that opens it is still to come."""
+        self.round, self.local_step = self.version + 1, 0
 
     # Contributions
 
     @torch.no_grad()
-    def contribution(self) -> dict[str, Tensor]:
-        """The tensors that tell the server what was learnt beyond what it has merged.
+    def contribution(self) -> Iterator[tuple[str, Tensor]]:
+        """The bytes that tell the server what was learnt beyond what it has merged, as they are made.
 
-        They are remembered until the next update: what the server rebuilds of them is what an
-        update that merged them takes away here.
+        What the server makes of them is remembered until the next update: it is what an update that
+        merged them takes away here.
         """
-        sent: dict[str, Tensor] = {}
+        self._sent, self._sent_with = {}, {}
+        left_out = total = 0.0
         for name, module in self.modules.items():
+            old_A, old_B = module.lora_A.to("cpu", copy=True), module.lora_B.to("cpu", copy=True)
             if module.lora_A.requires_grad:
-                sent[name + A] = compress.encode_difference(module.lora_A, module.merged_A).detach().cpu()
-            sent[name + B] = compress.encode_difference(module.lora_B, module.merged_B).detach().cpu()
+                yield name + A, self._encode_A(name, module)
+            yield name + B, self._encode_B(name, module)
+            if factors.refits(self.recipe):
+                lost, moved = factors.lost(old_B, old_A, *self._kept(name, module))
+                left_out, total = left_out + lost, total + moved
+            if self.recipe.train.overlap:
+                self._sent_with[name] = module.lora_A.clone()
+        self.lost = (left_out / total) ** 0.5 if total else 0.0
+        codec = self.recipe.compress.dense
         for name, parameter in self.dense.items():
-            sent[name] = compress.encode_difference(parameter, self._published[name]).detach().cpu()
-        # Copies: an fp32 factor that travels whole would else change under training.
-        self._sent = {name: tensor.clone() for name, tensor in sent.items()}
-        return self._sent
+            ahead = parameter.detach().cpu() - self._published[name]
+            blob, self._sent[name] = blockwise.encode_rows(ahead, codec)
+            yield name + DENSE, blob
+
+    def _encode_A(self, name: str, module: Adapted) -> Tensor:
+        """Send A, and set A to what was sent where the product would be wrong otherwise."""
+        known = self._known(name, module)[0]
+        codec, truncate_rank = factors.codec_of(name + A, self.recipe, is_known=known is not None)
+        now = module.lora_A.detach().cpu()
+        blob, sent = factors.encode(now if known is None else now - known, codec, truncate_rank)
+        self._sent[name + A] = sent
+        if factors.refits(self.recipe):
+            sent_A = sent if known is None else known + sent
+            module.lora_B.copy_(factors.refit(module.lora_B.cpu(), now, sent_A))
+            module.lora_A.copy_(sent_A)
+        return blob
+
+    def _encode_B(self, name: str, module: Adapted) -> Tensor:
+        known = self._known(name, module)[1]
+        codec, truncate_rank = factors.codec_of(name + B, self.recipe, is_known=known is not None)
+        now = module.lora_B.detach().cpu()
+        blob, self._sent[name + B] = factors.encode(
+            now if known is None else now - known, codec, truncate_rank
+        )
+        return blob
+
+    def _known(self, name: str, module: Adapted) -> tuple[Tensor | None, Tensor | None]:
+        """A and B as the server knows them, on the CPU; None where it knows nothing or zeros."""
+        if self._has_merged and module.merged_A is not None and module.merged_B is not None:
+            return module.merged_A.cpu(), module.merged_B.cpu()
+        return self._known_A.get(name), None
+
+    def _kept(self, name: str, module: Adapted) -> tuple[Tensor, Tensor]:
+        """The B and A that hold what was sent and what is still owed."""
+        owes = self.recipe.lora.merge == "reset-b" and self.recipe.compress.error_feedback
+        return module.lora_B.cpu() if owes else self._sent[name + B], module.lora_A.cpu()
 
     def base_digest(self) -> str:
         """Digest of the base and the published dense parameters that this model holds."""
-        tensors: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            tensors |= compress.encode_base(name, module.base)
-        return quantize.digest((tensors | self._published).items())
+        bases = {name: module.base for name, module in self.modules.items()}
+        return quantize.digest(tensors_of(bases, self._published).items())
 
     def merged_digest(self) -> str:
-        """Digest of the merged factors; of nothing while these are zero."""
-        if not self._has_merged:
-            return quantize.digest([])
-        merged = {}
-        for name, module in self.modules.items():
-            assert module.merged_A is not None and module.merged_B is not None
-            merged[name + A], merged[name + B] = module.merged_A, module.merged_B
+        """Digest of the factors that the server remembers of this worker."""
+        merged = {name + A: known for name, known in self._known_A.items()}
+        if self._has_merged:
+            for name, module in self.modules.items():
+                assert module.merged_A is not None and module.merged_B is not None
+                merged[name + A], merged[name + B] = module.merged_A, module.merged_B
         return quantize.digest(sorted(merged.items()))
 
     def given_digest(self) -> str:
@@ -160,50 +213,77 @@ class Trainer:
     # Updates
 
     @torch.no_grad()
-    def apply(self, version: int, published: Mapping[str, Tensor], base_digest: str, *, merged: bool) -> None:
+    def apply(
+        self, version: int, blobs: Mapping[str, Tensor], base_digest: str, *, merged: bool, whole: bool
+    ) -> None:
         """Take over a published version whole, or not at all.
 
         Args:
+            blobs: the change from the version at hand, or the `whole` model.
             merged: whether the last `contribution` is in it. Only then do the heads change; what
                 was not merged stays in them and is sent by the next contribution.
 
         Raises:
-            DigestError: the update does not have its digest; nothing was changed.
+            DigestError: the update does not lead to its digest; nothing was changed.
         """
-        staged = self._staged(published, base_digest)
+        bases, published = self._staged(blobs, base_digest, whole=whole)
         for name, parameter in self.dense.items():
             # d <- d_new + (d - d_old - own merged part)
-            ahead = parameter - self._published[name]
+            ahead = parameter - self._published[name].to(parameter.device)
             if merged:
                 ahead = ahead - self._sent[name].to(parameter.device)
-            parameter.copy_(staged[name].to(parameter.device) + ahead)
-        self._load(staged, dense=False)
-        self.version, self.local_step = version, 0
+                if not self.recipe.compress.error_feedback:
+                    ahead.zero_()
+            parameter.copy_(published[name].to(parameter.device) + ahead)
+        self._load(bases, published)
+        self.version = version
+        if self.round < version:
+            self.round, self.local_step = version, 0
         if merged:
             self._settle_heads()
-        self._sent = {}
+        self._sent, self._sent_with = {}, {}
 
     def _settle_heads(self) -> None:
         """The heads' contribution is in the base now: take it out of them, by the merge mode."""
-        lora = self.recipe.lora
+        lora, feedback = self.recipe.lora, self.recipe.compress.error_feedback
         for name, module in self.modules.items():
-            sent_B = self._sent[name + B].to(module.lora_B.device)
+            known_A, known_B = self._known(name, module)
+            sent_B = self._sent[name + B]
+            now_B = sent_B if known_B is None else known_B + sent_B
+            now_A = module.lora_A.detach()
+            if name + A in self._sent:
+                sent_A = self._sent[name + A]
+                now_A = sent_A if known_A is None else known_A + sent_A
             if lora.merge == "reset-less":
                 assert module.merged_A is not None and module.merged_B is not None
-                module.merged_B.copy_(compress.rebuild(sent_B, module.merged_B))
-                if module.lora_A.requires_grad:
-                    sent_A = self._sent[name + A].to(module.lora_A.device)
-                    module.merged_A.copy_(compress.rebuild(sent_A, module.merged_A))
-                else:
-                    module.merged_A.copy_(module.lora_A)
-            elif lora.merge == "reset-b":
-                module.lora_B.sub_(sent_B)  # what compression left out stays owed
+                module.merged_A.copy_(now_A)
+                module.merged_B.copy_(now_B)
+                if not feedback:
+                    module.lora_A.copy_(now_A)
+                    module.lora_B.copy_(now_B)
+            elif lora.merge == "reset-b" and feedback:
+                self._take_out(name, module, sent_B.to(module.lora_B.device))
             else:
                 module.lora_B.zero_()
+            if factors.remembers_A(self.recipe):
+                self._known_A[name] = now_A
         self._has_merged = lora.merge == "reset-less"
         if (draw := self._draw_at(self.version)) != self.draw:
             self.draw = draw
             self._redraw(transport=lora.moments == "transport", clear=lora.moments == "clear")
+
+    def _take_out(self, name: str, module: Adapted, sent_B: Tensor) -> None:
+        """B without what was merged of it; what compression left out stays owed.
+
+        Merged was sent_B times the A of then. Where A has moved on since, in steps taken ahead, the
+        difference sent_B (A - A_then) is kept as far as the rows of A can hold it.
+        """
+        module.lora_B.sub_(sent_B)
+        then = self._sent_with.get(name)
+        if then is not None and module.lora_A.requires_grad:
+            moved = module.lora_A - then
+            kept = factors.refit(sent_B.cpu(), moved.cpu(), module.lora_A.cpu())
+            module.lora_B.add_(kept.to(sent_B.device))
 
     def _draw_at(self, version: int) -> int:
         """Which draw of A belongs to a version: the same on all workers, also on late and new ones,
@@ -235,7 +315,7 @@ class Trainer:
                 for parameter in (module.lora_A, module.lora_B):
                     self.optimizer.state.pop(parameter, None)
 
-    def _transport_moments(self, module: LoRALinear, head: int, new_A: Tensor) -> None:
+    def _transport_moments(self, module: Adapted, head: int, new_A: Tensor) -> None:
         state = self.optimizer.state.get(module.lora_B, {})
         first, second = state.get("exp_avg"), state.get("exp_avg_sq")
         if first is None:  # SGD: its momentum is linear in the gradient too
@@ -250,31 +330,44 @@ class Trainer:
 
     # The base
 
-    def _staged(self, received: Mapping[str, Tensor], base_digest: str) -> dict[str, Tensor]:
-        """The tensors of a version, complete and with the right digest."""
-        expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
-        for name, module in self.modules.items():
-            for key, tensor in compress.encode_base(name, module.base).items():
-                expected[key] = (tensor.dtype, tensor.shape)
-        for name, parameter in self.dense.items():
-            expected[name] = (torch.float32, parameter.shape)
-        if {name: (t.dtype, t.shape) for name, t in received.items()} != expected:
-            raise DigestError("the server published tensors of other names, shapes or dtypes")
-        staged = {name: received[name] for name in expected}
-        if quantize.digest(staged.items()) != base_digest:
+    def _staged(
+        self, blobs: Mapping[str, Tensor], base_digest: str, *, whole: bool
+    ) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+        """Bases and dense parameters of a version, on the CPU, complete and with the right digest."""
+        left, codec = dict(blobs), self.recipe.compress.dense
+        bases, published = dict[str, Quantized](), dict[str, Tensor]()
+        try:
+            for name, module in self.modules.items():
+                held = _on_cpu(module.base)
+                if whole:
+                    held = quantize.empty(held.shape, held.quant, "cpu")
+                bases[name] = changes.apply(held, left.pop(name + CODES), left.pop(name + SCALES))
+            for name, now in self._published.items():
+                shape, k = tuple(now.shape), 0
+                if whole:
+                    published[name] = blockwise.decode(left.pop(name + DENSE), "fp32", shape)
+                    continue
+                while (blob := left.pop(f"{name}{DENSE}.{k}", None)) is not None:
+                    now, k = now + blockwise.decode_rows(blob, codec, shape), k + 1
+                published[name] = now
+        except (KeyError, WireError) as error:
+            raise DigestError(f"what arrived of the server's version cannot be read ({error})") from None
+        if left:
+            raise DigestError(f"the server published what this model does not have ({next(iter(left))})")
+        if quantize.digest(tensors_of(bases, published).items()) != base_digest:
             raise DigestError("what arrived of the server's version differs from what it published")
-        return staged
+        return bases, published
 
     @torch.no_grad()
-    def _load(self, staged: Mapping[str, Tensor], *, dense: bool = True) -> None:
-        for name, module in self.modules.items():
-            base = compress.decode_base(name, module.base, staged)
-            module.codes.copy_(base.codes)
-            module.scales.copy_(base.scales)
-        for name, parameter in self.dense.items():
-            self._published[name] = staged[name].to(parameter.device, copy=True)
-            if dense:
-                parameter.copy_(staged[name])
+    def _load(self, bases: Mapping[str, Quantized], published: dict[str, Tensor]) -> None:
+        for name, base in bases.items():
+            self.modules[name].codes.copy_(base.codes)
+            self.modules[name].scales.copy_(base.scales)
+        self._published = published
+
+
+def _on_cpu(base: Quantized) -> Quantized:
+    return replace(base, codes=base.codes.cpu(), scales=base.scales.cpu())
 
 
 def materialize(model: nn.Module, device: torch.device) -> nn.Module:

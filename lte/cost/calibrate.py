@@ -1,0 +1,267 @@
+"""Where `Rates` come from: assumptions, the records of a run, or a few seconds' trial on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lte import config, language
+from lte.compress import CODES, SCALES
+from lte.config import Codec, Recipe, Schedule
+from lte.cost.model import Rates, Sizes, plan_of, sizes
+from lte.errors import RunError
+from lte.models import build
+from lte.nn import convert, dense_parameters, draw_heads
+from lte.quantize import Quant
+from lte.server.master import Master, Received
+from lte.track import METRICS, Records
+from lte.worker.trainer import Trainer, make_optimizer, materialize
+
+GFLOP_S = 50.0
+"""Assumed of a machine that nobody measured: billions of operations a second in local steps."""
+
+_BITS: dict[Codec, float] = {"fp32": 32, "bf16": 11.5, "int8": 7.9, "int4": 3.85, "int2": 2.15}
+"""Bits an element, squeezed, of changes that look like noise."""
+_BASE_BITS: dict[Quant, float] = {"nf4": 0.8, "int8": 3.0, "none": 32}
+"""Bits a round changes of an adapted parameter: depends on the training. Measured in small models."""
+
+_STEP_TRIAL_S = 1.5
+_MAX_TRIAL_STEPS = 10
+_TRIAL_ROUNDS = 3
+_TRIAL_WORKERS = 8
+"""Most workers whose contributions a trial merges."""
+
+
+def step_flop(recipe: Recipe) -> float:
+    """Operations of a local step, roughly: 6 a parameter and token."""
+    return 6.0 * plan_of(recipe).num_parameters * recipe.train.batch_size * recipe.model.context_tokens
+
+
+def assumed(recipe: Recipe, *, gflop_s: float = GFLOP_S) -> Rates:
+    """Rates of one CPU thread, before anything is measured."""
+    compress = recipe.compress
+    guess = "assumed; --probe or --from RUN measures it"
+    sources = {rate.name: guess for rate in dataclasses.fields(Rates) if rate.name != "sources"}
+    sources["step_s"] = f"6 x parameters x tokens at {gflop_s:g} GFLOP/s, assumed"
+    sources |= dict.fromkeys(("factor_bits", "dense_bits_up", "dense_bits_down"), "of noise in this codec")
+    return Rates(
+        step_s=step_flop(recipe) / (gflop_s * 1e9),
+        encode_el_s=2e7,
+        decode_el_s=1e8,
+        merge_flop_s=5e10,
+        requantize_el_s=2e8,
+        pack_el_s=2e8,
+        apply_el_s=3e8,
+        factor_bits=_BITS[compress.factors],
+        dense_bits_up=_BITS[compress.dense],
+        dense_bits_down=_BITS[compress.dense],
+        base_bits=_BASE_BITS[recipe.base.quant],
+        sources=sources,
+    )
+
+
+def _measured(rates: Rates, figures: Mapping[str, float | None], source: str) -> Rates:
+    """The rates with those figures in place that are there and say something."""
+    known = {name: value for name, value in figures.items() if value and math.isfinite(value)}
+    sources = {**rates.sources, **dict.fromkeys(known, source)}
+    return dataclasses.replace(rates, **known, sources=sources)
+
+
+def said(rates: Rates, **figures: float) -> Rates:
+    """The rates with those that a person gave in place."""
+    return _measured(rates, figures, "as you said")
+
+
+# A run
+
+
+def from_run(folder: Path, recipe: Recipe, rates: Rates) -> Rates:
+    """Rates that a run recorded: medians over its rounds but the first tenth.
+
+    Args:
+        recipe: what is planned. Bits count only where it has the run's formats; the time of a local
+            step is scaled by parameters and tokens.
+        rates: for what the run did not record.
+
+    Raises:
+        ConfigError: the folder holds no run. RunError: no rounds, or a model that is not the recipe's.
+    """
+    run = config.load(folder / "config.yaml")
+    lines = Records.read(folder / METRICS)
+    rounds = [line for line in lines if line["kind"] == "round"]
+    if not rounds:
+        raise RunError(f"{folder}: no round is recorded there yet, so there is nothing to take from it")
+    plan = plan_of(run)
+    met = next((line["num_parameters"] for line in lines if line.get("num_parameters")), None)
+    if met not in (None, plan.num_parameters):
+        raise RunError(f"{folder}: trained a model of its own ({met:,} parameters), not its recipe's")
+    figures = _figures(rounds[len(rounds) // 10 :], run, sizes(run, plan))
+    if figures["step_s"]:
+        figures["step_s"] *= step_flop(recipe) / step_flop(run)
+    for name, key in _FORMATS.items():
+        if _at(run, key) != _at(recipe, key):
+            figures[name] = None
+    return _measured(rates, figures, f"measured in {folder}")
+
+
+_FORMATS = {
+    "factor_bits": "compress.factors",
+    "dense_bits_up": "compress.dense",
+    "dense_bits_down": "compress.dense",
+    "base_bits": "base.quant",
+}
+"""Rates, and the setting that they belong to."""
+
+
+def _at(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _figures(rounds: Sequence[Mapping[str, Any]], run: Recipe, size: Sizes) -> dict[str, float | None]:
+    """Rates by name, None where these lines do not tell."""
+
+    def median(value: Callable[[Mapping[str, Any]], float]) -> float | None:
+        values = []
+        for line in rounds:
+            try:
+                values.append(value(line))
+            except (KeyError, TypeError, ZeroDivisionError):  # an older run's line, or a null in it
+                continue
+        return statistics.median(values) if values else None
+
+    def bits(key: str, elements: int) -> float | None:
+        return median(lambda line: 8 * line[key] / line["num_merged"] / elements)
+
+    def base_bits(line: Mapping[str, Any]) -> float:
+        changed = line["downlink_codes_bytes"] + line["downlink_scales_bytes"]
+        return float(8 * changed / line["num_merged"] / size.adapted)
+
+    step_s = median(lambda line: line["step_s"])
+    if step_s is None:  # all that older runs say
+        step_s = median(lambda line: line["wait_s"] / run.train.local_steps)
+    return {
+        "step_s": step_s,
+        "encode_el_s": median(lambda line: (size.sent + size.dense) / line["encode_s"]),
+        "merge_flop_s": median(
+            lambda line: size.merge_flop * line["num_merged"] / (line["merge_s"] - line["requantize_s"])
+        ),
+        "requantize_el_s": median(lambda line: size.adapted / line["requantize_s"]),
+        "pack_el_s": median(lambda line: size.adapted / line["pack_s"]),
+        "apply_el_s": median(lambda line: size.adapted / line["apply_s"]),
+        "factor_bits": bits("uplink_factors_bytes", size.sent),
+        "dense_bits_up": bits("uplink_dense_bytes", size.dense),
+        "dense_bits_down": bits("downlink_dense_bytes", size.dense),
+        "base_bits": median(base_bits),
+    }
+
+
+# A trial
+
+
+def probe(recipe: Recipe, rates: Rates) -> Rates:
+    """Rates of this machine: local steps of the recipe's model on random tokens, and rounds of a
+    model of one of its layers. Takes some seconds. Bits are not measured: noise trains nothing."""
+    one_layer = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, num_layers=1),
+        schedule=Schedule(name="constant", warmup_steps=0),  # so that codes do change
+    )
+    figures = {"step_s": _step_s(recipe), **_round_rates(one_layer)}
+    return _measured(rates, figures, "measured on this machine")
+
+
+def _step_s(recipe: Recipe) -> float:
+    """Median seconds of a local step of the recipe's model, its base all zeros."""
+    torch.set_num_threads(recipe.worker.num_threads)
+    model = materialize(convert(build(recipe.model), recipe.lora, recipe.base.quant), _device(recipe))
+    draw_heads(model, recipe.lora, seed=0, first_head=0, draw=0)
+    with torch.no_grad():
+        for _, parameter in dense_parameters(model):
+            parameter.normal_(std=0.02)
+    optimizer = make_optimizer(model, recipe.optimizer)
+    step_s: list[float] = []
+    while len(step_s) < 2 or (sum(step_s) < _STEP_TRIAL_S and len(step_s) < _MAX_TRIAL_STEPS):
+        with _timed(step_s, recipe):
+            _loss(model, recipe).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+    return statistics.median(step_s[1:])
+
+
+def _round_rates(recipe: Recipe) -> dict[str, float | None]:
+    """Encoding to applying, of a model of this recipe and contributions of the same worker."""
+    torch.set_num_threads(recipe.server.num_threads)
+    master = Master(language.initial_model(recipe), recipe)
+    trainer = Trainer(
+        convert(build(recipe.model), recipe.lora, recipe.base.quant),
+        recipe,
+        slot=0,
+        version=0,
+        base=master.snapshot(),
+        base_digest=master.base_digest(),
+    )
+    workers = min(recipe.train.workers, _TRIAL_WORKERS)
+    seconds: dict[str, list[float]] = {
+        part: [] for part in ("encode", "decode", "merge", "requantize", "pack", "apply")
+    }
+    for version in range(1, _TRIAL_ROUNDS + 1):
+        _loss(trainer.model, recipe).backward()  # type: ignore[no-untyped-call]
+        trainer.step()
+        with _timed(seconds["encode"], recipe):
+            contribution = dict(trainer.contribution())
+        with _timed(seconds["decode"], recipe):
+            tensors = master.decode(contribution, 1, trainer.heads)
+        received = Received(
+            incarnation=1, heads=trainer.heads, first_head=0, draw=trainer.draw, tokens=1, tensors=tensors
+        )
+        with _timed(seconds["merge"], recipe):
+            master.merge([received] * workers, 0)
+        with _timed(seconds["requantize"], recipe):
+            before, update = master.requantize(), master.publish_dense()
+            digest = master.base_digest()
+        with _timed(seconds["pack"], recipe):
+            for name, change in master.changes_since(before):
+                update |= {name + CODES: change.codes, name + SCALES: change.scales}
+        with _timed(seconds["apply"], recipe):
+            trainer.apply(version, update, digest, merged=True, whole=False)
+    size = sizes(recipe, master.plan)
+    took = {part: statistics.median(each[1:]) for part, each in seconds.items()}
+    return {
+        "encode_el_s": (size.sent + size.dense) / took["encode"],
+        "decode_el_s": (size.sent + size.dense) / took["decode"],
+        "merge_flop_s": size.merge_flop * workers / took["merge"],
+        "requantize_el_s": size.adapted / took["requantize"],
+        "pack_el_s": size.adapted / took["pack"],
+        "apply_el_s": size.adapted / took["apply"],
+    }
+
+
+def _loss(model: torch.nn.Module, recipe: Recipe) -> torch.Tensor:
+    shape = (recipe.train.batch_size, recipe.model.context_tokens + 1)
+    device = next(model.parameters()).device
+    loss: torch.Tensor = model.loss(torch.randint(recipe.model.vocab_size, shape, device=device))  # type: ignore[operator]
+    return loss
+
+
+def _device(recipe: Recipe) -> torch.device:
+    name = recipe.worker.device
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+@contextmanager
+def _timed(seconds: list[float], recipe: Recipe) -> Iterator[None]:
+    """Append the seconds that the block takes."""
+    start_s = time.perf_counter()
+    yield
+    if _device(recipe).type == "cuda":
+        torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - start_s)

@@ -1,0 +1,121 @@
+"""What every module with heads owns: a frozen base, H LoRA heads, and what is merged of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lte import lowrank, quantize
+from lte.config import LoRA
+from lte.quantize import Quant, Quantized
+
+
+class _HeadGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by the number of heads.
+
+    A head sees 1/H of the batch. A loss that is the mean over the batch is 1/H of the sum of the
+    slices' means, of which each head gets the gradient that it would have had alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_heads: int) -> Tensor:
+        ctx.num_heads = num_heads
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.num_heads, None
+
+
+class Adapted(nn.Module):
+    """A weight (out, in) as deq(Q) + s (B A - B' A'); subclasses say what is computed with it.
+
+    With H > 1 heads the first dimension of the input is cut into H equal slices, one head each; the
+    loss is taken to be a mean over that dimension. In `eval()` mode the heads are left out, which
+    gives the published model.
+
+    Attributes:
+        lora_A: (H, r, in), trained or not. lora_B: (H, out, r).
+        merged_A, merged_B: A' and B', of the same shapes; None where they are zero (all modes
+            but reset-less).
+        codes, scales: the base (see `quantize.Quantized`), frozen.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    merged_A: Tensor | None
+    merged_B: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        lora: LoRA,
+        quant: Quant,
+        *,
+        rank: int,
+        scale: float,
+        init: lowrank.Init,
+    ) -> None:
+        """Take over a weight (out, in), which may be on the meta device.
+
+        Heads start at zero; `lte.nn.draw_heads` draws A.
+
+        Args:
+            lora: settings of all heads of the model; rank, scale and init are this module's own.
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.lora, self.heads, self.quant = lora, lora.heads, quant
+        self.rank, self.scale, self.init = rank, scale, init
+        shape = (self.out_features, self.in_features)
+        if weight.is_meta:
+            device = torch.device("cpu")
+            base = quantize.empty(shape, quant, device)
+        else:
+            device = weight.device
+            base = quantize.quantize(weight.detach().float(), quant)
+        # Not in state_dict: the base is the server's, and is saved with its version there.
+        self.register_buffer("codes", base.codes, persistent=False)
+        self.register_buffer("scales", base.scales, persistent=False)
+        A_shape = (self.heads, rank, self.in_features)
+        B_shape = (self.heads, self.out_features, rank)
+        self.lora_A = nn.Parameter(torch.zeros(A_shape, device=device), requires_grad=lora.A == "trained")
+        self.lora_B = nn.Parameter(torch.zeros(B_shape, device=device))
+        reset_less = lora.merge == "reset-less"
+        self.register_buffer("merged_A", torch.zeros(A_shape, device=device) if reset_less else None)
+        self.register_buffer("merged_B", torch.zeros(B_shape, device=device) if reset_less else None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The published weight (out, in), fp32, dequantized anew: for code that looks at it."""
+        return quantize.dequantize(self.base)
+
+    @property
+    def base(self) -> Quantized:
+        """The frozen base; its tensors are this module's buffers."""
+        return Quantized(self.quant, (self.out_features, self.in_features), self.codes, self.scales)
+
+    def sliced(self, batch: Tensor) -> Tensor:
+        """A batch (n, ...) as its heads see it, (H, n / H, ...), or whole, (1, ...), by one head."""
+        if self.heads == 1:
+            return batch.unsqueeze(0)
+        if batch.shape[0] % self.heads:
+            raise ValueError(
+                f"a batch of {batch.shape[0]} cannot be cut into {self.heads} equal slices, one a head"
+            )
+        return batch.reshape(self.heads, batch.shape[0] // self.heads, *batch.shape[1:])
+
+    def of_heads(self, factor: Tensor) -> Tensor:
+        """The same tensor, through which each head gets the gradient that it would have had alone."""
+        if self.heads == 1:
+            return factor
+        same: Tensor = _HeadGradient.apply(factor, self.heads)  # type: ignore[no-untyped-call]
+        return same
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
+            f" heads={self.heads}, scale={self.scale:g}, base={self.quant}"
+        )

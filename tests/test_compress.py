@@ -1,0 +1,260 @@
+"""Codecs of factors and dense changes, and what error feedback owes, against float64 references."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import Simulation, recipe
+from test_algorithm import Net, batches, mse, seeded
+
+from lte.compress import blockwise, factors
+from lte.errors import WireError
+
+CODECS = ("fp32", "bf16", "int8", "int4", "int2")
+LEVELS = {"int8": np.arange(-127, 128), "int4": np.arange(-7, 8), "int2": np.array([-1.5, -0.5, 0.5, 1.5])}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Blockwise codecs
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 1000])
+def test_integer_codecs_take_the_nearest_level(codec: str, n: int) -> None:
+    """The reference looks at every level of every element, in float64."""
+    x = normal(n, seed=n)
+    _, rebuilt = blockwise.encode(x, codec)
+    for start in range(0, n, 64):
+        block = x[start : start + 64]
+        largest = block.abs().max() / LEVELS[codec][-1]
+        scale = block.square().mean().sqrt() if codec == "int2" else largest
+        levels = LEVELS[codec] * float(scale.to(torch.bfloat16))
+        errors = np.abs(block.double().numpy()[:, None] - levels[None]).min(1)
+        met = np.abs(block.double().numpy() - rebuilt[start : start + 64].double().numpy())
+        assert np.abs(met - errors).max() < 1e-6
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    st.sampled_from(CODECS),
+    st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
+)
+def test_both_ends_make_the_same_bits(shape: list[int], codec: str, size: float) -> None:
+    x = normal(*shape) * size
+    for encode, decode, most in (
+        (blockwise.encode, blockwise.decode, blockwise.max_bytes(math.prod(shape), codec)),
+        (blockwise.encode_rows, blockwise.decode_rows, blockwise.max_rows_bytes(tuple(shape), codec)),
+    ):
+        blob, rebuilt = encode(x, codec)
+        assert blob.numel() <= most
+        assert torch.equal(decode(blob, codec, tuple(shape)), rebuilt)
+        assert (x - rebuilt).norm() <= 0.95 * x.norm() + 1e-37, "what is owed must shrink"
+
+
+def test_bits_an_element() -> None:
+    """Aim: int4 takes at most 4.5 bits an element. Gaussian, as factors' changes nearly are."""
+    x = normal(1 << 20)
+    bits = {codec: blockwise.encode(x, codec)[0].numel() * 8 / x.numel() for codec in CODECS}
+    assert bits["fp32"] == 32
+    assert bits["bf16"] < 12.5
+    assert bits["int8"] < 8.0
+    assert bits["int4"] < 4.0
+    assert bits["int2"] <= 2.26
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(CODECS), st.booleans(), st.data())
+def test_damaged_bytes_are_refused_or_have_the_shape(codec: str, rows: bool, data: st.DataObject) -> None:
+    x = normal(40, 5)
+    if rows:
+        x[3:] = 0
+    blob, _ = blockwise.encode_rows(x, codec)
+    raw = bytearray(blob.numpy().tobytes())
+    damage = data.draw(st.sampled_from(["cut", "extended", "flipped"]))
+    if damage == "cut":
+        del raw[data.draw(st.integers(0, len(raw) - 1)) :]
+    elif damage == "extended":
+        raw += data.draw(st.binary(min_size=1, max_size=9))
+    else:
+        bit = data.draw(st.integers(0, 8 * len(raw) - 1))
+        raw[bit // 8] ^= 1 << bit % 8
+    damaged = torch.tensor(list(raw), dtype=torch.uint8)
+    try:
+        met = blockwise.decode_rows(damaged, codec, (40, 5))
+    except WireError:
+        return
+    assert damage == "flipped", "a length that does not fit was taken"
+    assert (met.shape, met.dtype) == (x.shape, x.dtype)
+
+
+def test_few_rows_cost_few_bytes() -> None:
+    x = torch.zeros(10_000, 64)
+    touched = torch.arange(0, 10_000, 100)
+    x[touched] = normal(100, 64)
+    for codec in CODECS:
+        blob, rebuilt = blockwise.encode_rows(x, codec)
+        alone, rows = blockwise.encode(x[touched], codec)
+        assert blob.numel() < alone.numel() + 600, "a list of 10,000 rows, 100 of them marked"
+        assert torch.equal(rebuilt[touched], rows)
+        assert rebuilt.count_nonzero() == rows.count_nonzero()
+
+
+# Factors
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 40), (2, 40, 8)])
+def test_truncation_keeps_the_best_of_its_rank(shape: tuple[int, int, int]) -> None:
+    difference = normal(*shape)
+    blob, rebuilt = factors.encode(difference, "fp32", 3)
+    assert blob.numel() == 4 + 4 * shape[0] * 3 * (shape[1] + shape[2])
+    assert blob.numel() <= factors.max_bytes(shape, "fp32", 3)
+    assert torch.equal(factors.decode(blob, "fp32", shape, 3), rebuilt)
+    for met, whole in zip(rebuilt.double().numpy(), difference.double().numpy(), strict=True):
+        u, s, vh = np.linalg.svd(whole, full_matrices=False)
+        assert np.abs(met - (u[:, :3] * s[:3]) @ vh[:3]).max() < 1e-5
+    for codec in ("int8", "int4"):
+        blob, rebuilt = factors.encode(difference, codec, 3)
+        assert torch.equal(factors.decode(blob, codec, shape, 3), rebuilt)
+    with pytest.raises(WireError):
+        factors.decode(blob[:3], "int4", shape, 3)
+
+
+def test_refit_is_least_squares_and_lost_is_what_it_leaves() -> None:
+    B, A, new_A = normal(2, 30, 4), normal(2, 4, 20, seed=1), normal(2, 4, 20, seed=2)
+    met = factors.refit(B, A, new_A)
+    left_out = whole = 0.0
+    for h in range(2):
+        product = (B[h].double() @ A[h].double()).numpy()
+        best, *_ = np.linalg.lstsq(new_A[h].double().numpy().T, product.T, rcond=None)
+        assert np.abs(met[h].numpy() - best.T).max() < 1e-4
+        left_out += ((product - best.T @ new_A[h].double().numpy()) ** 2).sum()
+        whole += (product**2).sum()
+    assert factors.lost(B, A, met, new_A) == pytest.approx((left_out, whole), rel=1e-4)
+    assert factors.lost(B, A, B, A)[0] < 1e-20 * whole + 1e-9
+
+
+# Error feedback: what is merged and what is owed add up to what was learnt
+
+
+def owed(trainer: object) -> dict[str, torch.Tensor]:
+    """s (B A - B' A'), float64: what the heads add to the base of their worker."""
+    deltas = {}
+    for name, module in trainer.modules.items():
+        delta = module.lora_B.double() @ module.lora_A.double()
+        if module.merged_A is not None:
+            delta = delta - module.merged_B.double() @ module.merged_A.double()
+        deltas[name] = module.scale * delta.sum(0).detach()
+    return deltas
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize(
+    ("merge", "A", "exact"),
+    [
+        ("reset-less", "trained", True),
+        ("reset-less", "frozen", True),
+        ("reset-b", "frozen", True),
+        ("reset-b", "rotating", True),
+        ("reset-b", "trained", False),
+    ],
+)
+@pytest.mark.parametrize("codec", [("int4", None), ("int2", None), ("bf16", None), ("fp32", 2), ("int8", 1)])
+def test_nothing_is_forgotten(
+    merge: str, A: str, exact: bool, codec: tuple[str, int | None], ahead: int
+) -> None:
+    """W + the mean of what is owed is the same before and after a merge, whatever the codec.
+
+    In reset-b with a trained A it is so but for the share that the worker reports as lost.
+    """
+    if A == "rotating" and ahead:
+        return  # refused by the recipe: see test_config
+    settings = recipe(
+        **{
+            "lora.merge": merge,
+            "lora.A": A,
+            "lora.rank": 4,
+            "lora.rotate_every": 100,
+            "optimizer.name": "adamw",
+            "optimizer.lr": 0.02,
+            "compress.factors": codec[0],
+            "compress.truncate_rank": codec[1],
+            "compress.dense": "int4",
+            "train.local_steps": 3,
+            "train.overlap": bool(ahead),
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 3)
+    for round_ in range(6):
+        simulation.local_steps(mse, batches(3, 3, 8, seed=round_))
+        before = whole(simulation)
+        learnt = {name: sum(owed(t)[name].norm() for t in simulation.trainers) / 3 for name in before[0]}
+        taken_ahead: list[dict[str, torch.Tensor]] = []
+
+        def steps_ahead(taken: list[dict[str, torch.Tensor]] = taken_ahead) -> None:
+            encoded = whole(simulation)
+            simulation.local_steps(mse, batches(3, ahead, 8, seed=50))
+            for now, then in zip(whole(simulation), encoded, strict=True):
+                taken.append({name: now[name] - then[name] for name in now})
+
+        simulation.merge(ahead=steps_ahead)
+        after = whole(simulation)
+        for name in before[0]:
+            error = (after[0][name] - before[0][name] - taken_ahead[0][name]).norm() / learnt[name]
+            if exact:
+                assert error < 1e-5
+            else:
+                assert error <= 2 * max(t.lost for t in simulation.trainers) + (0.15 if ahead else 1e-5)
+        for name in before[1]:
+            gap = after[1][name] - before[1][name] - taken_ahead[1][name]
+            assert gap.abs().max() < 1e-5, "dense parameters are exact in every mode"
+
+
+def whole(simulation: Simulation) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The master and what it is owed, adapted and dense."""
+    trainers = simulation.trainers
+    adapted = {
+        name: weight.double() + sum(owed(trainer)[name] for trainer in trainers) / len(trainers)
+        for name, weight in simulation.master.weights.items()
+    }
+    dense = {
+        name: value.double()
+        + sum(t.dense[name].detach().double() - t._published[name].double() for t in trainers) / len(trainers)
+        for name, value in simulation.master.dense.items()
+    }
+    return adapted, dense
+
+
+def test_forgetting_what_codecs_leave_out_is_worse() -> None:
+    """The same run with and without error feedback: its worth where rank 1 of 4 is sent, in int4."""
+    losses = {}
+    for feedback in (True, False):
+        settings = recipe(
+            **{
+                "optimizer.name": "adamw",
+                "optimizer.lr": 0.01,
+                "lora.A": "frozen",
+                "compress.factors": "int4",
+                "compress.truncate_rank": 1,
+                "compress.dense": "int2",
+                "compress.error_feedback": feedback,
+            }
+        )
+        simulation = Simulation(seeded(Net), settings, 2)
+        for round_ in range(60):
+            simulation.local_steps(mse, batches(2, 2, 32, seed=round_ % 4))
+            simulation.merge()
+        model = seeded(Net)
+        simulation.master.fill(model, "published")
+        data = [batch for seed in range(4) for own in batches(2, 2, 32, seed=seed) for batch in own]
+        with torch.no_grad():
+            losses[feedback] = float(sum(mse(model, batch) for batch in data)) / len(data)
+    assert losses[True] < 0.99 * losses[False]
