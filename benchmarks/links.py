@@ -1,14 +1,15 @@
 """What slow links cost: a server and four workers on an emulated network, beside DDP and the planner.
 
-    sudo python benchmarks/links.py --infra DIR [--text FILE ...] [--links NAME ...] [key=value ...]
+    sudo python benchmarks/links.py [key=value ...] --infra DIR [--text FILE ...] [--links NAME ...]
 
 DIR holds netns_up.sh and netns_down.sh, which make network namespaces joined by links with rate,
 delay and loss. Each link carries the recipe without and with overlap, then DDP (Gloo, bf16 gradients).
 Prints a markdown table. Finished measurements are kept in runs/links/*.json and not repeated; whatever
-happens, the namespaces are removed. On links that are not there to be emulated, it says why.
+happens, the namespaces are removed. Links that cannot be emulated here are skipped, with the reason.
 
 Delays are half of the round trip at either end, so all pairs of machines have the same one, and two
-workers lose packets on both their links. Cores are shared by all processes and by the emulator.
+workers lose packets on both their links. Cores are shared by all processes and by the emulator, so
+look at `load` (processes that wanted a core) before comparing times: shares of time suffer less.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import operator
 import os
 import re
 import shutil
@@ -203,10 +205,14 @@ def run_lte(inside: Inside, overrides: Sequence[str], folder: Path, timeout_s: f
     counted = rounds[WARM_ROUNDS:]
     ends_s = [line["time_s"] for line in rounds[WARM_ROUNDS - 1 :]]
     tokens = counted[0]["tokens"] - rounds[WARM_ROUNDS - 1]["tokens"]
-    round_s = statistics.median(end - start for start, end in itertools.pairwise(ends_s))
+    took_s = [end - start for start, end in itertools.pairwise(ends_s)]
+    computed_s = [line["step_s"] * config.load(RECIPE, overrides).train.local_steps for line in counted]
+    round_s = statistics.median(took_s)
     return {
         "folder": str(folder),
+        "load": os.getloadavg()[0],
         "round_s": round_s,
+        "compute_share": statistics.median(map(operator.truediv, computed_s, took_s)),
         "tokens_s": tokens / round_s,
         "uplink_bytes": statistics.median(line["uplink_bytes"] / line["num_merged"] for line in counted),
         "downlink_bytes": statistics.median(line["downlink_bytes"] / line["num_merged"] for line in counted),
@@ -264,7 +270,9 @@ def run_ddp(inside: Inside, own: Sequence[str], arguments: argparse.Namespace) -
     return {
         "round_s": steps * found["seconds"],
         "tokens_s": WORKERS * tokens / found["seconds"],
+        "load": os.getloadavg()[0],
         "step_s": found["alone_s"],
+        "compute_share": found["alone_s"] / found["seconds"],
         "uplink_bytes": steps * found["sent_bytes"],
         "downlink_bytes": steps * found["received_bytes"],
     }
@@ -359,7 +367,7 @@ def _sites(link: cost.Link) -> list[cost.Site]:
 def print_table(results: dict[tuple[str, str], Result], own: Sequence[str]) -> None:
     """Measured and planned: with the speeds of the loopback's run, and with those of the run itself,
     which differ by what else the machine did."""
-    titles = ["link", "method", "s/round", "tokens/s", "of loopback", "MB up", "MB down"]
+    titles = ["link", "method", "s/round", "tokens/s", "of loopback", "computing", "load", "MB up", "MB down"]
     titles += ["planned s", "with own speeds", "planned MB up", "down"]
     print("| " + " | ".join(titles) + " |")
     print("|" + " --- |" * len(titles))
@@ -373,6 +381,8 @@ def print_table(results: dict[tuple[str, str], Result], own: Sequence[str]) -> N
             f"{result['round_s']:.2f}",
             f"{result['tokens_s']:,.0f}",
             f"{result['tokens_s'] / here['tokens_s']:.0%}",
+            f"{result['compute_share']:.0%}",
+            f"{result['load']:.0f}",
             f"{result['uplink_bytes'] / 1e6:.2f}",
             f"{result['downlink_bytes'] / 1e6:.2f}",
             _beside(plan.round_s, result["round_s"]),

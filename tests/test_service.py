@@ -146,6 +146,101 @@ def test_settings_train_and_repeat(train: Train, settings: dict[str, object]) ->
     assert train(**settings) != train(**settings, **{"run.seed": 1})
 
 
+@pytest.mark.parametrize("merge", ["reset-less", "reset-b"])
+def test_with_overlap_a_lost_message_changes_no_bit_either(
+    train: Train, monkeypatch: pytest.MonkeyPatch, merge: str
+) -> None:
+    """The update is applied at the step that the recipe fixes, however late it comes."""
+    settings = {"lora.merge": merge, "train.local_steps": 3, "train.overlap": True}
+    undisturbed = train(**settings)
+    assert train(**settings) == undisturbed
+    assert train(**settings, **{"train.overlap_steps": 1}) != undisturbed
+    assert train(**settings | {"train.overlap": False}) != undisturbed
+    Lossy(monkeypatch, wire.Update)
+    assert train(**settings) == undisturbed
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_local_steps_go_on_while_an_update_is_under_way(
+    train: Train, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """Updates are held back until heartbeats say that all steps ahead of them are taken."""
+    held: dict[Peer, list[Frames]] = {}
+    furthest: dict[int, int] = {}
+    send, receive = InprocessServer.send, InprocessServer.receive
+
+    def holding(server: InprocessServer, peer: Peer, frames: Frames) -> None:
+        message, _ = wire.decode(frames)
+        if isinstance(message, wire.Update) and message.since is not None and not message.last:
+            held.setdefault(peer, []).append(frames)
+        elif peer in held and held[peer] and not isinstance(message, wire.Pulse):
+            held[peer].append(frames)  # a connection keeps order
+        elif not (peer in held and held[peer]):  # a pulse that names the version would overtake it
+            send(server, peer, frames)
+
+    def watching(server: InprocessServer, timeout_s: float | None) -> tuple[Peer, Frames] | None:
+        received = receive(server, timeout_s)
+        if received is not None:
+            message, _ = wire.decode(received[1])
+            waiting = held.get(received[0], [])
+            if waiting and isinstance(message, wire.Heartbeat) and message.local_step == ahead:
+                furthest[message.version] = ahead
+                for frames in waiting:
+                    send(server, received[0], frames)
+                held[received[0]] = []
+        return received
+
+    settings = {"train.local_steps": 3, "train.overlap": True, "train.overlap_steps": ahead}
+    undisturbed = train(**settings)
+    monkeypatch.setattr(InprocessServer, "send", holding)
+    monkeypatch.setattr(InprocessServer, "receive", watching)
+    assert train(**settings) == undisturbed
+    assert furthest == dict.fromkeys(range(4), ahead), "held back in every round but the last"
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
+def test_a_worker_that_is_behind_gets_the_changes_folded_or_the_whole_model(
+    train: Train, monkeypatch: pytest.MonkeyPatch, quant: str
+) -> None:
+    """One worker hears of no update until version 4, while the other goes on alone. What it gets then
+    leads to the published digest, or the worker would have ended."""
+    deaf: list[Peer] = []
+    caught_up: list[wire.Update] = []
+    send = InprocessServer.send
+
+    def partly_deaf(server: InprocessServer, peer: Peer, frames: Frames) -> None:
+        message, _ = wire.decode(frames)
+        if isinstance(message, wire.Welcome) and not deaf:
+            deaf.append(peer)
+        version = getattr(message, "version", 0)
+        if peer in deaf and 0 < version < 4 and not isinstance(message, wire.Welcome | wire.Receipt):
+            return
+        if peer in deaf and isinstance(message, wire.Update) and version >= 4:
+            caught_up.append(message)
+        send(server, peer, frames)
+
+    monkeypatch.setattr(InprocessServer, "send", partly_deaf)
+    train(**{"base.quant": quant, "server.grace_s": 0.0, "train.rounds": 40, "optimizer.lr": 1e-4})
+    sinces = [update.since for update in caught_up]
+    folded = [update for update in caught_up if update.since == 0]
+    assert (quant == "none") == (not folded), f"updates on {sinces}"
+    assert all(update.since is not None or update.version < 10 for update in caught_up)
+
+
+def test_bytes_are_counted_by_direction_and_kind(train: Train, tmp_path: Path) -> None:
+    train(**{"train.rounds": 3, "lora.embeddings": True})
+    (path,) = tmp_path.rglob(METRICS)
+    rounds = [line for line in Records.read(path) if line["kind"] == "round"]
+    for line in rounds:
+        for direction, kinds in (("uplink", {"factors", "dense"}), ("downlink", {"dense", "codes", "scales"})):
+            parts = {kind: line[f"{direction}_{kind}_bytes"] for kind in kinds | {"control"}}
+            assert sum(parts.values()) == line[f"{direction}_bytes"]
+            assert all(num_bytes > 0 for num_bytes in parts.values())
+        assert line["uplink_bits"] > 0
+        assert 0 < line["codes_changed"] < 1
+        assert 0 < line["merge_in_steps"]
+
+
 def test_no_round_waits_for_a_heartbeat(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Undisturbed, every word comes once: with heartbeats an hour apart a run ends all the same."""
     updates = 0
