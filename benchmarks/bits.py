@@ -14,8 +14,6 @@ exchanges 4 (N - 1) / N. Runs that are finished are not repeated. Prints a markd
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
@@ -23,6 +21,7 @@ from typing import Any
 
 from lte import config, nn
 from lte.models import build
+from runs import header, row, shards_of, train
 
 RUNS = Path("runs/bits")
 RECIPE = "configs/gpt-10m.yaml"
@@ -56,29 +55,14 @@ def main() -> None:
     text, *rest = sys.argv[1:]
     overrides = [argument for argument in rest if "=" in argument]
     cases = [argument for argument in rest if "=" not in argument] or list(CASES)
-    shards = RUNS / "shards" / Path(text).name
-    if not (shards / "index.json").exists():
-        lte("data", "pack", text, "--out", str(shards))
-    print("| case | settings | " + " | ".join(COLUMNS.values()) + " |")
-    print("|" + " --- |" * (len(COLUMNS) + 2))
+    shards = shards_of(text, RUNS)
+    header(["case", "settings", *COLUMNS.values()])
+    measured = ["eval.final_tokens=262144", "eval.every=20", f"data.shards={shards}"]
     for case in cases:
         folder = RUNS / "-".join([case, *overrides])
-        lines = train(folder, [*CASES[case], f"data.shards={shards}", *overrides])
-        row = figures(lines, folder)
-        cells = [case, " ".join(overrides), *(row[key] for key in COLUMNS)]
-        print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def lte(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "lte", *arguments], check=True, stdout=subprocess.DEVNULL)
-
-
-def train(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """Train the recipe in a folder, if it was not; returns its records."""
-    settings = [f"run.dir={folder}", f"server.address=inprocess://{folder.name}", "eval.sample_tokens=0"]
-    settings += ["eval.final_tokens=262144", "eval.every=20", "server.checkpoint_every=1000"]
-    lte("train", RECIPE, *overrides, *settings)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = train(folder, RECIPE, [*CASES[case], *measured, *overrides])
+        found = figures(lines, folder)
+        row([case, " ".join(overrides), *(found[key] for key in COLUMNS)])
 
 
 def figures(lines: list[dict[str, Any]], folder: Path) -> dict[str, str]:

@@ -164,7 +164,7 @@ class Base:
     __pydantic_config__ = _STRICT
     quant: Quant = _doc("nf4", "nf4: 4 bits, bitsandbytes' layout; int8: 8 bits; none: fp32")
     hysteresis: NonNegative = _doc(
-        0.0, "a code changes only if the new one is nearer by more than this share: fewer changes"
+        0.5, "a code changes only if the new one is nearer by more than this share: fewer changes"
     )
     keep_scale_from: Positive = _doc(
         0.8, "a block keeps its scale while its largest weight is at least this share of it ..."

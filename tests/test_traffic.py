@@ -1,0 +1,139 @@
+"""The bytes of the records against what TCP and the interface counted, in network namespaces."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lte.data import pack
+from lte.track import METRICS, Records
+
+ADDRESS = "10.213.7.1"
+NAMES = (f"lte-t{os.getpid()}a", f"lte-t{os.getpid()}b")
+
+WORKER = '''
+"""A worker that prints what the kernel counted on its connection and interface before it leaves."""
+import json, os, socket, struct, sys
+from pathlib import Path
+from lte.transport.zmq import ZmqWorker
+
+def counted():
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            connection = socket.socket(fileno=os.dup(fd))
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            if connection.getpeername()[0] == sys.argv[1]:
+                (unacked,) = struct.unpack_from("=I", info, 24)  # tcpi_unacked, segments
+                return unacked, struct.unpack_from("=QQ", info, 120)  # tcpi_bytes_acked, _received
+        except OSError:
+            continue
+
+close = ZmqWorker.close
+def closing(self):
+    while (count := counted())[0]:  # until all that was sent is acknowledged
+        pass
+    statistics = Path("/sys/class/net/eth0/statistics")
+    device = [int((statistics / name).read_text()) for name in ("tx_bytes", "rx_bytes")]
+    print(json.dumps({"tcp": count[1], "device": device}), flush=True)
+    close(self)
+ZmqWorker.close = closing
+from lte import language
+language.work(f"tcp://{sys.argv[1]}:5555", wait_s=60, say=lambda line: None)
+'''
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def namespaces() -> Iterator[tuple[str, str]]:
+    """Two namespaces with a cable between them."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2")
+    try:
+        try:
+            for name in NAMES:
+                ip("netns", "add", name)
+            ip("link", "add", "eth0", "netns", NAMES[0], "type", "veth", "peer", "eth0", "netns", NAMES[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+        for name, end in zip(NAMES, (ADDRESS, "10.213.7.2"), strict=True):
+            ip("-n", name, "addr", "add", f"{end}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            if shutil.which("ethtool"):  # frames as they would be on a wire
+                subprocess.run(
+                    ["ip", "netns", "exec", name, "ethtool", "-K", "eth0", "tso", "off", "gso", "off"],
+                    check=False,
+                    capture_output=True,
+                )
+        yield NAMES
+    finally:
+        for name in NAMES:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_recorded_bytes_are_what_tcp_and_the_interface_carried(
+    namespaces: tuple[str, str], tmp_path: Path
+) -> None:
+    """Within 2 % of TCP's bytes and 8 % of the interface's, each way."""
+    (tmp_path / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(900)))
+    pack([tmp_path / "text.txt"], tmp_path / "shards", num_shards=1)
+    settings = {
+        "run.dir": tmp_path / "run",
+        "data.shards": tmp_path / "shards",
+        "model.num_layers": 1,
+        "model.width": 256,
+        "model.mlp_width": 1024,
+        "model.context_tokens": 16,
+        "train.workers": 1,
+        "train.rounds": 8,
+        "train.local_steps": 1,
+        "train.batch_size": 1,
+        "server.address": f"tcp://{ADDRESS}:5555",
+        "server.insecure": True,
+        "eval.every": 0,
+        "eval.final_tokens": 512,
+        "eval.sample_tokens": 0,
+    }
+    (tmp_path / "recipe.yaml").write_text("")
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    inside = ["ip", "netns", "exec"]
+    server = subprocess.Popen(
+        [
+            *inside,
+            namespaces[0],
+            sys.executable,
+            "-m",
+            "lte",
+            "server",
+            str(tmp_path / "recipe.yaml"),
+            *overrides,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    worker = subprocess.run(
+        [*inside, namespaces[1], sys.executable, "-c", WORKER, ADDRESS],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    said, _ = server.communicate(timeout=100)
+    assert server.returncode == 0, said
+    counted = json.loads(worker.stdout)
+    (done,) = [line for line in Records.read(tmp_path / "run" / METRICS) if line["kind"] == "done"]
+    payload = done["uplink_bytes"], done["downlink_bytes"]
+    assert min(payload) > 300_000, "too little for a share to mean anything"
+    for ours, tcps, devices in zip(payload, counted["tcp"], counted["device"], strict=True):
+        assert ours == pytest.approx(tcps, rel=0.02)
+        assert ours == pytest.approx(devices, rel=0.08)
