@@ -24,15 +24,17 @@ LAYERS, WIDTH, WORKERS, RANK = 24, 2048, 8, 32
 
 def main() -> None:
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else 2
-    torch.set_num_threads(threads)
-    recipe = config.replace(Recipe(), **{"lora.rank": RANK, **dict(a.split("=") for a in sys.argv[2:])})
+    torch.set_num_threads(1)
+    settings = {"lora.rank": RANK, "server.num_threads": threads}
+    recipe = config.replace(Recipe(), **settings, **dict(a.split("=") for a in sys.argv[2:]))
     torch.manual_seed(0)
     model = nn.ModuleDict({f"l{k}": nn.Linear(WIDTH, WIDTH, bias=False) for k in range(LAYERS)})
     master = Master(model, recipe)
     n = master.plan.num_adapted_parameters
-    for _ in range(2):  # the first round warms up
+    for _ in range(3):  # the first round sends A whole
         blobs = contributions(master, recipe)
         seconds = one_round(master, blobs)
+    torch.set_num_threads(threads)
     floor = floors(n)
     print(f"{n / 1e6:.0f}M parameters, {WORKERS} workers, r = {RANK}, {threads} threads\n")
     print("| part | s | M parameters/s | MB/s of fp32 | share | floor s |")
@@ -53,7 +55,7 @@ def contributions(master: Master, recipe: Recipe) -> list[dict[str, torch.Tensor
         for name, spec in master.plan.adapted.items():
             for ending, shape, size in (
                 (A, (1, spec.rank, spec.shape[1]), spec.rank**-0.5),
-                (B, (1, spec.shape[0], spec.rank), 2e-5),
+                (B, (1, spec.shape[0], spec.rank), 2e-4),
             ):
                 known = name + ending in master.merged.get(worker, {})
                 codec = factors.codec_of(name + ending, recipe, is_known=known)

@@ -250,7 +250,7 @@ class Server:
     )
     max_message_bytes: Count = _doc(1 << 31, "largest message accepted, bytes")
     insecure: bool = _doc(False, "bind beyond loopback although there are no keys: trusted networks only")
-    num_threads: Count = _doc(1, "threads of the merge; changes the last bits of the master")
+    num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
     checkpoint_every: Count = _doc(10, "rounds between checkpoints")
     keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from lte.config import Outer, Recipe
 from lte.errors import ConfigError, WireError
 from lte.nn import adapted_modules, plan
 from lte.quantize import Quantized
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -139,17 +144,20 @@ class Master:
             self.recipe.outer.weights,
         )
         outer = self.recipe.outer
-        squared_change = squared_steps = 0.0
-        for name, spec in self.plan.adapted.items():
+
+        def merge_into(name: str) -> tuple[float, float]:
+            scale = self.plan.adapted[name].scale
             heads = [
-                merge.HeadDelta(*pair, spec.scale * share)
+                merge.HeadDelta(*pair, scale * share)
                 for contribution, share in zip(contributions, shares, strict=True)
                 for pair in self._factors(name, contribution)
             ]
             before = self.weights[name]
             self._step(name, self.weights, merge.mean_delta(heads), outer)
-            squared_change += float((self.weights[name] - before).square().sum())
-            squared_steps += float(quantize.step(self.base[name]).square().sum()) * quantize.BLOCK
+            steps = quantize.step(self.base[name])
+            return float(torch.dist(self.weights[name], before)), float(steps.norm()) * quantize.BLOCK**0.5
+
+        measured = list(self._of_each(merge_into))
         # The decay is of adapted weights alone.
         average = replace(outer, weight_decay=0.0) if outer.dense else Outer()
         for name in self.plan.dense:
@@ -160,7 +168,8 @@ class Master:
         for contribution in contributions:
             if merged := self._rebuilt(contribution):
                 self.merged[contribution.incarnation] = merged
-        return (squared_change / squared_steps) ** 0.5 if squared_steps else 0.0
+        change, step = (math.hypot(*sizes) for sizes in zip((0.0, 0.0), *measured, strict=True))
+        return change / step if step else 0.0
 
     # Publishing
 
@@ -169,10 +178,12 @@ class Master:
         """Bring Q up to W. Returns the Q of before, which `changes_since` needs."""
         settings, before = self.recipe.base, self.base
         keep = (settings.keep_scale_from, settings.keep_scale_to)
-        self.base = {
-            name: quantize.requantize(self.weights[name], base, hysteresis=settings.hysteresis, keep=keep)
-            for name, base in before.items()
-        }
+
+        def requantize(name: str) -> Quantized:
+            weight, hysteresis = self.weights[name], settings.hysteresis
+            return quantize.requantize(weight, before[name], hysteresis=hysteresis, keep=keep)
+
+        self.base = dict(zip(before, self._of_each(requantize), strict=True))
         return before
 
     @torch.no_grad()
@@ -191,9 +202,21 @@ class Master:
         return blobs
 
     def changes_since(self, before: Mapping[str, Quantized]) -> Iterator[tuple[str, changes.Change]]:
-        """The change of each module's base since then, encoded as it is asked for."""
-        for name, base in self.base.items():
-            yield name, changes.encode(before[name], base)
+        """The change of each module's base since then, as soon as it is encoded."""
+        yield from zip(
+            self.base, self._of_each(lambda name: changes.encode(before[name], self.base[name])), strict=True
+        )
+
+    def _of_each(self, work: Callable[[str], Result]) -> Iterator[Result]:
+        """The results of work on each adapted module, in their order, on `server.num_threads` threads.
+
+        Each module is one thread's, so that their number changes no bit.
+        """
+        if self.recipe.server.num_threads == 1:
+            yield from map(work, self.base)
+            return
+        with ThreadPoolExecutor(self.recipe.server.num_threads) as pool:
+            yield from pool.map(work, list(self.base))
 
     def folded(self, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """One update in place of the last ones.

@@ -87,7 +87,7 @@ class Server:
             self._resources.enter_context(_claim(self.folder, recipe))
             if announce:
                 announce(self.address)
-            torch.set_num_threads(recipe.server.num_threads)
+            torch.set_num_threads(1)  # the master shares layers out among threads of its own
             self.recipe = recipe
             self._evaluate = evaluate
             self._model = (model if isinstance(model, nn.Module) else model()).eval()
@@ -535,10 +535,12 @@ class Server:
         if self._evaluate is None:
             return None, None
         losses = []
+        torch.set_num_threads(self.recipe.server.num_threads)
         for which in ("published", "master"):
             self.master.fill(self._model, which)
             with torch.no_grad():
                 losses.append(self._evaluate(self._model, max_tokens))
+        torch.set_num_threads(1)
         self._tracker.record(
             "eval", version=self.version, tokens=self._tokens, loss=losses[0], loss_master=losses[1]
         )
