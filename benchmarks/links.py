@@ -15,6 +15,7 @@ look at `load` (processes that wanted a core) before comparing times: shares of 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import itertools
 import json
@@ -98,6 +99,11 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     RUNS.mkdir(parents=True, exist_ok=True)
+    lock = (RUNS / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"another of these runs in {RUNS}")
     shards = RUNS / "shards"
     if not (shards / "index.json").exists():
         if not arguments.text:
@@ -149,6 +155,7 @@ def up(network: Network, infra: Path) -> Iterator[Inside]:
         yield lambda node: []
         return
     state = (RUNS / "netns").resolve()
+    down = ["bash", str(infra / "netns_down.sh"), "--kill", str(state)]
     settings = {
         "MODE": "tap",
         "NODES": WORKERS,
@@ -160,6 +167,8 @@ def up(network: Network, infra: Path) -> Iterator[Inside]:
     }
     env = {**os.environ, **{key: str(value) for key, value in settings.items()}}
     try:
+        if (state / "netns.env").exists():  # left by a run that was killed
+            subprocess.run(down, check=True, stdout=sys.stderr)
         subprocess.run(["bash", infra / "netns_up.sh", state], env=env, check=True, stdout=sys.stderr)
         links = json.loads((state / "links.json").read_text())
         links[f"{PREFIX}0"]["delay_ms"] = network.rtt_ms / 2
@@ -167,7 +176,7 @@ def up(network: Network, infra: Path) -> Iterator[Inside]:
         time.sleep(0.5)  # the emulator looks five times a second
         yield lambda node: ["ip", "netns", "exec", f"{PREFIX}{node}"]
     finally:
-        subprocess.run(["bash", infra / "netns_down.sh", "--kill", state], check=False, stdout=sys.stderr)
+        subprocess.run(down, check=False, stdout=sys.stderr)
 
 
 def measured(name: str, method: str, own: Sequence[str], arguments: argparse.Namespace) -> Result:

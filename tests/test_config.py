@@ -375,6 +375,18 @@ RULES = {
         "lora.subspace": "disjoint",
         "lora.overrides": [{"modules": "a", "init": "kaiming"}],
     },
+    "train.overlap: needs an A that merges do not redraw": {"train.overlap": True, "lora.A": "rotating"},
+    "train.overlap: needs an A": {"train.overlap": True, "lora.merge": "reset"},
+    "train.overlap_steps: 11 is more than train.local_steps (10)": {
+        "train.overlap": True,
+        "train.overlap_steps": 11,
+    },
+    "train.overlap_steps: needs train.overlap=true": {"train.overlap_steps": 3},
+    "compress.error_feedback: false cannot be measured with train.overlap": {
+        "train.overlap": True,
+        "compress.error_feedback": False,
+    },
+    "base.keep_scale_from, keep_scale_to: 1.01 to 1.05 must hold 1": {"base.keep_scale_from": 1.01},
     "outer.lr, outer.momentum: need outer.name = sgd": {"outer.lr": 0.5},
     "outer.lr, outer.momentum: need": {"outer.momentum": 0.5},
     "server.quorum: 5 is more than train.workers (4)": {"server.quorum": 5},

@@ -58,6 +58,8 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
         ["lte", "eval"],
         ["lte", "server"],
         ["lte", "worker"],
+        ["lte", "plan"],
+        ["lte", "plan"],
     ]
 
 
@@ -105,6 +107,13 @@ def test_server_and_workers_by_hand(folder: Path) -> None:
     assert codes == [0] * 4
     assert process.returncode == 0
     assert "finished at round 2 of 2" in rest
+
+
+def test_plans(folder: Path) -> None:
+    for command in blocks("sh")[5].splitlines():
+        planned = run(command, folder)
+        assert "DDP" in planned
+        assert "DiLoCo" in planned
 
 
 def test_own_model(folder: Path) -> None:

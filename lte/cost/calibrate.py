@@ -199,7 +199,7 @@ def _step_s(recipe: Recipe) -> float:
 
 def _round_rates(recipe: Recipe) -> dict[str, float | None]:
     """Encoding to applying, of a model of this recipe and contributions of the same worker."""
-    torch.set_num_threads(recipe.server.num_threads)
+    torch.set_num_threads(1)  # as the server does, whose layers are shared out among threads
     master = Master(language.initial_model(recipe), recipe)
     trainer = Trainer(
         convert(build(recipe.model), recipe.lora, recipe.base.quant),
