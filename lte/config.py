@@ -40,6 +40,8 @@ Codec = Literal["fp32", "bf16", "int8", "int4", "int2"]
 
 _MAX_INT = 2**63 - 1
 """What travels, and what torch counts with."""
+_HEADER_ROOM = 1 << 20
+"""Bytes of a message beside the part that it carries."""
 Count = Annotated[int, Field(ge=1, le=_MAX_INT), BeforeValidator(_no_truth)]
 Whole = Annotated[int, Field(ge=0, le=_MAX_INT), BeforeValidator(_no_truth)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
@@ -101,7 +103,7 @@ class Train:
     workers: Count = _doc(4, "workers that must have joined before the first round opens (N)")
     batch_size: Count = _doc(8, "sequences a worker reads per local step, shared by its heads")
     precision: Literal["fp32", "bf16"] = _doc(
-        "fp32", "bf16: a worker's matrix products under torch.autocast; all that is kept stays fp32"
+        "fp32", "bf16: the recipe's model computes under torch.autocast; all that is kept stays fp32"
     )
     overlap: bool = _doc(False, "take local steps of the next round while a merge is under way")
     overlap_steps: Annotated[Count | None, _OrNone] = _doc(
@@ -149,7 +151,9 @@ class LoRA:
     moments: Literal["keep", "transport", "clear"] = _doc(
         "clear", "optimizer moments of a head whose A was redrawn: kept, carried over, or cleared"
     )
-    modules: tuple[str, ...] = _doc(("*",), "patterns of the nn.Linear modules that get heads")
+    modules: tuple[str, ...] = _doc(
+        ("*",), "patterns of the nn.Linear modules (and see embeddings) that get heads"
+    )
     embeddings: bool = _doc(
         False, "nn.Embedding modules that the patterns match get heads too, instead of training densely"
     )
@@ -182,7 +186,7 @@ class Compress:
     truncate_rank: Annotated[Count | None, _OrNone] = _doc(
         None, "send so many singular directions of each factor's change; none: all"
     )
-    part_bytes: Count = _doc(
+    part_bytes: Annotated[Count, Field(ge=4096)] = _doc(
         1 << 18, "largest piece of a contribution or update, bytes: whatever is urgent waits for one"
     )
     error_feedback: bool = _doc(True, "false forgets what codecs leave out: only to measure its worth")
@@ -248,7 +252,9 @@ class Server:
     silence_s: Positive = _doc(
         15.0, "seconds without a sign of life after which a worker is gone; more than one part takes"
     )
-    max_message_bytes: Count = _doc(1 << 31, "largest message accepted, bytes")
+    max_message_bytes: Count = _doc(
+        1 << 31, "largest message accepted, bytes; models and contributions travel in parts"
+    )
     insecure: bool = _doc(False, "bind beyond loopback although there are no keys: trusted networks only")
     num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
     checkpoint_every: Count = _doc(10, "rounds between checkpoints")
@@ -433,6 +439,11 @@ def check(recipe: Recipe) -> list[str]:
         (
             recipe.compress.error_feedback or not train.overlap,
             "compress.error_feedback: false cannot be measured with train.overlap=true",
+        ),
+        (
+            recipe.compress.part_bytes + _HEADER_ROOM <= recipe.server.max_message_bytes,
+            f"compress.part_bytes: {recipe.compress.part_bytes} does not fit into server.max_message_bytes"
+            f" ({recipe.server.max_message_bytes}), which must be {_HEADER_ROOM} larger",
         ),
         (
             recipe.base.keep_scale_from <= 1 <= recipe.base.keep_scale_to,

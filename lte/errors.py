@@ -6,7 +6,8 @@
     |   |-- DataError        shards, texts or tokenizers that are missing or unreadable
     |   |-- RunError         a run folder that is missing, in use, or of another recipe
     |   |-- ConnectError     no server answers, or the address cannot be bound
-    |   `-- RefusedError     the server refused this worker, and said why
+    |   |-- RefusedError     the server refused this worker, and said why
+    |   `-- DivergedError    what is trained is not finite any more
     |-- WireError            bytes that are not a message of this protocol
     |-- DigestError          server and worker do not hold the same bits
     `-- RunEnded             the run is over (finished, stopped, or its server is gone)
@@ -61,6 +62,10 @@ class RefusedError(UserError):
         self.reason = reason
         self.cure = cure
         super().__init__(f"the server refused this worker: {reason}; {cure}")
+
+
+class DivergedError(UserError):
+    """What a worker trains holds numbers that are not finite."""
 
 
 class WireError(LTEError):

@@ -382,43 +382,63 @@ def in_parts(
 
 
 class Assembly:
-    """The parts of one contribution or update, until it is closed or turns out to be broken.
+    """The parts of one contribution or update as they come, until the message that closes them.
 
     Attributes:
-        version: that they name. sizes: bytes so far, by name.
+        version: that they name. fault: why what came may not be taken, or ''.
     """
 
-    def __init__(self, version: int, max_bytes: int) -> None:
-        self.version, self._max_bytes = version, max_bytes
-        self.sizes: dict[str, int] = {}
+    def __init__(self, version: int, max_bytes: Mapping[str, int] | None = None) -> None:
+        """Args: max_bytes: the names that may come, with the most bytes of each; None: whatever comes."""
+        self.version, self.fault = version, ""
+        self._max_bytes = max_bytes
+        # Pieces are padded in memory; whoever sends them smaller than parts are may take twice the room.
+        self._room = 2 * sum(map(_aligned, max_bytes.values())) if max_bytes is not None else math.inf
         self._pieces: dict[str, list[Tensor]] = {}
-        self._num_parts = 0
+        self._num_parts, self._is_torn = 0, False
 
-    def add(self, part: Part, frames: Frames, entries: Sequence[TensorEntry]) -> None:
-        """Take the next part.
+    def add(self, part: Part, frames: Frames, entries: Sequence[TensorEntry]) -> dict[str, int]:
+        """Take the next part. What is wrong with it comes out when all are closed.
 
-        Raises:
-            WireError: it is not the next one, or more than may come.
+        Returns:
+            The bytes of each name in it; none from the first part on that is lost or wrong.
         """
-        if part.index != self._num_parts or part.version != self.version:
-            raise WireError(f"part {part.index} of version {part.version} came out of order")
-        if any(entry.dtype != "u1" or len(entry.shape) != 1 for entry in entries):
-            raise WireError("a part holds what is not bytes")
-        if sum(self.sizes.values()) + sum(entry.num_bytes for entry in entries) > self._max_bytes:
-            raise WireError(f"more than the {self._max_bytes} bytes that may come")
+        self._is_torn |= part.index != self._num_parts or part.version != self.version
+        if not self._is_torn and not self.fault:
+            self.fault = next(filter(None, map(self._fault_of, entries)), "")
+        if self._is_torn or self.fault:
+            self._pieces = {}
+            return {}
+        self._num_parts += 1
         for name, piece in tensors(frames, entries).items():
             self._pieces.setdefault(name, []).append(piece)
-            self.sizes[name] = self.sizes.get(name, 0) + piece.numel()
-        self._num_parts += 1
+        return {entry.name: entry.num_bytes for entry in entries}
 
-    def close(self, num_parts: int) -> dict[str, Tensor]:
-        """All that came, by name.
+    def _fault_of(self, entry: TensorEntry) -> str:
+        if entry.dtype != "u1" or len(entry.shape) != 1:
+            return "a part holds what is not bytes"
+        if self._max_bytes is None:
+            return ""
+        if entry.name not in self._max_bytes:
+            return f"it holds {entry.name[:100]!r}, which is not of the model's heads and dense parameters"
+        before = self._pieces.get(entry.name, [])
+        if before and not entry.num_bytes:
+            return f"a piece of {entry.name!r} is empty"
+        self._room -= _aligned(entry.num_bytes)
+        if self._room < 0 or sum(map(len, before)) + entry.num_bytes > self._max_bytes[entry.name]:
+            return f"{entry.name!r} is larger than the {self._max_bytes[entry.name]} bytes it may have"
+        return ""
+
+    def close(self, num_parts: int) -> dict[str, Tensor] | None:
+        """All that came, by name; None where parts were lost on the way.
 
         Raises:
-            WireError: a part is missing.
+            WireError: something came that may not.
         """
-        if num_parts != self._num_parts:
-            raise WireError(f"{self._num_parts} of {num_parts} parts came")
+        if self.fault:
+            raise WireError(self.fault)
+        if self._is_torn or num_parts != self._num_parts:
+            return None
         return {name: torch.cat(pieces) for name, pieces in self._pieces.items()}
 
 

@@ -70,7 +70,8 @@ class Simulation:
         for slot, trainer in enumerate(self.trainers):
             merged_digest = trainer.merged_digest()
             blobs = dict(trainer.contribution())
-            assert sum(map(torch.numel, blobs.values())) <= self.master.max_contribution_bytes(trainer.heads)
+            most = self.master.max_contribution(trainer.heads)
+            assert all(blob.numel() <= most[name] for name, blob in blobs.items())
             if slot in chosen:
                 assert merged_digest == self.master.merged_digest(slot)
                 assert trainer.base_digest() == self.master.base_digest()

@@ -13,7 +13,7 @@ from simulation import Simulation, recipe
 from test_algorithm import Net, batches, mse, seeded
 
 from lte.compress import blockwise, factors
-from lte.errors import WireError
+from lte.errors import DivergedError, WireError
 
 CODECS = ("fp32", "bf16", "int8", "int4", "int2")
 LEVELS = {"int8": np.arange(-127, 128), "int4": np.arange(-7, 8), "int2": np.array([-1.5, -0.5, 0.5, 1.5])}
@@ -116,7 +116,6 @@ def test_truncation_keeps_the_best_of_its_rank(shape: tuple[int, int, int]) -> N
     difference = normal(*shape)
     blob, rebuilt = factors.encode(difference, "fp32", 3)
     assert blob.numel() == 4 + 4 * shape[0] * 3 * (shape[1] + shape[2])
-    assert blob.numel() <= factors.max_bytes(shape, "fp32", 3)
     assert torch.equal(factors.decode(blob, "fp32", shape, 3), rebuilt)
     for met, whole in zip(rebuilt.double().numpy(), difference.double().numpy(), strict=True):
         u, s, vh = np.linalg.svd(whole, full_matrices=False)
@@ -207,12 +206,16 @@ def test_nothing_is_forgotten(
 
         simulation.merge(ahead=steps_ahead)
         after = whole(simulation)
+        # The worker tells what encoding lost now, what the merge lost of heads that moved on later.
+        reported = max(
+            t.lost + math.sqrt(t._lost_ahead[0] / (t._lost_ahead[1] or 1)) for t in simulation.trainers
+        )
         for name in before[0]:
             error = (after[0][name] - before[0][name] - taken_ahead[0][name]).norm() / learnt[name]
             if exact:
                 assert error < 1e-5
             else:
-                assert error <= 2 * max(t.lost for t in simulation.trainers) + (0.15 if ahead else 1e-5)
+                assert error <= 2 * reported + 1e-5, "of one module, where the report is of all"
         for name in before[1]:
             gap = after[1][name] - before[1][name] - taken_ahead[1][name]
             assert gap.abs().max() < 1e-5, "dense parameters are exact in every mode"
@@ -258,3 +261,39 @@ def test_forgetting_what_codecs_leave_out_is_worse() -> None:
         with torch.no_grad():
             losses[feedback] = float(sum(mse(model, batch) for batch in data)) / len(data)
     assert losses[True] < 0.99 * losses[False]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_never_made_finite(codec: str, bad: float) -> None:
+    """Else a diverged worker would merge nothing for ever, unseen."""
+    for shape in ((100,), (40, 8), (3, 1)):
+        x = normal(*shape)
+        x.view(-1)[1] = bad
+        for encode in (blockwise.encode, blockwise.encode_rows):
+            _, rebuilt = encode(x, codec)
+            assert not bool(rebuilt.isfinite().all())
+    simulation = Simulation(seeded(Net), recipe(**{"compress.factors": codec, "compress.dense": codec}), 1)
+    with torch.no_grad():
+        simulation.trainers[0].modules["up"].lora_B[0, 0, 0] = bad
+    with pytest.raises(DivergedError, match=r"lora_B is not finite; lower optimizer\.lr"):
+        simulation.merge()
+
+
+@pytest.mark.parametrize("truncate_rank", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("codec", CODECS)
+def test_no_contribution_is_larger_than_the_server_takes(codec: str, truncate_rank: int) -> None:
+    """Truncation to nearly full rank would be larger than the factor: it travels whole then."""
+    settings = recipe(
+        **{
+            "compress.factors": codec,
+            "compress.dense": codec,
+            "compress.truncate_rank": truncate_rank,
+            "lora.rank": 8,
+            "optimizer.lr": 0.1,
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 1)
+    for round_ in range(2):
+        simulation.local_steps(mse, batches(1, 2, 8, seed=round_))
+        simulation.merge()  # asserts it

@@ -12,6 +12,10 @@ from launch import local
 from lte import config, wire
 from lte.config import Recipe
 from lte.data import pack
+from lte.errors import RefusedError
+from lte.server import rounds
+from lte.server.master import Master
+from lte.server.service import Server
 from lte.track import METRICS, Records
 from lte.transport import Frames, Peer
 from lte.transport.inprocess import InprocessServer
@@ -109,8 +113,6 @@ def test_an_evaluation_longer_than_the_silence_costs_no_worker(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What has come is heard before anybody is called silent. The clock jumps at each evaluation."""
-    from lte.server.service import Server
-
     undisturbed = train(**{"eval.every": 1})
     ahead_s = 0.0
     measure, now = Server._measure, Server._now_s
@@ -226,6 +228,53 @@ def test_a_worker_that_is_behind_gets_the_changes_folded_or_the_whole_model(
     folded = [update for update in caught_up if update.since == 0]
     assert (quant == "none") == (not folded), f"updates on {sinces}"
     assert all(update.since is not None or update.version < 10 for update in caught_up)
+
+
+def test_a_contribution_that_is_too_large_is_refused_and_not_asked_for_for_ever(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Master, "max_contribution", lambda master, heads: dict.fromkeys(["output/B"], 10))
+    with pytest.raises(RefusedError, match="not of the model's heads and dense parameters"):
+        train()
+
+
+def test_parts_of_a_process_that_was_replaced_are_not_mixed_with_those_of_its_successor(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever a worker is forgotten, what it had sent is forgotten with it."""
+    forgotten = []
+    act = Server._act
+
+    def watching(server: Server, action: rounds.Action, peer: Peer | None) -> None:
+        if isinstance(action, rounds.Forget):
+            server._staged.setdefault(action.member.worker_id, wire.Assembly(0))
+        act(server, action, peer)
+        if isinstance(action, rounds.Forget):
+            forgotten.append(action.member.worker_id)
+            assert action.member.worker_id not in server._staged
+
+    monkeypatch.setattr(Server, "_act", watching)
+    train()
+    assert sorted(forgotten) == ["w0", "w1"]
+
+
+def test_the_server_stays_until_its_workers_have_the_last_update(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a slow link that takes longer than a closing socket waits."""
+    left = []
+    farewell = Server._farewell
+    monkeypatch.setattr(
+        Server,
+        "_farewell",
+        lambda server, reason: left.append(len(server._state.members)) or farewell(server, reason),
+    )
+    train()
+    assert left == [0]
+
+
+def test_threads_change_no_bit(train: Train) -> None:
+    assert train(**{"server.num_threads": 3}) == train()
 
 
 def test_bytes_are_counted_by_direction_and_kind(train: Train, tmp_path: Path) -> None:

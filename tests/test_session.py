@@ -147,6 +147,27 @@ def test_a_lost_update_is_asked_for(endpoint: ServerEndpoint) -> None:
     session.close("enough")
 
 
+def test_one_lost_update_is_asked_for_once(endpoint: ServerEndpoint) -> None:
+    """Pulses pile up while a worker computes; each answer to a question would be a whole update."""
+    script = Script(endpoint)
+    peer = script.join()
+    session = script.session
+    assert session is not None
+    _, before = script.hear(wire.Heartbeat)
+    for _ in range(5):
+        script.say(peer, wire.Pulse(generation=1, number=before.number, version=1))
+    thread, heard = in_thread(session, script)
+    asked = [wire.decode(frames)[0] for _, frames in (endpoint.receive(20) for _ in range(12))]
+    assert sum(isinstance(message, wire.Behind) for message in asked) == 1
+    last = max(message.number for message in asked if isinstance(message, wire.Heartbeat))
+    script.say(peer, wire.Pulse(generation=1, number=last, version=1))  # what was asked for is lost, too
+    assert script.hear(wire.Behind)[1].version == 0
+    script.say(peer, UPDATE)
+    thread.join(20)
+    assert heard == [UPDATE]
+    session.close("enough")
+
+
 @pytest.mark.parametrize("torn", ["first part", "last part", "closed twice", "of another version"])
 def test_an_update_that_is_not_whole_is_asked_for_again(endpoint: ServerEndpoint, torn: str) -> None:
     script = Script(endpoint)

@@ -132,13 +132,16 @@ def encode_rows(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     if x.ndim == 2 and x.numel() and x.shape[0] > 1:
         largest = x.detach().abs().amax(1)
         kept = largest > (0 if codec == "fp32" else _SMALL * largest.max())
-        if 2 * int(kept.sum()) < len(kept):
+        # Where something is not finite all must go, for the receiver to see it.
+        if 2 * int(kept.sum()) < len(kept) and bool(largest.isfinite().all()):
             bitmap = squeeze(torch.from_numpy(np.packbits(kept.numpy())))
-            blob, rebuilt_rows = encode(x.detach()[kept], codec)
+            rows, rebuilt_rows = encode(x.detach()[kept], codec)
             length = torch.tensor([bitmap.numel()], dtype=torch.int32).view(torch.uint8)
-            rebuilt = torch.zeros_like(x)
-            rebuilt[kept] = rebuilt_rows
-            return torch.cat([_ROWS, length, bitmap, blob]), rebuilt
+            blob = torch.cat([_ROWS, length, bitmap, rows])
+            if blob.numel() <= max_rows_bytes(tuple(x.shape), codec):
+                rebuilt = torch.zeros_like(x)
+                rebuilt[kept] = rebuilt_rows
+                return blob, rebuilt
     blob, rebuilt = encode(x, codec)
     return torch.cat([_WHOLE, blob]), rebuilt
 

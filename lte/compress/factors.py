@@ -52,14 +52,17 @@ def remembers_A(recipe: Recipe) -> bool:
     return refits(recipe) and recipe.lora.merge == "reset-b"
 
 
-def max_bytes(shape: tuple[int, ...], codec: Codec, truncate_rank: int | None) -> int:
-    """Most bytes that a factor of this shape (H, m, n) takes."""
-    if not _truncates(shape, truncate_rank):
-        return blockwise.max_rows_bytes(shape, codec)
-    assert truncate_rank is not None
-    H, m, n = shape
-    left, right = H * m * truncate_rank, H * truncate_rank * n
-    return 4 + blockwise.max_bytes(left, codec) + blockwise.max_bytes(right, codec)
+def max_bytes(name: str, shape: tuple[int, ...], recipe: Recipe) -> int:
+    """Most bytes that a factor `name` of this shape (H, m, n) takes, known before or not."""
+    most = 0
+    for is_known in (False, True):
+        codec, truncate_rank = codec_of(name, recipe, is_known=is_known)
+        if truncate_rank is None or not _truncates(shape, truncate_rank):
+            most = max(most, blockwise.max_rows_bytes(shape, codec))
+        else:
+            sides = (shape[0] * size * truncate_rank for size in shape[1:])
+            most = max(most, 4 + sum(blockwise.max_bytes(side, codec) for side in sides))
+    return most
 
 
 def encode(difference: Tensor, codec: Codec, truncate_rank: int | None) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,7 @@ def encode(difference: Tensor, codec: Codec, truncate_rank: int | None) -> tuple
 
     Args:
         truncate_rank: send the best approximation of this rank (of the factor's change, which is a
-            matrix of at most r rows or columns), as two matrices; None: all of it.
+            matrix of at most r rows or columns), as two matrices, where these are smaller; None: all.
 
     Returns:
         The bytes, and what `decode` makes of them.
@@ -104,7 +107,8 @@ def decode(blob: Tensor, codec: Codec, shape: tuple[int, ...], truncate_rank: in
 
 
 def _truncates(shape: tuple[int, ...], truncate_rank: int | None) -> bool:
-    return truncate_rank is not None and truncate_rank < min(shape[-2:])
+    m, n = shape[-2:]
+    return truncate_rank is not None and truncate_rank * (m + n) < m * n
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

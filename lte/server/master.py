@@ -80,13 +80,14 @@ class Master:
 
     # Contributions
 
-    def max_contribution_bytes(self, heads: int) -> int:
-        """Most bytes that a valid contribution of so many heads takes."""
-        settings = self.recipe.compress
-        total = sum(blockwise.max_rows_bytes(shape, settings.dense) for shape in self.plan.dense.values())
-        # At first A comes in 2 or 4 bytes an element, whatever its codec.
-        shapes = [shape for both in self._factor_shapes(heads).values() for shape in both.values()]
-        return total + sum(factors.max_bytes(shape, "fp32", None) for shape in shapes)
+    def max_contribution(self, heads: int) -> dict[str, int]:
+        """The names that a contribution of so many heads holds, with the most bytes of each."""
+        shapes = self._factor_shapes(heads)
+        most = {name: factors.max_bytes(name, shape, self.recipe) for name, shape in shapes.items()}
+        codec = self.recipe.compress.dense
+        return most | {
+            name + DENSE: blockwise.max_rows_bytes(shape, codec) for name, shape in self.plan.dense.items()
+        }
 
     def decode(self, blobs: Mapping[str, Tensor], incarnation: int, heads: int) -> dict[str, Tensor]:
         """The tensors of a contribution, as `Received` has them, finite and of the right shapes.
@@ -94,7 +95,7 @@ class Master:
         Raises:
             WireError: it holds other names, malformed bytes, or numbers that are not finite.
         """
-        shapes = {name: shape for both in self._factor_shapes(heads).values() for name, shape in both.items()}
+        shapes = self._factor_shapes(heads)
         expected = {*shapes, *(name + DENSE for name in self.plan.dense)}
         if blobs.keys() != expected:
             raise WireError("its tensors have other names than the model's heads and dense parameters")
@@ -109,14 +110,14 @@ class Master:
             raise WireError("it holds numbers that are not finite (a learning rate too high?)")
         return tensors
 
-    def _factor_shapes(self, heads: int) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Module -> shapes of what a worker of so many heads sends of its factors, by name."""
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    def _factor_shapes(self, heads: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what a worker of so many heads sends of its factors, by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, spec in self.plan.adapted.items():
             out_features, in_features = spec.shape
-            shapes[name] = {name + B: (heads, out_features, spec.rank)}
             if self.recipe.lora.A == "trained":
-                shapes[name][name + A] = (heads, spec.rank, in_features)
+                shapes[name + A] = (heads, spec.rank, in_features)
+            shapes[name + B] = (heads, out_features, spec.rank)
         return shapes
 
     def keep_only(self, incarnations: Collection[int]) -> None:

@@ -116,7 +116,7 @@ class Server:
         self._merged_in: dict[int, int] = {}
         # Of the open round: parts that have come of contributions, by worker_id; bytes, by kind.
         self._staged: dict[str, wire.Assembly] = {}
-        self._bytes = _no_bytes()
+        self._bytes, self._num_told = _no_bytes(), 0
         self._accounted_bytes = (0, 0)
         # The bytes of the last updates, each on the one before, for who is behind.
         self._history: deque[dict[str, Tensor]] = deque()
@@ -170,6 +170,7 @@ class Server:
                     self._hear(*received)
                     received = None if self.finished else self._endpoint.receive(0)
                 self._happened(rounds.Ticked())
+            self._see_off()
             reason = self._stop_reason or "the run is finished"
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
@@ -178,14 +179,20 @@ class Server:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             reason, self.stopped_by = "its output was closed", signal.SIGPIPE
         finally:
-            farewell = wire.Farewell(generation=self.generation, reason=reason, finished=self.finished)
-            self._broadcast(wire.encode(farewell))
+            self._broadcast(wire.encode(self._farewell(reason)))
         self._save()
         if self.finished:
             self._finish()
         else:
             self._event("stopped", reason)
         return self.finished
+
+    def _see_off(self) -> None:
+        """Hear the workers until all have gone: over a slow link the last update takes its time."""
+        while self.finished and self._state.members and self._stop_reason is None:
+            if received := self._endpoint.receive(self._patience_s()):
+                self._hear(*received)
+            self._happened(rounds.Ticked())
 
     def stop(self, reason: str) -> None:
         """Make `serve` save and return; may be called from a signal handler or another thread."""
@@ -239,6 +246,9 @@ class Server:
                 self._event("malformed", f"a {type(message).__name__} is not for the server")
 
     def _hear_hello(self, peer: Peer, hello: wire.Hello) -> None:
+        if self.finished:
+            self._send(peer, self._farewell("the run is finished"))
+            return
         refusal = None
         if hello.schema != wire.SCHEMA:
             refusal = wire.Refusal(
@@ -270,58 +280,54 @@ class Server:
     def _hear_part(
         self, peer: Peer, part: wire.Part, frames: Frames, entries: tuple[wire.TensorEntry, ...]
     ) -> None:
-        """Stage a part of a contribution. What is out of order misses what a broken connection lost."""
+        """Stage a part of a contribution. Of what nobody waits for only the first part is answered."""
+        member = self._state.members.get(part.worker_id)
+        is_current = member is not None and member.incarnation == part.incarnation
+        if part.index and not (is_current and part.generation == self.generation):
+            return
         if self._is_stale(peer, part.generation):
             return
         self._happened(rounds.Heard(part.worker_id, part.incarnation), peer)
-        member = self._state.members.get(part.worker_id)
-        if member is None or member.incarnation != part.incarnation or part.version != self.version:
+        if member is None or not is_current or part.version != self.version:
             return
         if part.index == 0:
-            limit = self.master.max_contribution_bytes(member.heads)
-            self._staged[part.worker_id] = wire.Assembly(part.version, limit)
+            self._staged[part.worker_id] = wire.Assembly(
+                part.version, self.master.max_contribution(member.heads)
+            )
         if part.worker_id in self._staged:
-            try:
-                self._staged[part.worker_id].add(part, frames, entries)
-            except WireError as error:
-                del self._staged[part.worker_id]
-                self._event("malformed", f"a contribution of {part.worker_id} was dropped: {error}")
+            self._count("uplink", self._staged[part.worker_id].add(part, frames, entries))
 
     def _hear_contribution(self, peer: Peer, message: wire.Contribution) -> None:
         if self._is_stale(peer, message.generation):
             return
-        assembly = self._staged.pop(message.worker_id, None)
         member = self._state.members.get(message.worker_id)
-        current = member is not None and member.incarnation == message.incarnation
         self._offered = None
-        if member is not None and current and message.version == self.version:
-            try:
-                blobs = {} if assembly is None else assembly.close(message.parts)
-                if assembly is None and message.parts:
-                    raise WireError("its parts were lost")
-            except WireError:
-                return  # it is asked for again: no receipt follows
-            fault, tensors = self._fault_of(message, member), dict[str, Tensor]()
-            if not fault:
-                try:
-                    tensors = self.master.decode(blobs, message.incarnation, member.heads)
-                except WireError as error:
-                    fault = str(error)
-            if fault:
-                self._event("refused", f"a contribution of {message.worker_id} was refused: {fault}")
-                self._send(peer, wire.Receipt(version=message.version, status="refused", reason=fault))
-                return
-            assert assembly is not None or not blobs
-            self._count("uplink", assembly.sizes if assembly else {})
-            received = Received(
-                incarnation=message.incarnation,
-                heads=member.heads,
-                first_head=member.slot * member.heads,
-                draw=message.draw,
-                tokens=message.tokens,
-                tensors=tensors,
-            )
-            self._offered = (received, message)
+        if member is not None and member.incarnation == message.incarnation:
+            assembly = self._staged.pop(message.worker_id, None) or wire.Assembly(message.version)
+            if message.version == self.version:
+                tensors: dict[str, Tensor] = {}
+                fault = self._fault_of(message, member)
+                if not fault:
+                    try:
+                        blobs = assembly.close(message.parts)
+                        if blobs is None:
+                            return  # parts were lost: without a receipt they come again
+                        tensors = self.master.decode(blobs, message.incarnation, member.heads)
+                    except WireError as error:
+                        fault = str(error)
+                if fault:
+                    self._event("refused", f"a contribution of {message.worker_id} was refused: {fault}")
+                    self._send(peer, wire.Receipt(version=message.version, status="refused", reason=fault))
+                    return
+                received = Received(
+                    incarnation=message.incarnation,
+                    heads=member.heads,
+                    first_head=member.slot * member.heads,
+                    draw=message.draw,
+                    tokens=message.tokens,
+                    tensors=tensors,
+                )
+                self._offered = (received, message)
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
 
@@ -388,6 +394,7 @@ class Server:
                 self._send(peer, wire.Refusal(reason=reason, cure="start the worker again"))
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
+                self._staged.pop(member.worker_id, None)
                 if not self.finished:
                     self._event("left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id)
             case rounds.Merge(worker_ids, num_missing_heads):
@@ -443,6 +450,7 @@ class Server:
             blobs.update(dense)
             yield from dense.items()
 
+        self._num_told = len(self._peers)
         self._send_update(list(self._peers.values()), version, self.version, encoded(), merged)
         self._history.append(blobs)
         # More of them would be no smaller than the whole model.
@@ -502,7 +510,7 @@ class Server:
         for direction, total in (("uplink", uplink), ("downlink", downlink)):
             known = sum(n for key, n in by_kind.items() if key.startswith(direction))
             by_kind[f"{direction}_control_bytes"] = total - known
-        bits = 8 / self.master.plan.num_parameters / len(contributions)
+        bits = 8 / self.master.plan.num_parameters
         step = self.version * self.recipe.train.local_steps - 1
         factor = schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
         self._tracker.record(
@@ -514,8 +522,8 @@ class Server:
             uplink_bytes=uplink,
             downlink_bytes=downlink,
             **by_kind,
-            uplink_bits=uplink * bits,
-            downlink_bits=downlink * bits,
+            uplink_bits=uplink * bits / len(contributions),
+            downlink_bits=downlink * bits / max(self._num_told, 1),
             lost=max(message.lost for message in contributions),
             step_s=statistics.median(message.step_s for message in contributions),
             encode_s=statistics.median(message.encode_s for message in contributions),
@@ -600,6 +608,9 @@ class Server:
             return self.master.folded(list(self._history)[-behind:])
         except ValueError:
             return None
+
+    def _farewell(self, reason: str) -> wire.Farewell:
+        return wire.Farewell(generation=self.generation, reason=reason, finished=self.finished)
 
     def _pulse(self, peer: Peer, number: int) -> None:
         self._send(peer, wire.Pulse(generation=self.generation, number=number, version=self.version))

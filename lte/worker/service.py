@@ -81,7 +81,7 @@ class Worker:
             self._pushed = False
             self._apply_s = self._waited_s = 0.0
             self._until_open()
-            self._began_s, self._waited_s = time.monotonic(), 0.0
+            self._began_s, self._waited_s, self._steps = time.monotonic(), 0.0, 0
         except BaseException as error:
             server.close(parting_words(type(error), error))
             raise
@@ -117,6 +117,7 @@ class Worker:
             self._loss += loss.detach().cpu() if isinstance(loss, Tensor) else loss
             self._batches += 1
         self._tokens += tokens
+        self._steps += 1
         trainer, train = self._trainer, self.recipe.train
         self._session.progress(self.version, trainer.local_step)
         if trainer.round > trainer.version and trainer.local_step >= train.steps_ahead:
@@ -127,7 +128,7 @@ class Worker:
                 trainer.go_ahead()
             else:
                 self._until_open()
-            self._began_s, self._waited_s = time.monotonic(), 0.0
+            self._began_s, self._waited_s, self._steps = time.monotonic(), 0.0, 0
         return not self.done
 
     def __enter__(self) -> Worker:
@@ -144,9 +145,9 @@ class Worker:
 
     def _push(self) -> None:
         trainer, welcome = self._trainer, self._session.welcome
-        started_s = time.monotonic()
-        computed_s = started_s - self._began_s - self._waited_s
+        step_s = (time.monotonic() - self._began_s - self._waited_s) / self._steps
         base_digest, merged_digest = trainer.base_digest(), trainer.merged_digest()
+        started_s = time.monotonic()
 
         def close(num_parts: int) -> wire.Contribution:
             return wire.Contribution(
@@ -159,7 +160,7 @@ class Worker:
                 tokens=self._tokens,
                 loss=float(self._loss) / self._batches if self._batches else None,
                 lost=trainer.lost,
-                step_s=computed_s / self.recipe.train.local_steps,
+                step_s=step_s,
                 encode_s=time.monotonic() - started_s,
                 apply_s=self._apply_s,
                 base_digest=base_digest,
@@ -201,6 +202,8 @@ class Worker:
         )
         self._pushed = False
         self._session.progress(self.version, self._trainer.local_step)
-        self.done = update.last
+        if update.last:
+            self.done = True
+            self.close("finished")
         self._apply_s = time.monotonic() - started_s
         self._waited_s += self._apply_s

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lte import transport, wire
-from lte.errors import ConnectError, RefusedError, RunEnded, WireError
+from lte.errors import ConnectError, RefusedError, RunEnded
 
 _ASK_AGAIN_S = 3.0
 """A Hello without an answer is sent again after this: no server may have been there."""
@@ -64,7 +64,9 @@ class Session:
         self._progress = (0, 0)
         # A contribution without a receipt, and the last heartbeat that was sent before it.
         self._pushed: list[wire.Frames] = []
-        self._pushed_after = self._number = 0
+        self._pushed_version = self._pushed_after = self._number = 0
+        # The last heartbeat before an update was asked for: what answers it or an earlier one is older.
+        self._asked_after = -1
         self._assembly: wire.Assembly | None = None
         self._beating = threading.Lock()
         self._stopping = threading.Event()
@@ -116,7 +118,7 @@ class Session:
             pushed.append(frames)
             self._endpoint.send(frames)
         pushed.append(wire.encode(close(len(pushed))))
-        self._pushed = pushed
+        self._pushed, self._pushed_version = pushed, version
         self._send_pushed(pushed[-1:])
 
     def next_step(self) -> tuple[wire.Begin | wire.Update, dict[str, Tensor]]:
@@ -149,6 +151,8 @@ class Session:
                     self._fall_behind()
                 case wire.Begin():
                     begin = message  # unless an update stands behind it
+                case wire.Receipt() if message.version != self._pushed_version:
+                    pass  # of a contribution before that one
                 case wire.Receipt(status="refused"):
                     raise RefusedError(message.reason, "start the worker again")
                 case wire.Receipt():
@@ -156,32 +160,28 @@ class Session:
                 case wire.Pulse() if self._pushed and message.number > self._pushed_after:
                     self._send_pushed(self._pushed)
                 case wire.Pulse() if message.version > self._progress[0]:
-                    self._fall_behind()
+                    if message.number > self._asked_after:
+                        self._fall_behind()
         return begin, {}
 
     def _take(self, part: wire.Part, frames: wire.Frames, entries: Sequence[wire.TensorEntry]) -> None:
-        """Stage a part. What is out of order belongs to what a broken connection has torn."""
+        """Stage a part. The server is trusted with its size: its model is to be trained here."""
         if part.index == 0:
-            limit = int(self.welcome.settings["server"]["max_message_bytes"])
-            self._assembly = wire.Assembly(part.version, limit)
+            self._assembly = wire.Assembly(part.version)
         if self._assembly is not None:
-            try:
-                self._assembly.add(part, frames, entries)
-            except WireError:
-                self._assembly = None
+            self._assembly.add(part, frames, entries)
 
     def _closed(self, update: wire.Update) -> dict[str, Tensor] | None:
         """All parts of an update, or None where some were lost."""
         assembly, self._assembly = self._assembly, None
         if assembly is None or assembly.version != update.version:
-            return {} if update.parts == 0 else None
-        try:
-            return assembly.close(update.parts)
-        except WireError:
-            return None
+            assembly = wire.Assembly(update.version)
+        return assembly.close(update.parts)
 
     def _fall_behind(self) -> None:
-        self._endpoint.send(wire.encode(self._named(wire.Behind, version=self._progress[0])))
+        with self._beating:
+            self._asked_after = self._number
+            self._endpoint.send(wire.encode(self._named(wire.Behind, version=self._progress[0])))
 
     def _send_pushed(self, pushed: Sequence[wire.Frames]) -> None:
         # Under the lock no heartbeat is numbered later than this and sent earlier.
@@ -221,6 +221,7 @@ class Session:
                 case wire.Welcome():
                     self.welcome, is_welcome = message, True
                 case wire.Part() if is_welcome:
+                    deadline = now + _WELCOME_S
                     self._take(message, frames, entries)
                 case wire.Update(since=None) if is_welcome and (base := self._closed(message)) is not None:
                     self.base, self.base_digest = base, message.base_digest

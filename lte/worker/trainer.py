@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lte import lowrank, quantize, schedule
 from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Optimizer, Recipe
-from lte.errors import DigestError, WireError
+from lte.errors import DigestError, DivergedError, WireError
 from lte.nn import Adapted, adapted_modules, dense_parameters, draw_heads, parameter_groups
 from lte.quantize import Quantized
 
@@ -49,7 +49,8 @@ class Trainer:
         version: of the base. round: the one that local steps belong to: the version's, or the next
             one where steps are taken ahead of the update that opens it. local_step: taken in it.
         draw: which draw of A the heads have; see `_draw_at`.
-        lost: share of the heads' change that the last contribution left out and no later one owes.
+        lost: share of the heads' change that the last contribution, or the merge of the one before,
+            left out and no later one owes. Without error feedback it is not measured in reset-less.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class Trainer:
         self._sent_with: dict[str, Tensor] = {}
         # The A that the server knows, where it remembers one (see `factors.remembers_A`).
         self._known_A: dict[str, Tensor] = {}
+        # Squared norms of what the last merge dropped of heads that had moved on, and of what it took.
+        self._lost_ahead = (0.0, 0.0)
         self._load(*self._staged(base, base_digest, whole=True))
         for name, parameter in self.dense.items():
             with torch.no_grad():
@@ -137,15 +140,21 @@ class Trainer:
 
         What the server makes of them is remembered until the next update: it is what an update that
         merged them takes away here.
+
+        Raises:
+            DivergedError: there are numbers that are not finite.
         """
+        self._check_finite()
         self._sent, self._sent_with = {}, {}
-        left_out = total = 0.0
+        left_out, total = self._lost_ahead
+        feedback, lora = self.recipe.compress.error_feedback, self.recipe.lora
+        forgets = factors.refits(self.recipe) or (not feedback and lora.merge != "reset-less")
         for name, module in self.modules.items():
             old_A, old_B = module.lora_A.to("cpu", copy=True), module.lora_B.to("cpu", copy=True)
             if module.lora_A.requires_grad:
                 yield name + A, self._encode_A(name, module)
             yield name + B, self._encode_B(name, module)
-            if factors.refits(self.recipe):
+            if forgets:
                 lost, moved = factors.lost(old_B, old_A, *self._kept(name, module))
                 left_out, total = left_out + lost, total + moved
             if self.recipe.train.overlap:
@@ -156,6 +165,14 @@ class Trainer:
             ahead = parameter.detach().cpu() - self._published[name]
             blob, self._sent[name] = blockwise.encode_rows(ahead, codec)
             yield name + DENSE, blob
+
+    def _check_finite(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise DivergedError(
+                    f"training diverged at local step {self.local_step} of version {self.version}: {name} is"
+                    " not finite; lower optimizer.lr or optimizer.dense_lr"
+                )
 
     def _encode_A(self, name: str, module: Adapted) -> Tensor:
         """Send A, and set A to what was sent where the product would be wrong otherwise."""
@@ -246,6 +263,7 @@ class Trainer:
     def _settle_heads(self) -> None:
         """The heads' contribution is in the base now: take it out of them, by the merge mode."""
         lora, feedback = self.recipe.lora, self.recipe.compress.error_feedback
+        self._lost_ahead = (0.0, 0.0)
         for name, module in self.modules.items():
             known_A, known_B = self._known(name, module)
             sent_B = self._sent[name + B]
@@ -281,9 +299,12 @@ class Trainer:
         module.lora_B.sub_(sent_B)
         then = self._sent_with.get(name)
         if then is not None and module.lora_A.requires_grad:
-            moved = module.lora_A - then
-            kept = factors.refit(sent_B.cpu(), moved.cpu(), module.lora_A.cpu())
-            module.lora_B.add_(kept.to(sent_B.device))
+            sent_B, moved, A_now = sent_B.cpu(), (module.lora_A - then).cpu(), module.lora_A.cpu()
+            kept = factors.refit(sent_B, moved, A_now)
+            module.lora_B.add_(kept.to(module.lora_B.device))
+            left_out, _ = factors.lost(sent_B, moved, kept, A_now)
+            _, total = factors.lost(sent_B, then.cpu(), sent_B, then.cpu())
+            self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
 
     def _draw_at(self, version: int) -> int:
         """Which draw of A belongs to a version: the same on all workers, also on late and new ones,
