@@ -35,6 +35,7 @@ CASES = {
         "model.width=2048",
         "model.num_attention_heads=16",
         "model.mlp_width=5632",
+        "eval.final_tokens=32768",
     ],
 }
 COLUMNS = {
@@ -57,10 +58,10 @@ def main() -> None:
     cases = [argument for argument in rest if "=" not in argument] or list(CASES)
     shards = shards_of(text, RUNS)
     header(["case", "settings", *COLUMNS.values()])
-    measured = ["eval.final_tokens=262144", "eval.every=20", f"data.shards={shards}"]
+    measured = ["eval.final_tokens=65536", "eval.every=0", "server.num_threads=2", f"data.shards={shards}"]
     for case in cases:
         folder = RUNS / "-".join([case, *overrides])
-        lines = train(folder, RECIPE, [*CASES[case], *measured, *overrides])
+        lines = train(folder, RECIPE, [*measured, *CASES[case], *overrides])
         found = figures(lines, folder)
         row([case, " ".join(overrides), *(found[key] for key in COLUMNS)])
 

@@ -23,7 +23,7 @@ from runs import header, records, row, shards_of, train
 
 RUNS = Path("runs/curve")
 STEPS, WORKERS = 500, 4
-COMMON = ["train.precision=bf16", "eval.every=0", "eval.final_tokens=262144"]
+COMMON = ["train.precision=bf16", "eval.every=0", "eval.final_tokens=131072", "server.num_threads=2"]
 LTE_RATES, DENSE_RATES = (1e-3, 5e-4, 2e-3), (2e-3, 1e-3, 4e-3)
 
 

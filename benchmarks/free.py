@@ -24,7 +24,8 @@ COMMON = [
     "train.rounds=50",
     "train.precision=bf16",
     "eval.every=0",
-    "eval.final_tokens=262144",
+    "eval.final_tokens=131072",
+    "server.num_threads=2",
 ]
 PLAIN = ["base.hysteresis=0", "base.keep_scale_from=1", "base.keep_scale_to=1"]
 SETTINGS = {

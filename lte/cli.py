@@ -361,7 +361,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="RATE",
         help="of the link that all workers share at the server (default: no limit)",
     )
-    command.add_argument("--step-time", type=_unit(links.duration), metavar="TIME", help="of a local step")
+    command.add_argument("--step-time", type=_unit(links.seconds), metavar="S", help="of a local step")
     command.add_argument(
         "--from", dest="run_folder", type=Path, metavar="RUN", help="take speeds and bits from this run"
     )

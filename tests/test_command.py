@@ -193,9 +193,15 @@ def test_threads_and_processes_reach_the_same_master(lte: Lte, folder: Path, tra
     other = digest_in_threads(folder, run__seed=4)
     assert other != done(trained.run)["master_digest"]
 
-    for way in ("uplink_bytes", "downlink_bytes"):  # the same messages, but for heartbeats
-        assert done(folder / "once")[way] == pytest.approx(done(trained.run)[way], rel=0.01)
-        assert done(trained.run)[way] == sum(line[way] for line in lines(trained.run, "round"))
+    for way in ("uplink", "downlink"):  # the same messages, but for heartbeats
+        kinds = ("factors", "dense") if way == "uplink" else ("codes", "scales", "dense")
+        for key in (f"{way}_{kind}_bytes" for kind in kinds):
+            mine, theirs = (
+                [line[key] for line in lines(run, "round")] for run in (folder / "once", trained.run)
+            )
+            assert mine == theirs
+        total = sum(line[f"{way}_bytes"] for line in lines(trained.run, "round"))
+        assert done(trained.run)[f"{way}_bytes"] == total
 
 
 def test_every_merge_mode_repeats_itself_and_differs_from_the_others(folder: Path) -> None:

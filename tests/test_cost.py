@@ -218,10 +218,16 @@ def test_a_round_is_the_sum_of_its_parts() -> None:
     assert own.tokens_s == pytest.approx(4 * 10 * 4 * 16 / own.round_s)
 
 
+def test_seconds_need_no_unit_where_they_are_the_unit() -> None:
+    assert links.seconds("0.3") == links.seconds("300ms") == links.duration("0.3s") == 0.3
+    with pytest.raises(UserError, match="no time"):
+        links.seconds("fast")
+
+
 def test_encoding_hides_behind_sending_but_for_a_part() -> None:
-    small = recipe(**{"compress.part_bytes": 3000})
+    small = recipe(**{"compress.part_bytes": 4096})
     own = lte_round(small, sites())
-    parts = [math.ceil(sum(way.values()) / 3000) for way in (own.uplink_bytes, own.downlink_bytes)]
+    parts = [math.ceil(sum(way.values()) / 4096) for way in (own.uplink_bytes, own.downlink_bytes)]
     hidden = [
         min(pair) * (1 - 1 / n)
         for pair, n in zip(

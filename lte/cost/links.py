@@ -129,6 +129,11 @@ def duration(text: str) -> float:
     raise UserError(f"{text!r} is no time with a unit, such as 50ms or 0.8s")
 
 
+def seconds(text: str) -> float:
+    """Seconds of `0.3`, or of a duration with its unit, such as `300ms`."""
+    return float(text) if re.fullmatch(_NUMBER, text) else duration(text)
+
+
 def share(text: str) -> float:
     """A part of 1, below it, of `0.5%` or `0.005`.
 
