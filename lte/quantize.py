@@ -200,7 +200,7 @@ def _nearest(blocks: Tensor, scales: Tensor, quant: Quant) -> Tensor:
     for boundary in _NF4_BOUNDARIES:
         np.greater(x, np.float32(boundary), out=above)
         np.add(codes, above.view(np.uint8), out=codes)
-    return torch.from_numpy(_pack(codes))
+    return torch.from_numpy(pack(codes))
 
 
 def _keeps(
@@ -211,10 +211,10 @@ def _keeps(
     keeps = _elements(old, scales, quant).sub_(blocks).abs_() <= allowed
     if quant == "int8":
         return keeps.view(-1).view(torch.int8).neg_()
-    return torch.from_numpy(_pack(keeps.view(-1).view(torch.uint8).numpy())) * 15
+    return torch.from_numpy(pack(keeps.view(-1).view(torch.uint8).numpy())) * 15
 
 
-def _pack(nibbles: np.ndarray) -> np.ndarray:
+def pack(nibbles: np.ndarray) -> np.ndarray:
     """Pairs of numbers below 16 as bytes, the first in the high nibble. uint8 (2 n,) to (n,)."""
     pairs = nibbles.view("<u2")  # the first of a pair is the low byte
     return (pairs << 4 | pairs >> 8).astype(np.uint8)

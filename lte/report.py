@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lte.config import Recipe, load
+from lte.cost.model import DDP_BYTES
 from lte.errors import RunError
 from lte.track import METRICS, Records, clock_text, loss_text
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 PLOT = "loss.png"
 """Name of the plot in a run's folder."""
-
-DDP_BYTES = 4
-"""Bytes a parameter, step and worker of data-parallel training: bf16 gradients out and in."""
 
 _ARTEFACTS = ("config.yaml", METRICS, PLOT, "checkpoints", "journal", "logs", "wandb")
 

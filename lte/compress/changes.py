@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lte.compress.entropy import expand, squeeze
 from lte.errors import WireError
-from lte.quantize import Quant, Quantized
+from lte.quantize import Quant, Quantized, pack
 
 SAME, GAPS, DENSE, FULL = range(4)
 """Forms of a blob."""
@@ -261,9 +261,8 @@ def _unzigzag(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _pack(nibbles: Bytes) -> Bytes:
-    """Two a byte, the first in the high nibble; a zero is added to an odd number."""
-    pairs = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8)).view("<u2")
-    packed: Bytes = (pairs << 4 | pairs >> 8).astype(np.uint8)
+    """Two a byte, as codes are; a zero is added to an odd number."""
+    packed: Bytes = pack(np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8)))
     return packed
 
 

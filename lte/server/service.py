@@ -415,13 +415,13 @@ class Server:
         requantized_s = self._now_s()
         version = self.version + 1
         self._merged_in |= {received.incarnation: version for received, _ in held}
-        codes_changed = self._publish(version, before, dense, [received.incarnation for received, _ in held])
+        changed = self._publish(version, before, dense, [received.incarnation for received, _ in held])
         wait_s, self._published_s = closed_s - self._published_s, self._now_s()
         self.master.keep_only({member.incarnation for member in self._state.members.values()})
         self._happened(rounds.Merged())
         self._record_round(
             [message for _, message in held],
-            codes_changed=codes_changed,
+            **changed,
             merge_in_steps=merge_in_steps,
             merge_s=requantized_s - closed_s,
             requantize_s=requantized_s - merged_s,
@@ -431,19 +431,19 @@ class Server:
 
     def _publish(
         self, version: int, before: dict[str, Quantized], dense: dict[str, Tensor], merged: list[int]
-    ) -> float:
+    ) -> dict[str, float]:
         """Send a new version to all, each layer as soon as it is encoded, and remember its bytes.
 
         Returns:
-            The share of codes that changed.
+            `codes_changed` and `scales_changed`, the shares that did.
         """
         blobs: dict[str, Tensor] = {}
-        num_changed = 0
+        codes = scales = 0
 
         def encoded() -> Iterator[tuple[str, Tensor]]:
-            nonlocal num_changed
+            nonlocal codes, scales
             for name, change in self.master.changes_since(before):
-                num_changed += change.codes_changed
+                codes, scales = codes + change.codes_changed, scales + change.scales_changed
                 for ending, blob in ((CODES, change.codes), (SCALES, change.scales)):
                     blobs[name + ending] = blob
                     yield name + ending, blob
@@ -456,7 +456,11 @@ class Server:
         # More of them would be no smaller than the whole model.
         while sum(map(_size, self._history)) > self._whole_bytes:
             self._history.popleft()
-        return num_changed / max(self.master.plan.num_adapted_parameters, 1)
+        num_scales = sum(base.scales.numel() for base in self.master.base.values())
+        return {
+            "codes_changed": codes / max(self.master.plan.num_adapted_parameters, 1),
+            "scales_changed": scales / max(num_scales, 1),
+        }
 
     def _send_update(
         self,
