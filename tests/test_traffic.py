@@ -20,20 +20,26 @@ NAMES = (f"lte-t{os.getpid()}a", f"lte-t{os.getpid()}b")
 
 WORKER = '''
 """A worker that prints what the kernel counted on its connection and interface before it leaves."""
-import json, os, socket, struct, sys
+import json, os, socket, stat, struct, sys
 from pathlib import Path
 from lte.transport.zmq import ZmqWorker
 
+def is_socket(fd):
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:  # closed since: the listing's own
+        return False
+
 def counted():
     for fd in map(int, os.listdir("/proc/self/fd")):
-        try:
-            connection = socket.socket(fileno=os.dup(fd))
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-            if connection.getpeername()[0] == sys.argv[1]:
+        if not is_socket(fd):
+            continue
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            if connection.family == socket.AF_INET:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
                 (unacked,) = struct.unpack_from("=I", info, 24)  # tcpi_unacked, segments
                 return unacked, struct.unpack_from("=QQ", info, 120)  # tcpi_bytes_acked, _received
-        except OSError:
-            continue
+    raise SystemExit("no connection is open")
 
 close = ZmqWorker.close
 def closing(self):
@@ -108,27 +114,22 @@ def test_recorded_bytes_are_what_tcp_and_the_interface_carried(
     overrides = [f"{key}={value}" for key, value in settings.items()]
     inside = ["ip", "netns", "exec"]
     server = subprocess.Popen(
-        [
-            *inside,
-            namespaces[0],
-            sys.executable,
-            "-m",
-            "lte",
-            "server",
-            str(tmp_path / "recipe.yaml"),
-            *overrides,
-        ],
+        [*inside, namespaces[0], sys.executable, "-m", "lte", "server", tmp_path / "recipe.yaml", *overrides],
         stdout=subprocess.PIPE,
         text=True,
     )
-    worker = subprocess.run(
-        [*inside, namespaces[1], sys.executable, "-c", WORKER, ADDRESS],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=100,
-        check=True,
-    )
-    said, _ = server.communicate(timeout=100)
+    try:
+        worker = subprocess.run(
+            [*inside, namespaces[1], sys.executable, "-c", WORKER, ADDRESS],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=100,
+            check=True,
+        )
+        said, _ = server.communicate(timeout=100)
+    finally:
+        server.kill()
+        server.communicate()
     assert server.returncode == 0, said
     counted = json.loads(worker.stdout)
     (done,) = [line for line in Records.read(tmp_path / "run" / METRICS) if line["kind"] == "done"]
