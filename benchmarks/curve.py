@@ -3,7 +3,8 @@
     python benchmarks/curve.py TEXT [--seeds 3] [--only WORDS]
 
 A GPT of about 1M parameters, 2M tokens, 4 workers of batch 8 (one of 32 for DDP), 500 local steps;
-each setting with as many learning rates. The best rate of each setting is then run with more seeds.
+each setting with as many learning rates. The finalists, of each method the settings that no other beats
+both in bytes and in loss, are then run at their best rate with more seeds.
 Finished runs are not repeated, so that a sweep which takes days goes on where it was; a table of what
 there is, and runs/curve/curve.png, come at the end and with --only nothing.
 
@@ -71,7 +72,8 @@ SETTINGS: dict[str, list[str]] = {
     "DiLoCo H=250 int4": diloco(250, "int4"),
     "DiLoCo H=50 fp32": diloco(50, "fp32"),
     "DiLoCo H=50 int8": diloco(50, "int8"),
-    "DiLoCo H=10 fp32": diloco(10, "fp32"),
+    "LTE r=16 T=250 int2": lte(16, 250, "compress.factors=int2"),
+    "DiLoCo H=500 int4": diloco(500, "int4"),
 }
 
 
@@ -87,9 +89,8 @@ def main() -> None:
         for name in chosen:
             run(name, rate_of(name, k), 0, shards)
     for seed in range(1, arguments.seeds):
-        for name in chosen:
-            best = min(finished(name, 0), key=lambda found: found["loss"])
-            run(name, best["rate"], seed, shards)
+        for name in finalists(chosen):
+            run(name, best_of(name)["rate"], seed, shards)
     report(arguments.seeds)
 
 
@@ -122,6 +123,31 @@ def finished(name: str, seed: int) -> list[dict[str, Any]]:
     return found
 
 
+def best_of(name: str) -> dict[str, Any]:
+    return min(finished(name, 0), key=lambda found: found["loss"])
+
+
+def moved(done: dict[str, Any], name: str) -> float:
+    """Bytes up and down, all workers."""
+    return ddp_bytes(done) if name == "DDP" else done["uplink_bytes"] + done["downlink_bytes"]
+
+
+def ddp_bytes(done: dict[str, Any]) -> float:
+    return 4 * done["num_parameters"] * STEPS * WORKERS
+
+
+def finalists(names: list[str]) -> list[str]:
+    """Of each method the settings that no other beats both in bytes and in loss."""
+    best = {name: best_of(name) for name in names}
+
+    def beats(other: str, name: str) -> bool:
+        lower = best[other]["loss"] < best[name]["loss"]
+        fewer = moved(best[other], other) < moved(best[name], name)
+        return other.split()[0] == name.split()[0] and lower and fewer
+
+    return [name for name in names if not any(beats(other, name) for other in names)]
+
+
 def report(num_seeds: int) -> None:
     """Print the table, and draw it."""
     from matplotlib.figure import Figure
@@ -132,15 +158,14 @@ def report(num_seeds: int) -> None:
         tried = finished(name, 0)
         if not tried:
             continue
-        best = min(tried, key=lambda found: found["loss"])
+        best = best_of(name)
         same = [f for seed in range(num_seeds) for f in finished(name, seed) if f["rate"] == best["rate"]]
-        ddp = 4 * best["num_parameters"] * STEPS * WORKERS
-        moved = ddp if name == "DDP" else best["uplink_bytes"] + best["downlink_bytes"]
+        size = moved(best, name)
         loss = mean(f["loss"] for f in same)
         each = ", ".join(f"{f['loss']:.4f}" for f in same)
         numbers = [f"{best['rate']:g}", len(same), f"{loss:.4f}", each]
-        row([name, len(tried), *numbers, f"{moved / 1e6:,.1f}", f"{ddp / moved:,.0f}x"])
-        points.setdefault(name.split()[0], []).append((moved, loss))
+        row([name, len(tried), *numbers, f"{size / 1e6:,.1f}", f"{ddp_bytes(best) / size:,.0f}x"])
+        points.setdefault(name.split()[0], []).append((size, loss))
     figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
     for method, some in points.items():
