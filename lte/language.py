@@ -79,7 +79,7 @@ def work(
         check_data(recipe)
         stream = _stream(recipe, welcome.slot)
         say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
-        device = _device(recipe.worker.device)
+        device = device_of(recipe)
         model = cast(GPT, materialize(_with_heads(recipe), device))
         worker = Worker(model, session)
         while not worker.done:
@@ -196,7 +196,13 @@ def _with_heads(recipe: Recipe) -> nn.Module:
     return convert(build(recipe.model), recipe.lora, recipe.base.quant)
 
 
-def _device(name: str) -> torch.device:
+def device_of(recipe: Recipe) -> torch.device:
+    """The device that `worker.device` names.
+
+    Raises:
+        ConfigError: it is not on this machine.
+    """
+    name = recipe.worker.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

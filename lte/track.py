@@ -3,12 +3,13 @@
 Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
 
     round   version, time_s (since the run's start, interruptions left out), tokens (since then),
-            train_loss, num_merged, uplink_bytes and downlink_bytes (this round, all workers),
-            wait_s, lr; bytes by kind (uplink_ factors, dense, control; downlink_ codes, scales, dense,
-            control) and bits a parameter and worker (uplink_bits, downlink_bits); codes_changed and
-            scales_changed (shares); merge_in_steps (size of the merge in steps of the quantization);
-            lost (share of the heads' change that nobody owes); the server's merge_s, of it
-            requantize_s, and pack_s; step_s, encode_s and apply_s of the median worker
+            train_loss, num_merged (contributions), num_told (workers that the version was sent to),
+            uplink_bytes and downlink_bytes (this round, all workers), wait_s, lr; bytes by kind
+            (uplink_ factors, dense, control; downlink_ codes, scales, dense, control) and bits a
+            parameter and worker (uplink_bits, downlink_bits); codes_changed and scales_changed
+            (shares); merge_in_steps (size of the merge in steps of the quantization); lost (share
+            of the heads' change that nobody owes); the server's merge_s, of it requantize_s, and
+            pack_s; step_s, encode_s and apply_s of the median worker
     eval    version, tokens, loss (published model), loss_master
     event   what (a slug), message (for people)
     done    rounds, tokens, workers, num_parameters, num_adapted_parameters, uplink_bytes and

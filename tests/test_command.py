@@ -272,6 +272,7 @@ def test_the_run_folder_holds_what_the_design_promises(trained: Trained) -> None
             "tokens",
             "train_loss",
             "num_merged",
+            "num_told",
             "uplink_bytes",
             "downlink_bytes",
             "merge_s",

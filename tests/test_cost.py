@@ -381,6 +381,7 @@ def write_run(folder: Path, recipe: Recipe, rounds: list[dict[str, Any]], **star
 
 ROUND: dict[str, Any] = {
     "num_merged": 4,
+    "num_told": 8,
     "step_s": 0.25,
     "encode_s": 0.5,
     "apply_s": 0.125,
@@ -392,9 +393,9 @@ ROUND: dict[str, Any] = {
     "downlink_bytes": 9000,
     "uplink_factors_bytes": 4 * 8704 * 3 // 8,
     "uplink_dense_bytes": 4 * DENSE,
-    "downlink_dense_bytes": 2 * DENSE,
-    "downlink_codes_bytes": 4 * ADAPTED // 16,
-    "downlink_scales_bytes": 4 * ADAPTED // 16,
+    "downlink_dense_bytes": 4 * DENSE,
+    "downlink_codes_bytes": 8 * ADAPTED // 16,
+    "downlink_scales_bytes": 8 * ADAPTED // 16,
 }
 
 

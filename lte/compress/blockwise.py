@@ -117,6 +117,10 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 
 # Matrices of which few rows changed
 
+_WHOLE, _ROWS = torch.tensor([0], dtype=torch.uint8), torch.tensor([1], dtype=torch.uint8)
+"""First byte: all rows follow, or a bitmap and the rows that it names."""
+_SMALL = 1 / 64
+
 
 def max_rows_bytes(shape: tuple[int, ...], codec: Codec) -> int:
     """Most bytes that `encode_rows` makes of a tensor of this shape."""
@@ -164,8 +168,3 @@ def decode_rows(blob: Tensor, codec: Codec, shape: tuple[int, ...]) -> Tensor:
     rebuilt = torch.zeros(shape)
     rebuilt[kept] = decode(blob[5 + length :], codec, (int(kept.sum()), shape[1]))
     return rebuilt
-
-
-_WHOLE = torch.tensor([0], dtype=torch.uint8)
-_ROWS = torch.tensor([1], dtype=torch.uint8)
-_SMALL = 1 / 64

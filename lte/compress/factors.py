@@ -57,7 +57,7 @@ def max_bytes(name: str, shape: tuple[int, ...], recipe: Recipe) -> int:
     most = 0
     for is_known in (False, True):
         codec, truncate_rank = codec_of(name, recipe, is_known=is_known)
-        if truncate_rank is None or not _truncates(shape, truncate_rank):
+        if truncate_rank is None or not truncates(shape, truncate_rank):
             most = max(most, blockwise.max_rows_bytes(shape, codec))
         else:
             sides = (shape[0] * size * truncate_rank for size in shape[1:])
@@ -75,7 +75,7 @@ def encode(difference: Tensor, codec: Codec, truncate_rank: int | None) -> tuple
     Returns:
         The bytes, and what `decode` makes of them.
     """
-    if not _truncates(difference.shape, truncate_rank):
+    if not truncates(difference.shape, truncate_rank):
         # By rows: of B of an embedding only those of the tokens that were met have changed.
         blob, rebuilt = blockwise.encode_rows(difference.flatten(0, 1), codec)
         return blob, rebuilt.view(difference.shape)
@@ -93,7 +93,7 @@ def decode(blob: Tensor, codec: Codec, shape: tuple[int, ...], truncate_rank: in
     Raises:
         WireError: it did not.
     """
-    if not _truncates(shape, truncate_rank):
+    if not truncates(shape, truncate_rank):
         return blockwise.decode_rows(blob, codec, (shape[0] * shape[1], shape[2])).view(shape)
     assert truncate_rank is not None
     H, m, n = shape
@@ -106,7 +106,8 @@ def decode(blob: Tensor, codec: Codec, shape: tuple[int, ...], truncate_rank: in
     return _product(left, blockwise.decode(blob[4 + length :], codec, (H, truncate_rank, n)))
 
 
-def _truncates(shape: tuple[int, ...], truncate_rank: int | None) -> bool:
+def truncates(shape: tuple[int, ...], truncate_rank: int | None) -> bool:
+    """Whether a factor (..., m, n) travels as two matrices of this rank: where these are smaller."""
     m, n = shape[-2:]
     return truncate_rank is not None and truncate_rank * (m + n) < m * n
 

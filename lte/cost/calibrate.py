@@ -138,12 +138,12 @@ def _figures(rounds: Sequence[Mapping[str, Any]], run: Recipe, size: Sizes) -> d
                 continue
         return statistics.median(values) if values else None
 
-    def bits(key: str, elements: int) -> float | None:
-        return median(lambda line: 8 * line[key] / line["num_merged"] / elements)
+    def bits(key: str, workers: str, elements: int) -> float | None:
+        return median(lambda line: 8 * line[key] / line[workers] / elements)
 
     def base_bits(line: Mapping[str, Any]) -> float:
         changed = line["downlink_codes_bytes"] + line["downlink_scales_bytes"]
-        return float(8 * changed / line["num_merged"] / size.adapted)
+        return float(8 * changed / line["num_told"] / size.adapted)
 
     step_s = median(lambda line: line["step_s"])
     if step_s is None:  # all that older runs say
@@ -157,9 +157,9 @@ def _figures(rounds: Sequence[Mapping[str, Any]], run: Recipe, size: Sizes) -> d
         "requantize_el_s": median(lambda line: size.adapted / line["requantize_s"]),
         "pack_el_s": median(lambda line: size.adapted / line["pack_s"]),
         "apply_el_s": median(lambda line: size.adapted / line["apply_s"]),
-        "factor_bits": bits("uplink_factors_bytes", size.sent),
-        "dense_bits_up": bits("uplink_dense_bytes", size.dense),
-        "dense_bits_down": bits("downlink_dense_bytes", size.dense),
+        "factor_bits": bits("uplink_factors_bytes", "num_merged", size.sent),
+        "dense_bits_up": bits("uplink_dense_bytes", "num_merged", size.dense),
+        "dense_bits_down": bits("downlink_dense_bytes", "num_told", size.dense),
         "base_bits": median(base_bits),
     }
 
@@ -182,7 +182,8 @@ def probe(recipe: Recipe, rates: Rates) -> Rates:
 def _step_s(recipe: Recipe) -> float:
     """Median seconds of a local step of the recipe's model, its base all zeros."""
     torch.set_num_threads(recipe.worker.num_threads)
-    model = materialize(convert(build(recipe.model), recipe.lora, recipe.base.quant), _device(recipe))
+    model = convert(build(recipe.model), recipe.lora, recipe.base.quant)
+    materialize(model, language.device_of(recipe))
     draw_heads(model, recipe.lora, seed=0, first_head=0, draw=0)
     with torch.no_grad():
         for _, parameter in dense_parameters(model):
@@ -190,7 +191,7 @@ def _step_s(recipe: Recipe) -> float:
     optimizer = make_optimizer(model, recipe.optimizer)
     step_s: list[float] = []
     while len(step_s) < 2 or (sum(step_s) < _STEP_TRIAL_S and len(step_s) < _MAX_TRIAL_STEPS):
-        with _timed(step_s, recipe):
+        with _timed(step_s):
             _loss(model, recipe).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
@@ -216,22 +217,22 @@ def _round_rates(recipe: Recipe) -> dict[str, float | None]:
     for version in range(1, _TRIAL_ROUNDS + 1):
         _loss(trainer.model, recipe).backward()  # type: ignore[no-untyped-call]
         trainer.step()
-        with _timed(seconds["encode"], recipe):
+        with _timed(seconds["encode"]):
             contribution = dict(trainer.contribution())
-        with _timed(seconds["decode"], recipe):
+        with _timed(seconds["decode"]):
             tensors = master.decode(contribution, 1, trainer.heads)
         received = Received(
             incarnation=1, heads=trainer.heads, first_head=0, draw=trainer.draw, tokens=1, tensors=tensors
         )
-        with _timed(seconds["merge"], recipe):
+        with _timed(seconds["merge"]):
             master.merge([received] * workers, 0)
-        with _timed(seconds["requantize"], recipe):
+        with _timed(seconds["requantize"]):
             before, update = master.requantize(), master.publish_dense()
             digest = master.base_digest()
-        with _timed(seconds["pack"], recipe):
+        with _timed(seconds["pack"]):
             for name, change in master.changes_since(before):
                 update |= {name + CODES: change.codes, name + SCALES: change.scales}
-        with _timed(seconds["apply"], recipe):
+        with _timed(seconds["apply"]):
             trainer.apply(version, update, digest, merged=True, whole=False)
     size = sizes(recipe, master.plan)
     took = {part: statistics.median(each[1:]) for part, each in seconds.items()}
@@ -252,16 +253,11 @@ def _loss(model: torch.nn.Module, recipe: Recipe) -> torch.Tensor:
     return loss
 
 
-def _device(recipe: Recipe) -> torch.device:
-    name = recipe.worker.device
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 @contextmanager
-def _timed(seconds: list[float], recipe: Recipe) -> Iterator[None]:
+def _timed(seconds: list[float]) -> Iterator[None]:
     """Append the seconds that the block takes."""
     start_s = time.perf_counter()
     yield
-    if _device(recipe).type == "cuda":
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
     seconds.append(time.perf_counter() - start_s)

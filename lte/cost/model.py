@@ -196,7 +196,7 @@ def sizes(recipe: Recipe, plan: Plan) -> Sizes:
 
 def _elements_sent(m: int, n: int, truncate_rank: int | None) -> int:
     """Elements by which a factor (m, n) travels."""
-    if truncate_rank is None or truncate_rank >= min(m, n):
+    if truncate_rank is None or not factors.truncates((m, n), truncate_rank):
         return m * n
     return (m + n) * truncate_rank
 

@@ -179,21 +179,25 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
     """
     with torch.no_grad():
         for name, module in adapted_modules(model):
-            A = lowrank.draw_A_of_heads(
-                module.rank,
-                module.in_features,
-                init=module.init,
-                subspace=lora.subspace,
-                seed=seed,
-                module=name,
-                heads=range(first_head, first_head + module.heads),
-                draw=draw,
-            )
-            module.lora_A.copy_(A)
+            module.lora_A.copy_(draw_A(name, module, lora, seed=seed, first_head=first_head, draw=draw))
             module.lora_B.zero_()
             if module.merged_A is not None and module.merged_B is not None:
                 module.merged_A.zero_()
                 module.merged_B.zero_()
+
+
+def draw_A(name: str, module: Adapted, lora: LoRA, *, seed: int, first_head: int, draw: int) -> Tensor:
+    """A of the heads of one module, (H, r, in), on the CPU; arguments as of `draw_heads`."""
+    return lowrank.draw_A_of_heads(
+        module.rank,
+        module.in_features,
+        init=module.init,
+        subspace=lora.subspace,
+        seed=seed,
+        module=name,
+        heads=range(first_head, first_head + module.heads),
+        draw=draw,
+    )
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:

@@ -132,7 +132,7 @@ class Master:
 
     @torch.no_grad()
     def merge(self, contributions: Sequence[Received], num_missing_heads: int) -> float:
-        """Fold contributions into W and the dense parameters; `publish` must follow.
+        """Fold contributions into W and the dense parameters. What is published stays.
 
         Returns:
             Root mean square of the change of W, in steps of the base's quantization; 0 for a base
@@ -171,81 +171,6 @@ class Master:
                 self.merged[contribution.incarnation] = merged
         change, step = (math.hypot(*sizes) for sizes in zip((0.0, 0.0), *measured, strict=True))
         return change / step if step else 0.0
-
-    # Publishing
-
-    @torch.no_grad()
-    def requantize(self) -> dict[str, Quantized]:
-        """Bring Q up to W. Returns the Q of before, which `changes_since` needs."""
-        settings, before = self.recipe.base, self.base
-        keep = (settings.keep_scale_from, settings.keep_scale_to)
-
-        def requantize(name: str) -> Quantized:
-            weight, hysteresis = self.weights[name], settings.hysteresis
-            return quantize.requantize(weight, before[name], hysteresis=hysteresis, keep=keep)
-
-        self.base = dict(zip(before, self._of_each(requantize), strict=True))
-        return before
-
-    @torch.no_grad()
-    def publish_dense(self) -> dict[str, Tensor]:
-        """Bring the published dense parameters up to the master's, but for what the codec leaves out.
-
-        Returns:
-            The bytes that tell workers, by `NAME/dense.0`.
-        """
-        blobs = {}
-        for name, dense in self.dense.items():
-            ahead = dense - self.published_dense[name]
-            blob, sent = blockwise.encode_rows(ahead, self.recipe.compress.dense)
-            self.published_dense[name] = self.published_dense[name] + sent
-            blobs[f"{name}{DENSE}.0"] = blob
-        return blobs
-
-    def changes_since(self, before: Mapping[str, Quantized]) -> Iterator[tuple[str, changes.Change]]:
-        """The change of each module's base since then, as soon as it is encoded."""
-        yield from zip(
-            self.base, self._of_each(lambda name: changes.encode(before[name], self.base[name])), strict=True
-        )
-
-    def _of_each(self, work: Callable[[str], Result]) -> Iterator[Result]:
-        """The results of work on each adapted module, in their order, on `server.num_threads` threads.
-
-        Each module is one thread's, so that their number changes no bit.
-        """
-        if self.recipe.server.num_threads == 1:
-            yield from map(work, self.base)
-            return
-        with ThreadPoolExecutor(self.recipe.server.num_threads) as pool:
-            yield from pool.map(work, list(self.base))
-
-    def folded(self, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """One update in place of the last ones.
-
-        Args:
-            history: the bytes of those updates, each version's on the one before, the newest last.
-        """
-        blobs: dict[str, Tensor] = {}
-        for name, base in self.base.items():
-            then = base
-            for update in reversed(history):
-                then = changes.revert(then, update[name + CODES], update[name + SCALES])
-            change = changes.encode(then, base)
-            blobs |= {name + CODES: change.codes, name + SCALES: change.scales}
-        for name in self.dense:  # in their order: fp32 sums of lossy changes have no other one
-            for k, update in enumerate(history):
-                blobs[f"{name}{DENSE}.{k}"] = update[f"{name}{DENSE}.0"]
-        return blobs
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """The bytes of the whole published model: every code and scale, dense parameters in fp32."""
-        blobs: dict[str, Tensor] = {}
-        for name, base in self.base.items():
-            whole = changes.full(base)
-            blobs |= {name + CODES: whole.codes, name + SCALES: whole.scales}
-        for name, tensor in self.published_dense.items():
-            blobs[name + DENSE], _ = blockwise.encode(tensor, "fp32")
-        return blobs
 
     def _step(self, name: str, weights: dict[str, Tensor], delta: Tensor, outer: Outer) -> None:
         weights[name], momentum = merge.outer_step(weights[name], delta, self.momentum.get(name), outer)
@@ -287,6 +212,19 @@ class Master:
         sent_B = contribution.tensors[name + B]
         return now_A, sent_B if merged_B is None else merged_B + sent_B, merged_A, merged_B
 
+    def _of_each(self, work: Callable[[str], Result]) -> Iterator[Result]:
+        """The results of work on each adapted module, in their order, on `server.num_threads` threads.
+
+        Each module is one thread's, so that their number changes no bit.
+        """
+        if self.recipe.server.num_threads == 1:
+            yield from map(work, self.base)
+            return
+        with ThreadPoolExecutor(self.recipe.server.num_threads) as pool:
+            yield from pool.map(work, list(self.base))
+
+    # A that is not sent
+
     def given_A(self, first_head: int, heads: int, draw: int) -> dict[str, Tensor]:
         """A frozen or rotating A of one worker, MODULE/A -> (H, r, in), drawn as the worker did."""
         known = self._given.get(first_head)
@@ -313,6 +251,70 @@ class Master:
             heads=range(first_head, first_head + heads),
             draw=draw,
         )
+
+    # Publishing
+
+    @torch.no_grad()
+    def requantize(self) -> dict[str, Quantized]:
+        """Bring Q up to W. Returns the Q of before, which `changes_since` needs."""
+        settings, before = self.recipe.base, self.base
+        keep = (settings.keep_scale_from, settings.keep_scale_to)
+
+        def requantize(name: str) -> Quantized:
+            weight, hysteresis = self.weights[name], settings.hysteresis
+            return quantize.requantize(weight, before[name], hysteresis=hysteresis, keep=keep)
+
+        self.base = dict(zip(before, self._of_each(requantize), strict=True))
+        return before
+
+    @torch.no_grad()
+    def publish_dense(self) -> dict[str, Tensor]:
+        """Bring the published dense parameters up to the master's, but for what the codec leaves out.
+
+        Returns:
+            The bytes that tell workers, by `NAME/dense.0`.
+        """
+        blobs = {}
+        for name, dense in self.dense.items():
+            ahead = dense - self.published_dense[name]
+            blob, sent = blockwise.encode_rows(ahead, self.recipe.compress.dense)
+            self.published_dense[name] = self.published_dense[name] + sent
+            blobs[f"{name}{DENSE}.0"] = blob
+        return blobs
+
+    def changes_since(self, before: Mapping[str, Quantized]) -> Iterator[tuple[str, changes.Change]]:
+        """The change of each module's base since then, as soon as it is encoded."""
+        yield from zip(
+            self.base, self._of_each(lambda name: changes.encode(before[name], self.base[name])), strict=True
+        )
+
+    def folded(self, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """One update in place of the last ones.
+
+        Args:
+            history: the bytes of those updates, each version's on the one before, the newest last.
+        """
+        blobs: dict[str, Tensor] = {}
+        for name, base in self.base.items():
+            then = base
+            for update in reversed(history):
+                then = changes.revert(then, update[name + CODES], update[name + SCALES])
+            change = changes.encode(then, base)
+            blobs |= {name + CODES: change.codes, name + SCALES: change.scales}
+        for name in self.dense:  # in their order: fp32 sums of lossy changes have no other one
+            for k, update in enumerate(history):
+                blobs[f"{name}{DENSE}.{k}"] = update[f"{name}{DENSE}.0"]
+        return blobs
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The bytes of the whole published model: every code and scale, dense parameters in fp32."""
+        blobs: dict[str, Tensor] = {}
+        for name, base in self.base.items():
+            whole = changes.full(base)
+            blobs |= {name + CODES: whole.codes, name + SCALES: whole.scales}
+        for name, tensor in self.published_dense.items():
+            blobs[name + DENSE], _ = blockwise.encode(tensor, "fp32")
+        return blobs
 
     # Digests and state
 

@@ -523,6 +523,7 @@ class Server:
             tokens=self._tokens,
             train_loss=sum(losses) / len(losses) if losses else None,
             num_merged=len(contributions),
+            num_told=self._num_told,
             uplink_bytes=uplink,
             downlink_bytes=downlink,
             **by_kind,

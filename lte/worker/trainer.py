@@ -15,7 +15,7 @@ from lte import lowrank, quantize, schedule
 from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Optimizer, Recipe
 from lte.errors import DigestError, DivergedError, WireError
-from lte.nn import Adapted, adapted_modules, dense_parameters, draw_heads, parameter_groups
+from lte.nn import Adapted, adapted_modules, dense_parameters, draw_A, draw_heads, parameter_groups
 from lte.quantize import Quantized
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -318,16 +318,8 @@ class Trainer:
         """New A, and the optimizer's moments kept, carried over or cleared."""
         lora, seed = self.recipe.lora, self.recipe.run.seed
         for name, module in self.modules.items():
-            new_A = lowrank.draw_A_of_heads(
-                module.rank,
-                module.in_features,
-                init=module.init,
-                subspace=lora.subspace,
-                seed=seed,
-                module=name,
-                heads=range(self.first_head, self.first_head + module.heads),
-                draw=self.draw,
-            ).to(module.lora_A.device)
+            new_A = draw_A(name, module, lora, seed=seed, first_head=self.first_head, draw=self.draw)
+            new_A = new_A.to(module.lora_A.device)
             if transport:
                 for head in range(module.heads):
                     self._transport_moments(module, head, new_A[head])
