@@ -44,6 +44,7 @@ COLUMNS = {
     "down": "bits down",
     "late": "down, last half",
     "dense": "of it dense",
+    "entropy": "changes over their entropy",
     "changed": "codes changed, last half",
     "ddp": "below DDP",
     "ring": "below a ring",
@@ -58,7 +59,8 @@ def main() -> None:
     cases = [argument for argument in rest if "=" not in argument] or list(CASES)
     shards = shards_of(text, RUNS)
     header(["case", "settings", *COLUMNS.values()])
-    measured = ["eval.final_tokens=65536", "eval.every=0", "server.num_threads=2", f"data.shards={shards}"]
+    measured = ["compress.measure_entropy=true", "eval.final_tokens=65536", "eval.every=0"]
+    measured += ["server.num_threads=2", f"data.shards={shards}"]
     for case in cases:
         folder = RUNS / "-".join([case, *overrides])
         lines = train(folder, RECIPE, [*measured, *CASES[case], *overrides])
@@ -90,12 +92,23 @@ def figures(lines: list[dict[str, Any]], folder: Path) -> dict[str, str]:
         "down": f"{down:.3f}",
         "late": f"{bits('downlink_bytes', half):.3f}",
         "dense": f"{dense:.3f}",
+        "entropy": over_entropy(rounds),
         "changed": f"{mean(line['codes_changed'] for line in half):.1%}",
         "ddp": f"{ddp / (up + down):,.0f}x",
         "ring": f"{ddp * (workers - 1) / workers / (up + down):,.0f}x",
         "loss": f"{done['loss']:.4f}",
         "master": f"{done['loss_master']:.4f}",
     }
+
+
+def over_entropy(rounds: list[dict[str, Any]]) -> str:
+    """How many more bytes codes and scales took than they had to, over all rounds and the worst."""
+    told = [line for line in rounds if line.get("entropy_bytes")]
+    if not told:
+        return "-"
+    total = sum(line["changes_bytes"] for line in told) / sum(line["entropy_bytes"] for line in told)
+    worst = max(line["changes_bytes"] / line["entropy_bytes"] for line in told)
+    return f"{total - 1:.1%}, worst {worst - 1:.1%}"
 
 
 if __name__ == "__main__":

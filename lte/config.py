@@ -189,6 +189,9 @@ class Compress:
     part_bytes: Annotated[Count, Field(ge=4096)] = _doc(
         1 << 18, "largest piece of a contribution or update, bytes: whatever is urgent waits for one"
     )
+    measure_entropy: bool = _doc(
+        False, "record how far above the entropy of the changes their bytes are; costs the server some time"
+    )
     error_feedback: bool = _doc(True, "false forgets what codecs leave out: only to measure its worth")
 
 

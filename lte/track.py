@@ -7,7 +7,8 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             uplink_bytes and downlink_bytes (this round, all workers), wait_s, lr; bytes by kind
             (uplink_ factors, dense, control; downlink_ codes, scales, dense, control) and bits a
             parameter and worker (uplink_bits, downlink_bits); codes_changed and scales_changed
-            (shares); merge_in_steps (size of the merge in steps of the quantization); lost (share
+            (shares), changes_bytes (of both, one copy) and, if measured, the entropy_bytes of these
+            changes; merge_in_steps (size of the merge in steps of the quantization); lost (share
             of the heads' change that nobody owes); the server's merge_s, of it requantize_s, and
             pack_s; step_s, encode_s and apply_s of the median worker
     eval    version, tokens, loss (published model), loss_master

@@ -278,7 +278,7 @@ def test_threads_change_no_bit(train: Train) -> None:
 
 
 def test_bytes_are_counted_by_direction_and_kind(train: Train, tmp_path: Path) -> None:
-    train(**{"train.rounds": 3, "lora.embeddings": True})
+    train(**{"train.rounds": 3, "lora.embeddings": True, "compress.measure_entropy": True})
     (path,) = tmp_path.rglob(METRICS)
     rounds = [line for line in Records.read(path) if line["kind"] == "round"]
     for line in rounds:
@@ -289,6 +289,10 @@ def test_bytes_are_counted_by_direction_and_kind(train: Train, tmp_path: Path) -
         assert line["uplink_bits"] > 0
         assert 0 < line["codes_changed"] < 1
         assert line["merge_in_steps"] > 0
+        assert 0 < line["entropy_bytes"] < line["changes_bytes"]
+    for line in rounds[1:]:  # in the first, whole models were sent too
+        down = line["downlink_codes_bytes"] + line["downlink_scales_bytes"]
+        assert down == line["changes_bytes"] * line["num_told"]
 
 
 def test_no_round_waits_for_a_heartbeat(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lte import config, schedule, transport, wire
-from lte.compress import CODES, KINDS, SCALES, kind_of
+from lte.compress import CODES, KINDS, SCALES, changes, kind_of
 from lte.config import Recipe
 from lte.errors import RunError, WireError
 from lte.nn import difference
@@ -418,6 +418,9 @@ class Server:
         changed = self._publish(version, before, dense, [received.incarnation for received, _ in held])
         wait_s, self._published_s = closed_s - self._published_s, self._now_s()
         self.master.keep_only({member.incarnation for member in self._state.members.values()})
+        if self.recipe.compress.measure_entropy:
+            pairs = ((before[name], now) for name, now in self.master.base.items())
+            changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
         self._happened(rounds.Merged())
         self._record_round(
             [message for _, message in held],
@@ -435,15 +438,16 @@ class Server:
         """Send a new version to all, each layer as soon as it is encoded, and remember its bytes.
 
         Returns:
-            `codes_changed` and `scales_changed`, the shares that did.
+            `codes_changed` and `scales_changed`, the shares that did; `changes_bytes` of their change.
         """
         blobs: dict[str, Tensor] = {}
-        codes = scales = 0
+        codes = scales = num_bytes = 0
 
         def encoded() -> Iterator[tuple[str, Tensor]]:
-            nonlocal codes, scales
+            nonlocal codes, scales, num_bytes
             for name, change in self.master.changes_since(before):
                 codes, scales = codes + change.codes_changed, scales + change.scales_changed
+                num_bytes += change.codes.numel() + change.scales.numel()
                 for ending, blob in ((CODES, change.codes), (SCALES, change.scales)):
                     blobs[name + ending] = blob
                     yield name + ending, blob
@@ -460,6 +464,7 @@ class Server:
         return {
             "codes_changed": codes / max(self.master.plan.num_adapted_parameters, 1),
             "scales_changed": scales / max(num_scales, 1),
+            "changes_bytes": num_bytes,
         }
 
     def _send_update(
