@@ -102,7 +102,9 @@ class _Processes:
             raise RunError(f"{self.logs}: cannot be made a folder ({error.strerror})") from None
         for k in range(self.recipe.train.workers):
             with self._log(k).open("wb") as log:
-                self.workers[k] = self._spawn(["worker", "--server", address], stdout=log, stderr=log)
+                # By name, so that after a crash it takes the place of the one that it replaces.
+                command = ["worker", "--server", address, "--id", f"w{k}"]
+                self.workers[k] = self._spawn(command, stdout=log, stderr=log)
 
     def _spawn(self, command: list[str], **options: object) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C reaches only this process, which then ends the run in order.
@@ -236,9 +238,9 @@ def train_in_threads(recipe: Recipe) -> int:
     """
     failures: list[Exception] = []
 
-    def work(address: str) -> None:
+    def work(address: str, worker_id: str) -> None:
         try:
-            language.work(address, say=lambda line: None)
+            language.work(address, worker_id=worker_id, say=lambda line: None)
         except RunEnded:
             pass  # the server was stopped, and says so itself
         except Exception as error:
@@ -249,7 +251,7 @@ def train_in_threads(recipe: Recipe) -> int:
         if threading.current_thread() is threading.main_thread():
             server.stop_on_signals()
         threads = [
-            threading.Thread(target=work, args=(server.address,), name=f"worker-{k}")
+            threading.Thread(target=work, args=(server.address, f"w{k}"), name=f"worker-{k}")
             for k in range(0 if server.finished else recipe.train.workers)
         ]
         for thread in threads:

@@ -11,6 +11,7 @@
     |-- WireError            bytes that are not a message of this protocol
     |-- DigestError          server and worker do not hold the same bits
     `-- RunEnded             the run is over (finished, stopped, or its server is gone)
+        `-- FencedError      for this process alone: a newer one has taken its place
 
 Broken invariants are `assert`s, not exceptions of this tree.
 """
@@ -87,3 +88,10 @@ class RunEnded(LTEError):
     def __init__(self, reason: str, *, finished: bool) -> None:
         self.finished = finished
         super().__init__(reason)
+
+
+class FencedError(RunEnded):
+    """A newer process has taken this one's place; it must not write or send anything more."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, finished=False)

@@ -243,9 +243,9 @@ def _elements(codes: Tensor, scales: Tensor, quant: Quant) -> Tensor:
     return codes.view(blocks, BLOCK) * scales[:, None]
 
 
-def digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256, in hex, of names, dtypes, shapes and bits of tensors, in the given order."""
-    sha = hashlib.sha256()
+def digest(named: Iterable[tuple[str, Tensor]], *digests: str) -> str:
+    """SHA-256, in hex, of other digests and of names, dtypes, shapes and bits of tensors, in order."""
+    sha = hashlib.sha256("".join(digests).encode())
     for name, tensor in named:
         sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         host = tensor.detach().cpu().contiguous()

@@ -69,6 +69,7 @@ class Hello(Message, frozen=True, kw_only=True):
     `session` is random, one a process: the same session again is a repeated question, not a new
     worker. `model` describes the worker's model (see `nn.Plan.describe`) and `heads` counts its
     heads; empty and 0 when the worker will build the model of the recipe that it is welcomed with.
+    `version` and `base_digest` are of the base that it holds, where it was welcomed before; else 0 and ''.
     """
 
     schema: str
@@ -76,10 +77,12 @@ class Hello(Message, frozen=True, kw_only=True):
     session: str
     model: dict[str, str]
     heads: Whole
+    version: Whole = 0
+    base_digest: str = ""
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The worker is in. An `Update` with the whole model follows.
+    """The worker is in. An `Update` with the whole model follows, unless it `holds` it already.
 
     `settings` is the whole recipe: it is authoritative. `slot` is the worker's place among all
     workers; it decides its part of the data and its heads.
@@ -92,11 +95,20 @@ class Welcome(Message, frozen=True, kw_only=True):
     version: Whole
     settings: dict[str, Any]
     model: dict[str, str]
+    holds: bool
+
+
+class Restarted(Message, frozen=True, kw_only=True):
+    """A message named an earlier generation of the server, which was started anew since: say Hello
+    again, with the same session."""
+
+    generation: Whole
 
 
 class Refusal(Message, frozen=True, kw_only=True):
     """The worker may not join, or may no longer take part."""
 
+    generation: Whole
     reason: str
     cure: str
 
@@ -154,6 +166,7 @@ class Receipt(Message, frozen=True, kw_only=True):
     """What became of a contribution: `held` until the round closes, `superseded` (it came too late;
     the next one still owes it) or `refused`."""
 
+    generation: Whole
     version: Whole
     status: Literal["held", "superseded", "refused"]
     reason: str
@@ -223,6 +236,7 @@ class Farewell(Message, frozen=True, kw_only=True):
 AnyMessage = (
     Hello
     | Welcome
+    | Restarted
     | Refusal
     | Begin
     | Part

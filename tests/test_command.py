@@ -656,6 +656,7 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
     try:
         peer, _ = hear(wire.Hello)
         welcome = wire.Welcome(
+            holds=False,
             generation=2,
             worker_id="w0",
             incarnation=1,

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import msgspec
 import pytest
@@ -63,13 +64,16 @@ class Script:
             version=0,
             settings=settings,
             model={},
+            holds=False,
         )
+        self.welcome = welcome
         self.say(peer, welcome)
         self.say(peer, msgspec.structs.replace(UPDATE, version=0, since=None))
         assert joined.wait(20)
         return peer
 
 
+FAREWELL = wire.Farewell(generation=1, reason="stopped", finished=False)
 CONTRIBUTION = wire.Contribution(
     generation=1,
     worker_id="w0",
@@ -125,7 +129,7 @@ def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: Serve
     script.say(peer, wire.Pulse(generation=1, number=sent_since[-1].number, version=0))
     assert script.hear(wire.Part)[1].index == 0, "its parts come again, too"
     assert script.hear(wire.Contribution)[1] == CONTRIBUTION
-    script.say(peer, wire.Receipt(version=0, status="held", reason=""))
+    script.say(peer, wire.Receipt(generation=1, version=0, status="held", reason=""))
     script.say(peer, UPDATE)
     thread.join(20)
     assert heard == [UPDATE]
@@ -202,10 +206,13 @@ def test_an_update_that_is_not_whole_is_asked_for_again(endpoint: ServerEndpoint
 @pytest.mark.parametrize(
     ("message", "error", "says"),
     [
-        (wire.Receipt(version=0, status="refused", reason="not finite"), RefusedError, "not finite"),
-        (wire.Refusal(reason="replaced", cure="go"), RefusedError, "replaced"),
-        (wire.Farewell(generation=1, reason="stopped", finished=False), RunEnded, "stopped"),
-        (wire.Begin(generation=2, version=0), RunEnded, "another server"),
+        (
+            wire.Receipt(generation=1, version=0, status="refused", reason="not finite"),
+            RefusedError,
+            "not finite",
+        ),
+        (wire.Refusal(generation=1, reason="replaced", cure="go"), RefusedError, "replaced"),
+        (FAREWELL, RunEnded, "stopped"),
     ],
 )
 def test_what_ends_a_worker(
@@ -214,10 +221,67 @@ def test_what_ends_a_worker(
     script = Script(endpoint)
     peer = script.join()
     assert script.session is not None
+    script.session.push(0, [], lambda parts: CONTRIBUTION)
     thread, heard = in_thread(script.session, script)
     script.say(peer, message)
     thread.join(20)
     assert heard == []
+    (met,) = script.errors
+    assert isinstance(met, error)
+    assert says in str(met)
+    script.session.close("enough")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_server_that_was_started_anew_is_said_hello_to_again(
+    endpoint: ServerEndpoint, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """What was pushed goes to it once more, in its generation; what an old server says counts no more."""
+    monkeypatch.setattr("lte.worker.session._ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr("lte.worker.session._LOOK_UP_S", 0.01)
+    script = Script(endpoint)
+    peer = script.join()
+    session = script.session
+    assert session is not None
+    session.push(0, [("x", torch.ones(3, dtype=torch.uint8))], lambda parts: CONTRIBUTION)
+    thread, heard = in_thread(session, script)
+    script.hear(wire.Contribution)
+    script.say(peer, wire.Restarted(generation=3))
+    for _ in range(lost + 1):
+        _, hello = script.hear(wire.Hello)
+    assert (hello.worker_id, hello.version, hello.base_digest) == ("w0", 0, UPDATE.base_digest)
+    script.say(peer, msgspec.structs.replace(script.welcome, generation=3, holds=True))
+    assert script.hear(wire.Part)[1].generation == 3
+    assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, generation=3)
+    script.say(peer, wire.Receipt(generation=3, version=0, status="held", reason=""))
+    for message in (UPDATE, wire.Refusal(generation=1, reason="fenced", cure="go"), FAREWELL):
+        script.say(peer, message)  # a ghost's
+    script.say(peer, msgspec.structs.replace(UPDATE, generation=3))
+    thread.join(20)
+    assert heard == [msgspec.structs.replace(UPDATE, generation=3)]
+    session.close("enough")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"incarnation": 2}, RefusedError, "does not know it"),
+        ({"slot": 1}, RefusedError, "does not know it"),
+        ({"settings": {}}, RunEnded, "other settings"),
+        ({"holds": False}, RunEnded, "this worker's 0 is none of its own"),
+    ],
+)
+def test_a_server_that_cannot_go_on_with_a_worker_is_left(
+    endpoint: ServerEndpoint, fields: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    script = Script(endpoint)
+    peer = script.join()
+    assert script.session is not None
+    thread, _ = in_thread(script.session, script)
+    script.say(peer, wire.Restarted(generation=2))
+    script.hear(wire.Hello)
+    script.say(peer, msgspec.structs.replace(script.welcome, generation=2, **{"holds": True} | fields))
+    thread.join(20)
     (met,) = script.errors
     assert isinstance(met, error)
     assert says in str(met)

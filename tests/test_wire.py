@@ -19,6 +19,7 @@ from lte.errors import WireError
 MESSAGES: list[wire.AnyMessage] = [
     wire.Hello(schema=wire.SCHEMA, worker_id="w0", session="5e55", model={"a.weight": "adapted"}, heads=2),
     wire.Welcome(
+        holds=False,
         generation=1,
         worker_id="w0",
         incarnation=2**40,
@@ -27,7 +28,8 @@ MESSAGES: list[wire.AnyMessage] = [
         settings={"train": {"rounds": 5, "lr": 1e-300}, "modules": ["*"], "none": None, "text": "Ω\x00\n"},
         model={"a.weight": "dense 3x4"},
     ),
-    wire.Refusal(reason="no", cure="yes"),
+    wire.Restarted(generation=2),
+    wire.Refusal(generation=1, reason="no", cure="yes"),
     wire.Begin(generation=1, version=0),
     wire.Part(generation=1, worker_id="w0", incarnation=2, version=3, index=1),
     wire.Contribution(
@@ -47,7 +49,7 @@ MESSAGES: list[wire.AnyMessage] = [
         merged_digest="d2",
         given_digest="",
     ),
-    wire.Receipt(version=3, status="superseded", reason="late"),
+    wire.Receipt(generation=1, version=3, status="superseded", reason="late"),
     wire.Update(generation=1, version=4, since=None, parts=3, merged=(2, 7, 5), base_digest="d3", last=True),
     wire.Heartbeat(generation=1, number=7, worker_id="w0", incarnation=2, version=3, local_step=9),
     wire.Pulse(generation=1, number=7, version=4),
@@ -306,8 +308,8 @@ def test_a_shape_of_a_million_sizes_is_refused_at_once() -> None:
 
 def test_the_header_has_a_largest_size() -> None:
     def of_size(num_bytes: int) -> list[bytes | memoryview]:
-        empty = wire.num_bytes(wire.encode(wire.Refusal(reason="r" * 100_000, cure="")))
-        return wire.encode(wire.Refusal(reason="r" * (100_000 + num_bytes - empty), cure=""))
+        empty = wire.num_bytes(wire.encode(wire.Refusal(generation=1, reason="r" * 100_000, cure="")))
+        return wire.encode(wire.Refusal(generation=1, reason="r" * (100_000 + num_bytes - empty), cure=""))
 
     wire.decode(of_size(wire.MAX_HEADER_BYTES))
     with pytest.raises(WireError, match="header of 16777217 bytes"):

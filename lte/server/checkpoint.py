@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import msgspec
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lte import quantize
 from lte.errors import RunError
+from lte.server.journal import GENERATION, Admitted, read_generation, sync
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,28 @@ class Progress:
     Attributes:
         version: merges done. tokens: trained on.
         master_digest: of the fp32 master's bits. base_digest: of what was published.
+        members: the workers of then; see `journal.Admitted`. next_incarnation: to be handed out.
+        merged_in: incarnation -> the version that its last merged contribution is in.
     """
 
     version: int
     tokens: int
     master_digest: str
     base_digest: str
+    members: tuple[Admitted, ...] = ()
+    next_incarnation: int = 1
+    merged_in: dict[int, int] = field(default_factory=dict)
+
+
+class _Described(msgspec.Struct, frozen=True, kw_only=True):
+    """What stands in a checkpoint's progress.json; digests are of its groups of tensors."""
+
+    format: int
+    progress: Progress
+    digests: dict[str, str]
+
+
+_JSON, _DECODER = msgspec.json.Encoder(), msgspec.json.Decoder(_Described)
 
 
 def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]], *, keep: int) -> Path:
@@ -43,9 +59,9 @@ def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tens
         state: groups of tensors; each becomes a file GROUP.safetensors.
     """
     digests = {group: quantize.digest(sorted(tensors.items())) for group, tensors in state.items()}
-    described = json.dumps({"format": FORMAT, **asdict(progress), "digests": digests}, indent=1) + "\n"
+    described = _JSON.encode(_Described(format=FORMAT, progress=progress, digests=digests))
     final = folder / f"version-{progress.version:08d}"
-    if (final / "progress.json").is_file() and (final / "progress.json").read_text() == described:
+    if (final / "progress.json").is_file() and (final / "progress.json").read_bytes() == described:
         return final
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".partial-*"):  # of a process that was killed here
@@ -54,21 +70,31 @@ def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tens
     partial.mkdir()
     for group, tensors in state.items():
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial / f"{group}.safetensors")
-    (partial / "progress.json").write_text(described)
+    (partial / "progress.json").write_bytes(described)
     for path in [*partial.iterdir(), partial]:
-        _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync(folder)
+        sync(path)
+    _name(partial, final)
     for old in versions(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
+def _name(partial: Path, final: Path) -> None:
+    """Have what was written whole count as a checkpoint, in place of one of the same version."""
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync(final.parent)
+
+
 def versions(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
     return sorted(folder.glob("version-*"))
+
+
+def version_of(checkpoint: Path) -> int:
+    """The version that a checkpoint is named for."""
+    return int(checkpoint.name.removeprefix("version-"))
 
 
 def load(checkpoint: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
@@ -78,12 +104,14 @@ def load(checkpoint: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
         RunError: it is missing, damaged, or of another format.
     """
     try:
-        described = json.loads((checkpoint / "progress.json").read_text())
-        if described.pop("format") != FORMAT:
-            raise RunError(f"{checkpoint}: written by another version of lte (format is not {FORMAT})")
-        digests = described.pop("digests")
+        written = msgspec.json.decode((checkpoint / "progress.json").read_bytes())["format"]
+        if written != FORMAT:
+            raise RunError(
+                f"{checkpoint}: written by another version of lte (format {written}, not {FORMAT})"
+            )
+        described = _DECODER.decode((checkpoint / "progress.json").read_bytes())
+        progress, digests = described.progress, described.digests
         state = {group: load_file(checkpoint / f"{group}.safetensors") for group in digests}
-        progress = Progress(**described)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(
             f"{checkpoint}: not a readable checkpoint ({error}); delete it to use an older one"
@@ -131,18 +159,10 @@ def lock(folder: Path) -> IO[str]:
 
 def next_generation(folder: Path) -> int:
     """Raise the run's generation, durably: it rises with each start of its server."""
-    path, partial = folder / "generation", folder / ".generation"
-    generation = 1 + (int(path.read_text()) if path.exists() else 0)
+    path, partial = folder / GENERATION, folder / f".{GENERATION}"
+    generation = 1 + read_generation(path)
     partial.write_text(f"{generation}\n")
-    _sync(partial)
+    sync(partial)
     partial.rename(path)
-    _sync(folder)
+    sync(folder)
     return generation
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -323,8 +323,9 @@ class Master:
         return quantize.digest(tensors_of(self.base, self.published_dense).items())
 
     def master_digest(self) -> str:
-        """Digest of the bits of W and of the dense parameters."""
-        return quantize.digest([*sorted(self.weights.items()), *sorted(self.dense.items())])
+        """Digest of the bits of W and of the dense parameters: of each module's, in their order."""
+        digests = self._of_each(lambda name: quantize.digest([(name, self.weights[name])]))
+        return quantize.digest(sorted(self.dense.items()), *digests)
 
     def parameters(self, which: str) -> dict[str, Tensor]:
         """Parameters of the plain model, by name: `published` (deq(Q)) or `master` (W)."""
@@ -341,15 +342,23 @@ class Master:
             parameters[name].copy_(tensor)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a checkpoint must hold, as named groups of tensors."""
+        """Everything that a checkpoint must hold, as named groups of tensors.
+
+        Merging makes new tensors and changes none of these, so they may be written meanwhile.
+        """
         return {
             "master": self.parameters("master"),
             "base": tensors_of(self.base, self.published_dense),
-            "momentum": self.momentum,
+            "momentum": dict(self.momentum),
+            "merged": {
+                f"{incarnation}/{name}": factor
+                for incarnation, held in self.merged.items()
+                for name, factor in held.items()
+            },
         }
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `state` returned. Workers start with new heads, so none are merged."""
+        """Take over what `state` returned."""
         for name, base in self.base.items():
             self.weights[name] = state["master"][f"{name}.weight"].clone()
             codes, scales = state["base"][name + CODES].clone(), state["base"][name + SCALES].clone()
@@ -358,3 +367,6 @@ class Master:
         self.published_dense = {name: state["base"][name + DENSE].clone() for name in self.dense}
         self.momentum = {name: tensor.clone() for name, tensor in state["momentum"].items()}
         self.merged = {}
+        for key, factor in state["merged"].items():
+            incarnation, _, name = key.partition("/")
+            self.merged.setdefault(int(incarnation), {})[name] = factor.clone()

@@ -68,6 +68,18 @@ class State:
     quorum_s: float | None = None
 
 
+def resumed(
+    rules: Rules, version: int, members: Mapping[str, Member], next_incarnation: int, now_s: float
+) -> State:
+    """The state of a server that was started anew: the open round expects who was there."""
+    state = State(rules=rules, version=version, members=members, next_incarnation=next_incarnation)
+    if version >= rules.rounds:
+        return replace(state, phase="finished")
+    if members and (version or len(members) >= rules.workers):
+        return replace(state, phase="collecting", expected=frozenset(members), opened_s=now_s)
+    return state
+
+
 # Events: what the service saw.
 
 
@@ -240,7 +252,8 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         state, actions = _remove(state, known.worker_id, "replaced by a new process")
         state = replace(state, fenced=state.fenced | {known.session})
     taken = {member.slot for member in state.members.values()}
-    slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+    free = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+    slot = free if known is None else known.slot
     member = Member(
         worker_id=event.worker_id or _free_id(state, slot),
         session=event.session,

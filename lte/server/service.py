@@ -12,10 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +25,12 @@ from torch import Tensor, nn
 from lte import config, schedule, transport, wire
 from lte.compress import CODES, KINDS, SCALES, changes, kind_of
 from lte.config import Recipe
-from lte.errors import RunError, WireError
+from lte.errors import FencedError, RunError, WireError
 from lte.nn import difference
 from lte.quantize import Quantized
-from lte.server import checkpoint, rounds
+from lte.server import checkpoint, recovery, rounds
 from lte.server.checkpoint import Progress
+from lte.server.journal import DISK_FULL, Admitted, Gone, Journal, Kept, Merged
 from lte.server.master import Master, Received
 from lte.track import METRICS, Records, Tracker
 from lte.transport import Frames, Peer
@@ -93,27 +96,30 @@ class Server:
             self._model = (model if isinstance(model, nn.Module) else model()).eval()
             self.master = Master(self._model, recipe)
             self._described = self.master.plan.describe(recipe.lora)
-            progress = self._restore()
+            # Raised before the journal is read: from here on nobody else adds to what counts of it.
+            self.generation = checkpoint.next_generation(self.folder)
+            found = recovery.recover(self.folder, self.master)
             (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
-            tracker = Tracker(self.folder, recipe, version=progress.version, display=display)
+            tracker = Tracker(self.folder, recipe, version=found.progress.version, display=display)
             self._tracker = self._resources.enter_context(tracker)
+            self._journal = Journal(self.folder, self.generation)
+            self._resources.callback(self._journal.close)
+            self._saving: Future[None] | None = None
+            self._saver = ThreadPoolExecutor(1, thread_name_prefix="lte-checkpoint")
+            self._resources.callback(self._saver.shutdown)
+            self._take_up(found)
         except BaseException:
             self._resources.close()
             raise
-        self._tokens = progress.tokens
-        self._state = rounds.State(
-            rules=_rules(recipe),
-            version=progress.version,
-            phase="finished" if progress.version >= recipe.train.rounds else "starting",
-        )
-        self.generation = checkpoint.next_generation(self.folder)
-        self._base_digest = self.master.base_digest()
         self._peers: dict[str, Peer] = {}
         # The contribution at hand, until the rounds say whether it is kept; and those kept.
         self._offered: tuple[Received, wire.Contribution] | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
-        # incarnation -> the version that its last merged contribution is in.
-        self._merged_in: dict[int, int] = {}
+        # The blobs of the contribution at hand, for the journal.
+        self._offered_blobs: dict[str, Tensor] = {}
+        # A merge that is not in the journal yet, and so not published: what is left to do then.
+        self._unpublished: Callable[[], None] | None = None
+        self._disk_is_full = False
         # Of the open round: parts that have come of contributions, by worker_id; bytes, by kind.
         self._staged: dict[str, wire.Assembly] = {}
         self._bytes, self._num_told = _no_bytes(), 0
@@ -131,6 +137,37 @@ class Server:
             num_parameters=self.master.plan.num_parameters,
             num_adapted_parameters=self.master.plan.num_adapted_parameters,
         )
+        for fault in found.faults:
+            self._event("damaged", fault)
+
+    def _take_up(self, found: recovery.Recovered) -> None:
+        """Go on from what was recovered: its records, its workers, a journal and checkpoint of its own."""
+        progress, recipe = found.progress, self.recipe
+        told = {line["version"] for line in Records.read(self.folder / METRICS) if line["kind"] == "round"}
+        for line in found.rounds:  # of versions that a crash kept from the records
+            if line["version"] not in told:
+                lr = self._rate(int(line["version"] or 0))
+                self._tracker.record("round", **line, downlink_bytes=0, merge_s=0.0, wait_s=0.0, lr=lr)
+        self._tokens = progress.tokens
+        self._base_digest, self._master_digest = self.master.base_digest(), self.master.master_digest()
+        # incarnation -> the version that its last merged contribution is in.
+        self._merged_in = dict(progress.merged_in)
+        members = {
+            member.worker_id: rounds.Member(
+                worker_id=member.worker_id,
+                session=member.session,
+                incarnation=member.incarnation,
+                slot=member.slot,
+                heads=member.heads,
+                heard_s=self._now_s(),
+            )
+            for member in progress.members
+        }
+        self._state = rounds.resumed(
+            _rules(recipe), progress.version, members, progress.next_incarnation, self._now_s()
+        )
+        self._write(self._progress(), self.master.state())
+        self._journal.begin(self.version, config.to_dict(recipe), found.follows)
 
     @property
     def version(self) -> int:
@@ -161,9 +198,11 @@ class Server:
         if self.finished:  # ended after its last merge and before its last line
             self._finish()
             return True
-        reason = "the server failed; what was merged since its last checkpoint is lost"
+        reason = "the server failed"
         try:
             while not self.finished and self._stop_reason is None:
+                self._journal.check_generation()
+                self._publish_if_durable()
                 self._say_waiting()
                 received = self._endpoint.receive(self._patience_s())
                 while received is not None:  # all that has come: an evaluation made it wait, not silent
@@ -178,6 +217,9 @@ class Server:
             # Whoever read the progress has gone (a pipe's reader, a terminal): as if by SIGPIPE, in order.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             reason, self.stopped_by = "its output was closed", signal.SIGPIPE
+        except FencedError:
+            self._peers = {}  # they are another server's now
+            raise
         finally:
             self._broadcast(wire.encode(self._farewell(reason)))
         self._save()
@@ -227,8 +269,9 @@ class Server:
             case wire.Contribution():
                 self._hear_contribution(peer, message)
             case wire.Heartbeat():
+                # Of an earlier generation, too: incarnations are never handed out twice.
+                self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
                 if not self._is_stale(peer, message.generation):
-                    self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
                     self._follow(peer, message.worker_id, message.incarnation)
                     self._pulse(peer, message.number)
                     if message.version == self.version and message.local_step == 0:
@@ -238,10 +281,8 @@ class Server:
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
                     self._bring_up(peer, message.incarnation, message.version)
                     self._remind(peer, message.worker_id)
-            case wire.Leave() if message.generation == self.generation:
-                self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
             case wire.Leave():
-                pass  # of a worker that an earlier server had
+                self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
             case _:
                 self._event("malformed", f"a {type(message).__name__} is not for the server")
 
@@ -252,21 +293,25 @@ class Server:
         refusal = None
         if hello.schema != wire.SCHEMA:
             refusal = wire.Refusal(
+                generation=self.generation,
                 reason="it speaks another version of the protocol",
                 cure="install the server's version of lte on every machine",
             )
         elif hello.model and (differs := difference(hello.model, self._described)):
             refusal = wire.Refusal(
+                generation=self.generation,
                 reason=f"it trains another model ({differs})",
                 cure="use the server's recipe, or leave the recipe out to get it from the server",
             )
         elif self.master.plan.adapted and hello.heads not in (0, self.recipe.lora.heads):
             refusal = wire.Refusal(
+                generation=self.generation,
                 reason=f"it trains {hello.heads} heads, the server expects {self.recipe.lora.heads}",
                 cure="convert its model with the server's lora.heads",
             )
         elif not _WORKER_ID.fullmatch(hello.worker_id):
             refusal = wire.Refusal(
+                generation=self.generation,
                 reason="its name is not of letters, digits, '.', '_' and '-', 64 at most",
                 cure="choose another, or none to be given one",
             )
@@ -274,6 +319,7 @@ class Server:
             self._event("refused", f"a worker was refused: {refusal.reason}")
             self._send(peer, refusal)
             return
+        self._hello = hello
         joined = rounds.Joined(hello.worker_id, hello.session, self.recipe.lora.heads)
         self._happened(joined, peer)
 
@@ -313,11 +359,12 @@ class Server:
                         if blobs is None:
                             return  # parts were lost: without a receipt they come again
                         tensors = self.master.decode(blobs, message.incarnation, member.heads)
+                        self._offered_blobs = blobs
                     except WireError as error:
                         fault = str(error)
                 if fault:
                     self._event("refused", f"a contribution of {message.worker_id} was refused: {fault}")
-                    self._send(peer, wire.Receipt(version=message.version, status="refused", reason=fault))
+                    self._receipt(peer, message.version, "refused", fault)
                     return
                 received = Received(
                     incarnation=message.incarnation,
@@ -351,10 +398,9 @@ class Server:
     def _is_stale(self, peer: Peer, generation: int) -> bool:
         if generation == self.generation:
             return False
-        self._send(
-            peer,
-            wire.Refusal(reason="the server was started anew since it joined", cure="start the worker again"),
-        )
+        if generation > self.generation:
+            self._journal.check_generation()
+        self._send(peer, wire.Restarted(generation=self.generation))
         return True
 
     def _happened(self, event: rounds.Event, peer: Peer | None = None) -> None:
@@ -368,33 +414,38 @@ class Server:
                 assert peer is not None
                 if again and self._peers.get(member.worker_id) == peer:
                     return  # its welcome is on the way, on this very connection
-                self._peers[member.worker_id] = peer
                 self._pulse(peer, number=0)  # so that a slow link does not look like no server
-                self._welcome(peer, member)
                 if not again:
+                    self._journal.write(_admitted(member))
                     self._event("joined", f"{member.worker_id} joined", worker_id=member.worker_id)
+                if self._is_durable("who joins is welcomed"):  # else it asks again
+                    self._peers[member.worker_id] = peer
+                    self._welcome(peer, member)
             case rounds.Open(worker_ids):
                 for worker_id in worker_ids:
-                    self._send(
-                        self._peers[worker_id], wire.Begin(generation=self.generation, version=self.version)
-                    )
+                    if worker_id in self._peers:  # else it will say Hello: this server was started anew
+                        begin = wire.Begin(generation=self.generation, version=self.version)
+                        self._send(self._peers[worker_id], begin)
             case rounds.Keep(worker_id):
                 assert peer is not None
                 assert self._offered is not None
                 self._held[worker_id] = self._offered
-                self._send(peer, wire.Receipt(version=self.version, status="held", reason=""))
+                self._journal_kept(worker_id)
+                self._receipt(peer, self.version, "held", "")
             case rounds.Answer(worker_id, status, reason):
                 assert peer is not None
-                self._send(peer, wire.Receipt(version=self.version, status=status, reason=reason))
+                self._receipt(peer, self.version, status, reason)
                 if status == "superseded":
                     self._event("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
             case rounds.Fence(worker_id, reason):
                 assert peer is not None
                 self._event("fenced", f"a process of {worker_id} was fenced: {reason}", worker_id=worker_id)
-                self._send(peer, wire.Refusal(reason=reason, cure="start the worker again"))
+                cure = "start the worker again"
+                self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
                 self._staged.pop(member.worker_id, None)
+                self._journal.write(Gone(incarnation=member.incarnation))
                 if not self.finished:
                     self._event("left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id)
             case rounds.Merge(worker_ids, num_missing_heads):
@@ -404,6 +455,7 @@ class Server:
     # A round's end: collect, merge, publish, record
 
     def _merge(self, worker_ids: tuple[str, ...], num_missing_heads: int) -> None:
+        """Merge, and have the journal say so; then publish, at once or when the disk has room again."""
         closed_s = self._now_s()
         held = [self._held[worker_id] for worker_id in worker_ids]
         self._held, self._staged = {}, {}
@@ -412,25 +464,90 @@ class Server:
         before = self.master.requantize()
         dense = self.master.publish_dense()
         self._base_digest = self.master.base_digest()
+        self._master_digest = self.master.master_digest()
         requantized_s = self._now_s()
         version = self.version + 1
-        self._merged_in |= {received.incarnation: version for received, _ in held}
-        changed = self._publish(version, before, dense, [received.incarnation for received, _ in held])
-        wait_s, self._published_s = closed_s - self._published_s, self._now_s()
-        self.master.keep_only({member.incarnation for member in self._state.members.values()})
-        if self.recipe.compress.measure_entropy:
-            pairs = ((before[name], now) for name, now in self.master.base.items())
-            changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
-        self._happened(rounds.Merged())
-        self._record_round(
-            [message for _, message in held],
-            **changed,
-            merge_in_steps=merge_in_steps,
-            merge_s=requantized_s - closed_s,
-            requantize_s=requantized_s - merged_s,
-            pack_s=self._published_s - requantized_s,
-            wait_s=wait_s,
+        incarnations = [received.incarnation for received, _ in held]
+        remain = {member.incarnation for member in self._state.members.values()}
+        self.master.keep_only(remain)
+        self._tokens += sum(message.tokens for _, message in held)
+        self._journal.write(
+            Merged(
+                version=version,
+                incarnations=tuple(incarnations),
+                num_missing_heads=num_missing_heads,
+                remain=tuple(sorted(remain)),
+                tokens=self._tokens,
+                master_digest=self._master_digest,
+                base_digest=self._base_digest,
+            )
         )
+
+        def publish() -> None:
+            journaled_s = self._now_s()
+            self._merged_in |= dict.fromkeys(incarnations, version)
+            changed = self._publish(version, before, dense, incarnations)
+            wait_s, self._published_s = closed_s - self._published_s, self._now_s()
+            if self.recipe.compress.measure_entropy:
+                pairs = ((before[name], now) for name, now in self.master.base.items())
+                changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
+            self._happened(rounds.Merged())
+            self._record_round(
+                [message for _, message in held],
+                **changed,
+                merge_in_steps=merge_in_steps,
+                merge_s=requantized_s - closed_s,
+                requantize_s=requantized_s - merged_s,
+                journal_s=journaled_s - requantized_s,
+                pack_s=self._published_s - journaled_s,
+                wait_s=wait_s,
+            )
+
+        self._unpublished = publish
+        self._publish_if_durable()
+
+    def _publish_if_durable(self) -> None:
+        """Publish what was merged, if the journal holds it."""
+        if self._unpublished and self._is_durable(f"version {self.version + 1} is published"):
+            publish, self._unpublished = self._unpublished, None
+            publish()
+
+    def _is_durable(self, what_next: str) -> bool:
+        """Whether all that the journal was told is on disk. A full disk is waited for, and said once."""
+        try:
+            self._journal.sync()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self._is_full(what_next)
+            return False
+        if self._disk_is_full:
+            self._disk_is_full = False
+            self._event("disk", f"{self._journal.folder} has room again")
+        return True
+
+    def _is_full(self, what_next: str) -> None:
+        if not self._disk_is_full:
+            self._disk_is_full = True
+            self._event("disk", f"{self._journal.folder} has no room: {what_next} once it has")
+
+    def _journal_kept(self, worker_id: str) -> None:
+        """Write the contribution at hand ahead: it counts once a merge of it is in the journal."""
+        received, message = self._held[worker_id]
+        self._journal.write(
+            Kept(
+                version=message.version,
+                worker_id=worker_id,
+                incarnation=received.incarnation,
+                heads=received.heads,
+                first_head=received.first_head,
+                draw=received.draw,
+                tokens=received.tokens,
+                loss=message.loss,
+                blobs={name: blob.numpy().tobytes() for name, blob in self._offered_blobs.items()},
+            )
+        )
+        self._offered_blobs = {}
 
     def _publish(
         self, version: int, before: dict[str, Quantized], dense: dict[str, Tensor], merged: list[int]
@@ -508,7 +625,6 @@ class Server:
             self._bytes[f"{direction}_{kind_of(name)}_bytes"] += num_bytes
 
     def _record_round(self, contributions: list[wire.Contribution], **measured: float) -> None:
-        self._tokens += sum(message.tokens for message in contributions)
         losses = [message.loss for message in contributions if message.loss is not None]
         bytes_now = (self._endpoint.received_bytes, self._endpoint.sent_bytes)
         uplink, downlink = (
@@ -520,8 +636,6 @@ class Server:
             known = sum(n for key, n in by_kind.items() if key.startswith(direction))
             by_kind[f"{direction}_control_bytes"] = total - known
         bits = 8 / self.master.plan.num_parameters
-        step = self.version * self.recipe.train.local_steps - 1
-        factor = schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
         self._tracker.record(
             "round",
             version=self.version,
@@ -538,7 +652,7 @@ class Server:
             step_s=statistics.median(message.step_s for message in contributions),
             encode_s=statistics.median(message.encode_s for message in contributions),
             apply_s=statistics.median(message.apply_s for message in contributions),
-            lr=self.recipe.optimizer.lr * factor,
+            lr=self._rate(self.version),
             **measured,
         )
         # From here on the workers train already, on the version that was just published.
@@ -546,7 +660,12 @@ class Server:
         if not self.finished and every and self.version % every == 0:
             self._measure(self.recipe.eval.tokens)
         if not self.finished and self.version % self.recipe.server.checkpoint_every == 0:
-            self._save()
+            self._save_meanwhile()
+
+    def _rate(self, version: int) -> float:
+        """Learning rate of the last local step before a version."""
+        step = version * self.recipe.train.local_steps - 1
+        return self.recipe.optimizer.lr * schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
 
     def _measure(self, max_tokens: int) -> tuple[float | None, float | None]:
         """Evaluate the published model and the master, and record both."""
@@ -577,7 +696,7 @@ class Server:
             downlink_bytes=self._tracker.downlink_bytes,
             loss=loss,
             loss_master=loss_master,
-            master_digest=self.master.master_digest(),
+            master_digest=self._master_digest,
         )
 
     # Messages out
@@ -591,9 +710,12 @@ class Server:
             version=self.version,
             settings=config.to_dict(self.recipe),
             model=self._described,
+            holds=(self._hello.version, self._hello.base_digest) == (self.version, self._base_digest),
         )
         self._send(peer, welcome)
-        self._send_update([peer], self.version, None, self.master.snapshot().items(), ())
+        if not welcome.holds:
+            merged = self._merged_since(member.incarnation, self._hello.version)
+            self._send_update([peer], self.version, None, self.master.snapshot().items(), merged)
 
     def _bring_up(self, peer: Peer, incarnation: int, version: int) -> None:
         """Send the published version to a worker that holds an older one and missed what came since:
@@ -609,8 +731,12 @@ class Server:
             folded = self._folded(behind)
             if folded is not None and _size(folded) < _size(blobs):
                 blobs, since = folded, version
-        merged = (incarnation,) if self._merged_in.get(incarnation, 0) > version else ()
+        merged = self._merged_since(incarnation, version)
         self._send_update([peer], self.version, since, blobs.items(), merged)
+
+    def _merged_since(self, incarnation: int, version: int) -> tuple[int, ...]:
+        """The incarnation, if a contribution of it was merged after this version."""
+        return (incarnation,) if self._merged_in.get(incarnation, 0) > version else ()
 
     def _folded(self, behind: int) -> dict[str, Tensor] | None:
         """The last changes as one, or None where one of them was so large that it came in full."""
@@ -637,6 +763,12 @@ class Server:
         if self._state.phase == "collecting" and worker_id in expected:
             self._send(peer, wire.Begin(generation=self.generation, version=self.version))
 
+    def _receipt(
+        self, peer: Peer, version: int, status: Literal["held", "superseded", "refused"], reason: str
+    ) -> None:
+        receipt = wire.Receipt(generation=self.generation, version=version, status=status, reason=reason)
+        self._send(peer, receipt)
+
     def _send(self, peer: Peer, message: wire.AnyMessage) -> None:
         self._endpoint.send(peer, wire.encode(message))
 
@@ -662,6 +794,8 @@ class Server:
             said = f"waiting for workers: {members} of {needed}; lte worker --server {self.address}"
         elif not members:
             said = f"all workers are gone; lte worker --server {self.address} goes on"
+        if self._disk_is_full:
+            said = f"waiting for room in {self._journal.folder}"
         if said != self._said:
             self._said = said
             self._tracker.waiting(said)
@@ -669,26 +803,57 @@ class Server:
     def _event(self, what: str, message: str, **fields: Any) -> None:
         self._tracker.record("event", what=what, message=message, version=self.version, **fields)
 
-    def _save(self) -> None:
-        progress = Progress(
+    def _progress(self) -> Progress:
+        return Progress(
             version=self.version,
             tokens=self._tokens,
-            master_digest=self.master.master_digest(),
+            master_digest=self._master_digest,
             base_digest=self._base_digest,
+            members=tuple(_admitted(member) for member in self._state.members.values()),
+            next_incarnation=self._state.next_incarnation,
+            merged_in=dict(self._merged_in),
         )
-        keep = self.recipe.server.keep_checkpoints
-        checkpoint.save(self.folder / "checkpoints", progress, self.master.state(), keep=keep)
 
-    def _restore(self) -> Progress:
-        """Take up the newest checkpoint of the run folder, if it holds one."""
-        if not checkpoint.versions(self.folder / "checkpoints"):
-            return Progress(version=0, tokens=0, master_digest="", base_digest="")
-        progress, state = checkpoint.load(checkpoint.newest(self.folder))
-        self.master.load_state(state)
-        held = (self.master.master_digest(), self.master.base_digest())
-        if held != (progress.master_digest, progress.base_digest):
-            raise RunError(f"{self.folder}: the checkpoint's master or base is not the one of its digest")
-        return progress
+    def _save(self) -> None:
+        """Write a checkpoint of a run that stops, after the one that is being written. Its workers go."""
+        if self._saving is not None:
+            self._saving.exception()
+        for member in self._state.members.values():
+            self._journal.write(Gone(incarnation=member.incarnation))
+        self._journal.begin(self.version, config.to_dict(self.recipe))
+        self._write(replace(self._progress(), members=()), self.master.state())
+
+    def _save_meanwhile(self) -> None:
+        """Have a checkpoint written while the rounds go on, unless one is being written. What comes
+        after it goes to a new segment of the journal."""
+        if self._saving is not None:
+            if not self._saving.done():
+                return
+            if error := self._saving.exception():
+                self._event("unsaved", f"the last checkpoint could not be written: {error}")
+        try:
+            self._journal.begin(self.version, config.to_dict(self.recipe))
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self._is_full("the next checkpoint is written")
+            return
+        self._saving = self._saver.submit(self._write, self._progress(), self.master.state())
+
+    def _write(self, progress: Progress, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, progress, state, keep=self.recipe.server.keep_checkpoints)
+        self._journal.prune(checkpoint.version_of(checkpoint.versions(folder)[0]))
+
+
+def _admitted(member: rounds.Member) -> Admitted:
+    return Admitted(
+        worker_id=member.worker_id,
+        session=member.session,
+        incarnation=member.incarnation,
+        slot=member.slot,
+        heads=member.heads,
+    )
 
 
 def _rules(recipe: Recipe) -> rounds.Rules:

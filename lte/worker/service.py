@@ -144,12 +144,13 @@ class Worker:
         self._session.close(reason)
 
     def _push(self) -> None:
-        trainer, welcome = self._trainer, self._session.welcome
+        trainer = self._trainer
         step_s = (time.monotonic() - self._began_s - self._waited_s) / self._steps
         base_digest, merged_digest = trainer.base_digest(), trainer.merged_digest()
         started_s = time.monotonic()
 
         def close(num_parts: int) -> wire.Contribution:
+            welcome = self._session.welcome
             return wire.Contribution(
                 generation=welcome.generation,
                 worker_id=welcome.worker_id,
@@ -202,6 +203,7 @@ class Worker:
         )
         self._pushed = False
         self._session.progress(self.version, self._trainer.local_step)
+        self._session.base_digest = update.base_digest
         if update.last:
             self.done = True
             self.close("finished")

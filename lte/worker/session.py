@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+import msgspec
 from torch import Tensor
 
 from lte import transport, wire
@@ -35,8 +36,8 @@ class Session:
     """One worker's conversation with its server.
 
     Attributes:
-        welcome: what the server said at the start. base: the bytes of the whole model that came
-            with it; base_digest: of what they make.
+        welcome: what the server said, at the start or when it was started anew.
+        base: the bytes of the whole model that came with it. base_digest: of what the worker holds.
     """
 
     def __init__(
@@ -62,16 +63,20 @@ class Session:
         self._endpoint = transport.connect(address)
         self._address = address
         self._progress = (0, 0)
-        # A contribution without a receipt, and the last heartbeat that was sent before it.
-        self._pushed: list[wire.Frames] = []
-        self._pushed_version = self._pushed_after = self._number = 0
+        # A contribution until a version that follows it: its blobs and the message that closes them;
+        # whether its receipt is due, and the last heartbeat that was sent before it.
+        self._pushed: tuple[list[tuple[str, Tensor]], wire.Contribution] | None = None
+        self._unanswered = False
+        self._pushed_after = self._number = 0
+        # When this worker last said Hello to a server that was started anew; None: it is welcome.
+        self._asked_s: float | None = None
         # The last heartbeat before an update was asked for: what answers it or an earlier one is older.
         self._asked_after = -1
         self._assembly: wire.Assembly | None = None
         self._beating = threading.Lock()
         self._stopping = threading.Event()
         self._heartbeats: threading.Thread | None = None
-        hello = wire.Hello(
+        self._hello = wire.Hello(
             schema=wire.SCHEMA,
             worker_id=worker_id,
             session=secrets.token_hex(8),
@@ -79,7 +84,7 @@ class Session:
             heads=heads,
         )
         try:
-            self._join(wire.encode(hello), wait_s)
+            self._join(wire.encode(self._hello), wait_s)
         except BaseException:
             self._endpoint.close()
             raise
@@ -110,16 +115,42 @@ class Session:
         Args:
             version: on which it was trained. close: makes its message, given the number of parts.
         """
-        part_bytes = int(self.welcome.settings["compress"]["part_bytes"])
-        pushed: list[wire.Frames] = []
-        for frames, _ in wire.in_parts(
-            blobs, part_bytes, lambda index: self._named(wire.Part, version=version, index=index)
-        ):
-            pushed.append(frames)
+        kept: list[tuple[str, Tensor]] = []
+
+        def keeping() -> Iterator[tuple[str, Tensor]]:
+            for named in blobs:
+                kept.append(named)
+                yield named
+
+        num_parts = self._send_parts(keeping(), version)
+        self._pushed = kept, close(num_parts)
+        self._close_parts()
+
+    def _send_parts(self, blobs: Iterable[tuple[str, Tensor]], version: int) -> int:
+        """Returns how many there were."""
+        part_bytes, num_parts = int(self.welcome.settings["compress"]["part_bytes"]), 0
+
+        def part(index: int) -> wire.Part:
+            return self._named(wire.Part, version=version, index=index)
+
+        for frames, _ in wire.in_parts(blobs, part_bytes, part):
             self._endpoint.send(frames)
-        pushed.append(wire.encode(close(len(pushed))))
-        self._pushed, self._pushed_version = pushed, version
-        self._send_pushed(pushed[-1:])
+            num_parts += 1
+        return num_parts
+
+    def _close_parts(self) -> None:
+        """Send the message of the contribution whose parts were sent, and expect its receipt."""
+        assert self._pushed is not None
+        contribution = msgspec.structs.replace(self._pushed[1], generation=self.welcome.generation)
+        with self._beating:  # so that no heartbeat is numbered later than this and sent earlier
+            self._pushed_after, self._unanswered = self._number, True
+            self._endpoint.send(wire.encode(contribution))
+
+    def _push_again(self) -> None:
+        assert self._pushed is not None
+        blobs, contribution = self._pushed
+        self._send_parts(blobs, contribution.version)
+        self._close_parts()
 
     def next_step(self) -> tuple[wire.Begin | wire.Update, dict[str, Tensor]]:
         """Wait until a round opens or a version is published.
@@ -133,32 +164,42 @@ class Session:
         """
         heard_s, begin = time.monotonic(), None
         while begin is None or self._endpoint.pending():
+            if self._asked_s is not None and time.monotonic() - self._asked_s >= _ASK_AGAIN_S:
+                self._say_hello()
             frames = self._endpoint.receive(_LOOK_UP_S)
             if frames is None:
                 if time.monotonic() - heard_s > self._patience_s:
                     raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
                 continue
             heard_s = time.monotonic()
-            message, entries = self._decoded(frames)
+            message, entries = wire.decode(frames)
+            if self._is_stale(message):
+                continue
             match message:
+                case wire.Refusal():
+                    raise RefusedError(message.reason, message.cure)
+                case wire.Farewell():
+                    raise RunEnded(message.reason, finished=message.finished)
+                case wire.Welcome() if self._asked_s is not None:
+                    self._welcome_again(message)
                 case wire.Part():
                     self._take(message, frames, entries)
                 case wire.Update() if message.version > self._progress[0]:
                     blobs = self._closed(message)
                     if blobs is not None and message.since in (None, self._progress[0]):
-                        self._pushed = []
+                        self._pushed, self._unanswered = None, False
                         return message, blobs
                     self._fall_behind()
                 case wire.Begin():
                     begin = message  # unless an update stands behind it
-                case wire.Receipt() if message.version != self._pushed_version:
+                case wire.Receipt() if not self._pushed or message.version != self._pushed[1].version:
                     pass  # of a contribution before that one
                 case wire.Receipt(status="refused"):
                     raise RefusedError(message.reason, "start the worker again")
                 case wire.Receipt():
-                    self._pushed = []
-                case wire.Pulse() if self._pushed and message.number > self._pushed_after:
-                    self._send_pushed(self._pushed)
+                    self._unanswered = False
+                case wire.Pulse() if self._unanswered and message.number > self._pushed_after:
+                    self._push_again()
                 case wire.Pulse() if message.version > self._progress[0]:
                     if message.number > self._asked_after:
                         self._fall_behind()
@@ -182,13 +223,6 @@ class Session:
         with self._beating:
             self._asked_after = self._number
             self._endpoint.send(wire.encode(self._named(wire.Behind, version=self._progress[0])))
-
-    def _send_pushed(self, pushed: Sequence[wire.Frames]) -> None:
-        # Under the lock no heartbeat is numbered later than this and sent earlier.
-        with self._beating:
-            self._pushed_after = self._number
-            for frames in pushed:
-                self._endpoint.send(frames)
 
     def close(self, reason: str) -> None:
         """Say that this worker goes, and close. Closing again does nothing."""
@@ -232,16 +266,44 @@ class Session:
             " and give the address that it prints"
         )
 
-    def _decoded(self, frames: wire.Frames) -> tuple[wire.AnyMessage, tuple[wire.TensorEntry, ...]]:
-        """A message of this generation of the server that does not end this worker."""
-        message, entries = wire.decode(frames)
-        if isinstance(message, wire.Refusal):
-            raise RefusedError(message.reason, message.cure)
-        if getattr(message, "generation", self.welcome.generation) != self.welcome.generation:
-            raise RunEnded("another server has taken this address over", finished=False)
-        if isinstance(message, wire.Farewell):
-            raise RunEnded(message.reason, finished=message.finished)
-        return message, entries
+    def _is_stale(self, message: wire.AnyMessage) -> bool:
+        """Whether a message is not of the server that welcomed this worker. A newer one is asked to."""
+        generation = getattr(message, "generation", 0)
+        if isinstance(message, wire.Welcome) and generation > self.welcome.generation:
+            return False
+        if generation > self.welcome.generation and self._asked_s is None:
+            self._say_hello()
+        return bool(generation != self.welcome.generation)
+
+    def _say_hello(self) -> None:
+        """Ask a server that was started anew to go on with this worker."""
+        self._asked_s = time.monotonic()
+        hello = msgspec.structs.replace(
+            self._hello,
+            worker_id=self.welcome.worker_id,
+            version=self._progress[0],
+            base_digest=self.base_digest,
+        )
+        self._endpoint.send(wire.encode(hello))
+
+    def _welcome_again(self, welcome: wire.Welcome) -> None:
+        mine = self.welcome
+        if (welcome.incarnation, welcome.slot) != (mine.incarnation, mine.slot):
+            raise RefusedError("the server that was started anew does not know it", "start the worker again")
+        if welcome.settings != mine.settings:
+            raise RunEnded("the server was started anew with other settings", finished=False)
+        held = self._progress[0]
+        if welcome.version < held or (welcome.version == held and not welcome.holds):
+            raise RunEnded(
+                f"the server was started anew at version {welcome.version};"
+                f" this worker's {held} is none of its own",
+                finished=False,
+            )
+        with self._beating:
+            self.welcome, self._asked_s = welcome, None
+        self._assembly = None
+        if self._pushed and welcome.holds:
+            self._push_again()
 
     def _beat(self, interval_s: float) -> None:
         while not self._stopping.wait(interval_s):

@@ -1,0 +1,164 @@
+"""What a server goes on from: the newest good checkpoint of its run, and the journal since."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lte import config
+from lte.errors import RunError
+from lte.server import checkpoint, journal
+from lte.server.checkpoint import Progress
+from lte.server.master import Master, Received
+
+
+@dataclass
+class Recovered:
+    """How far a run was, and how that was found out.
+
+    Attributes:
+        progress: of the master now. follows: the journal's segments, and how much of each counts.
+        rounds: of the versions that were replayed, what the records say of them.
+        faults: what was damaged, in words for a person.
+    """
+
+    progress: Progress = field(
+        default_factory=lambda: Progress(version=0, tokens=0, master_digest="", base_digest="")
+    )
+    follows: dict[str, int] = field(default_factory=dict)
+    rounds: list[dict[str, float | None]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def recover(folder: Path, master: Master) -> Recovered:
+    """Bring a new master to the last version that the run in this folder has merged.
+
+    Raises:
+        RunError: no checkpoint is good; or what the journal holds does not make the master that it
+            says, so this machine's arithmetic is not that of the one that wrote it.
+    """
+    found = Recovered()
+    checkpoints = checkpoint.versions(folder / "checkpoints")
+    for path in reversed(checkpoints):
+        try:
+            found.progress, state = checkpoint.load(path)
+            master.load_state(state)
+            _check(master, found.progress.master_digest, found.progress.base_digest, str(path))
+            break
+        except RunError as error:
+            if path == checkpoints[0]:
+                raise
+            found.faults.append(f"{error.args[0].partition(';')[0]}; the one before it is used")
+    segments = journal.history(folder)
+    found.follows = {segment.path.name: segment.size for segment in segments}
+    _replay_all(segments, master, found, folder)
+    return found
+
+
+def _replay_all(segments: list[journal.Segment], master: Master, found: Recovered, folder: Path) -> None:
+    """Merge what segments from the checkpoint's on say, as far as they can be read."""
+    versions = [opened.version if (opened := segment.opened) else -1 for segment in segments]
+    if found.progress.version not in versions:
+        if segments:
+            found.faults.append(
+                f"{folder / 'journal'}: says nothing of version {found.progress.version}, which the"
+                " checkpoint holds, and is not used"
+            )
+        return
+    replay = _Replay(master, found, folder)
+    recipe = master.recipe
+    for segment in segments[versions.index(found.progress.version) :]:
+        for record in segment:
+            replay.take(record)
+        if segment.fault:
+            found.faults.append(
+                f"{segment.path}: {segment.fault}; version {found.progress.version} is the last that it tells"
+            )
+            break
+    master.recipe = recipe
+
+
+class _Replay:
+    """Records of a journal, taken one after another."""
+
+    def __init__(self, master: Master, found: Recovered, folder: Path) -> None:
+        self._master, self._found, self._folder = master, found, folder
+        self._kept: dict[int, journal.Kept] = {}
+        self._from = found.progress.version
+
+    def take(self, record: journal.AnyRecord) -> None:
+        progress = self._found.progress
+        match record:
+            case journal.Opened():
+                self._master.recipe = config.from_dict(record.settings)
+            case journal.Admitted():
+                members = {member.incarnation: member for member in progress.members}
+                members[record.incarnation] = record
+                self._found.progress = replace(
+                    progress,
+                    members=tuple(members.values()),
+                    next_incarnation=max(progress.next_incarnation, record.incarnation + 1),
+                )
+            case journal.Gone():
+                left = tuple(m for m in progress.members if m.incarnation != record.incarnation)
+                self._found.progress = replace(progress, members=left)
+            case journal.Kept():
+                self._kept[record.incarnation] = record
+            case journal.Merged():
+                self._merge(record)
+
+    def _merge(self, merged: journal.Merged) -> None:
+        kept = [self._kept[incarnation] for incarnation in merged.incarnations]
+        self._kept = {}
+        master, progress = self._master, self._found.progress
+        assert merged.version == progress.version + 1
+        master.merge([received(master, record) for record in kept], merged.num_missing_heads)
+        master.requantize()
+        master.publish_dense()
+        master.keep_only(merged.remain)
+        where = f"{self._folder / 'journal'}: version {merged.version}"
+        _check(master, merged.master_digest, merged.base_digest, where)
+        self._found.progress = replace(
+            progress,
+            version=merged.version,
+            tokens=merged.tokens,
+            master_digest=merged.master_digest,
+            base_digest=merged.base_digest,
+            merged_in=progress.merged_in | dict.fromkeys(merged.incarnations, merged.version),
+        )
+        losses = [record.loss for record in kept if record.loss is not None]
+        self._found.rounds.append(
+            {
+                "version": merged.version,
+                "tokens": merged.tokens,
+                "train_loss": sum(losses) / len(losses) if losses else None,
+                "num_merged": len(kept),
+                "uplink_bytes": sum(len(blob) for record in kept for blob in record.blobs.values()),
+            }
+        )
+
+
+def received(master: Master, kept: journal.Kept) -> Received:
+    """A contribution, decoded again from the bytes that it came as."""
+    blobs = {
+        name: torch.from_numpy(np.frombuffer(blob, np.uint8).copy()) for name, blob in kept.blobs.items()
+    }
+    return Received(
+        incarnation=kept.incarnation,
+        heads=kept.heads,
+        first_head=kept.first_head,
+        draw=kept.draw,
+        tokens=kept.tokens,
+        tensors=master.decode(blobs, kept.incarnation, kept.heads),
+    )
+
+
+def _check(master: Master, master_digest: str, base_digest: str, where: str) -> None:
+    if (master.master_digest(), master.base_digest()) != (master_digest, base_digest):
+        raise RunError(
+            f"{where}: gives another master or base here than its digest says; go on where it was written,"
+            " with the same library versions (arithmetic differs between machines)"
+        )

@@ -1,0 +1,181 @@
+"""A server and workers in processes of their own, with faults at scripted points.
+
+Processes are forked from one that has torch loaded, which saves seconds each. A fault is told to the
+process that meets it: at the n-th call of a function, before or after it, the process sends itself a
+signal. So nothing is timed and nothing is awaited but ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from lte import config
+from lte.config import Recipe
+from lte.data import pack
+from lte.server import journal
+from lte.track import METRICS, Records
+
+ENDS_WITHIN_S = 50.0
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["lte.language", "cluster"])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """At the n-th call of `function` ("module:Class.name") whose arguments hold a value of the type named
+    `given`, if any, raise `number` in this process, before or after the call."""
+
+    function: str
+    call: int = 1
+    given: str = ""
+    after: bool = False
+    number: int = signal.SIGKILL
+
+    def install(self) -> None:
+        module, _, path = self.function.partition(":")
+        owner: Any = importlib.import_module(module)
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        original, calls = getattr(owner, name), 0
+
+        def faulty(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            given = (*arguments, *named.values())
+            calls += not self.given or any(type(value).__name__ == self.given for value in given)
+            due = calls == self.call and (not self.given or self.given in {type(v).__name__ for v in given})
+            if due and not self.after:
+                os.kill(os.getpid(), self.number)
+            result = original(*arguments, **named)
+            if due and self.after:
+                os.kill(os.getpid(), self.number)
+            return result
+
+        setattr(owner, name, faulty)
+
+
+def _serve(settings: Mapping[str, Any], faults: Sequence[Fault], log: Path) -> None:
+    _begin(faults, log)
+    from lte import language
+
+    with language.make_server(config.replace(Recipe(), **settings)) as server:
+        server.stop_on_signals()
+        raise SystemExit(0 if server.serve() else 3)
+
+
+def _work(address: str, worker_id: str, faults: Sequence[Fault], log: Path) -> None:
+    _begin(faults, log)
+    from lte import language
+
+    language.work(address, worker_id=worker_id, wait_s=ENDS_WITHIN_S)
+
+
+def _begin(faults: Iterable[Fault], log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    for fault in faults:
+        fault.install()
+
+
+@dataclass
+class Cluster:
+    """One run in a folder: its server at a socket there, and workers by name."""
+
+    folder: Path
+    settings: dict[str, Any]
+    processes: list[BaseProcess] = field(default_factory=list)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def address(self) -> str:
+        return f"ipc://{self.folder}/socket"
+
+    def serve(self, *faults: Fault, **settings: Any) -> BaseProcess:
+        own = {"run.dir": str(self.run), "server.address": self.address}
+        return self._start(_serve, self.settings | own | settings, faults, self.folder / "server.log")
+
+    def work(self, worker_id: str, *faults: Fault) -> BaseProcess:
+        return self._start(_work, self.address, worker_id, faults, self.folder / f"{worker_id}.log")
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> BaseProcess:
+        process = CONTEXT.Process(target=target, args=arguments)
+        process.start()
+        self.processes.append(process)
+        return process
+
+    def ended(self, process: BaseProcess, code: int) -> None:
+        """Wait until a process has ended with this exit code; minus a signal's number if one ended it."""
+        process.join(ENDS_WITHIN_S)
+        assert process.exitcode == code, f"exit code {process.exitcode}, not {code}:\n{self.logs()}"
+
+    def all_ended(self) -> None:
+        for process in self.processes:
+            process.join(ENDS_WITHIN_S)
+            assert process.exitcode is not None, f"still runs:\n{self.logs()}"
+
+    def first_ended(self, processes: Sequence[BaseProcess]) -> BaseProcess:
+        ready = wait([process.sentinel for process in processes], ENDS_WITHIN_S)
+        assert ready, f"none ended:\n{self.logs()}"
+        return next(process for process in processes if process.sentinel in ready)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("*.log")))
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+            process.close()
+
+    # What it came to
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in Records.read(self.run / METRICS) if line["kind"] == kind]
+
+    def master_digest(self) -> str:
+        (done,) = self.lines("done")
+        return str(done["master_digest"])
+
+    def events(self, what: str) -> list[str]:
+        return [line["message"] for line in self.lines("event") if line["what"] == what]
+
+
+def audit(run: Path, num_rounds: int, workers: set[str]) -> None:
+    """No contribution is merged twice, none that was merged is missing, and every version is there once."""
+    kept: dict[tuple[int, int], journal.Kept] = {}
+    merged: dict[int, journal.Merged] = {}
+    for segment in journal.history(run):
+        assert not segment.fault or segment.fault.startswith("torn")
+        for record in segment:
+            if isinstance(record, journal.Kept):
+                kept[record.version, record.incarnation] = record
+            elif isinstance(record, journal.Merged):
+                assert record.version not in merged, "a version was merged twice"
+                merged[record.version] = record
+    assert sorted(merged) == list(range(1, num_rounds + 1))
+    for version, record in merged.items():
+        names = Counter(kept[version - 1, incarnation].worker_id for incarnation in record.incarnations)
+        assert names.keys() <= workers
+        assert set(names.values()) == {1}, f"version {version} holds a worker twice: {names}"
+
+
+def shards(folder: Path) -> Path:
+    """A little text, packed."""
+    (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
+    pack([folder / "text.txt"], folder / "shards", num_shards=2)
+    return folder / "shards"

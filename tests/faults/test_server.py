@@ -1,0 +1,38 @@
+"""The server is killed at every point of a round: nothing is lost, nothing is merged twice."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from cluster import Cluster, Fault, audit
+from conftest import ROUNDS
+
+KILLED = {
+    "before the first contribution is kept": Fault("lte.server.service:Server._journal_kept", call=5),
+    "between two contributions": Fault("lte.server.service:Server._journal_kept", call=5, after=True),
+    "before the merge is in the journal": Fault("lte.server.journal:Journal.write", call=3, given="Merged"),
+    "in the journal, not yet on disk": Fault(
+        "lte.server.journal:Journal.write", call=3, given="Merged", after=True
+    ),
+    "between journal and publishing": Fault("lte.server.service:Server._publish", call=3),
+    "before one worker has the update": Fault("lte.server.service:Server._send", call=7, given="Update"),
+    "when the update is out": Fault("lte.server.service:Server._publish", call=3, after=True),
+    "before a checkpoint": Fault("lte.server.checkpoint:save", call=2),
+    "in a checkpoint": Fault("lte.server.checkpoint:save_file", call=8),
+    "before a checkpoint has its name": Fault("lte.server.checkpoint:_name", call=2),
+    "after a checkpoint, before old ones go": Fault("lte.server.checkpoint:_name", call=2, after=True),
+}
+
+
+@pytest.mark.parametrize("fault", KILLED.values(), ids=KILLED.keys())
+def test_a_killed_server_loses_nothing(cluster: Cluster, undisturbed: str, fault: Fault) -> None:
+    workers = [cluster.work(name) for name in ("a", "b")]
+    cluster.ended(cluster.serve(fault), -signal.SIGKILL)
+    cluster.ended(cluster.serve(), 0)
+    for worker in workers:
+        cluster.ended(worker, 0)
+    assert cluster.master_digest() == undisturbed
+    assert [line["version"] for line in cluster.lines("round")] == list(range(1, ROUNDS + 1))
+    audit(cluster.run, ROUNDS, {"a", "b"})
+    assert cluster.events("damaged") == []
