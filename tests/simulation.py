@@ -73,19 +73,19 @@ class Simulation:
             most = self.master.max_contribution(trainer.heads)
             assert all(blob.numel() <= most[name] for name, blob in blobs.items())
             if slot in chosen:
-                assert merged_digest == self.master.merged_digest(slot)
+                assert merged_digest == self.master.merged_digest(f"w{slot}")
                 assert trainer.base_digest() == self.master.base_digest()
                 assert trainer.given_digest() == self.master.given_digest(
                     trainer.first_head, trainer.heads, trainer.draw
                 )
                 received.append(
                     Received(
-                        incarnation=slot,
+                        worker_id=f"w{slot}",
                         heads=trainer.heads,
                         first_head=trainer.first_head,
                         draw=trainer.draw,
                         tokens=1,
-                        tensors=self.master.decode(blobs, slot, trainer.heads),
+                        tensors=self.master.decode(blobs, f"w{slot}", trainer.heads),
                     )
                 )
         missing = sum(t.heads for slot, t in enumerate(self.trainers) if slot not in chosen)

@@ -29,7 +29,8 @@ class Progress:
         version: merges done. tokens: trained on.
         master_digest: of the fp32 master's bits. base_digest: of what was published.
         members: the workers of then; see `journal.Admitted`. next_incarnation: to be handed out.
-        merged_in: incarnation -> the version that its last merged contribution is in.
+        merged_in: worker_id -> the version that its last merged contribution is in, and of which
+            incarnation that was.
     """
 
     version: int
@@ -38,7 +39,7 @@ class Progress:
     base_digest: str
     members: tuple[Admitted, ...] = ()
     next_incarnation: int = 1
-    merged_in: dict[int, int] = field(default_factory=dict)
+    merged_in: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class _Described(msgspec.Struct, frozen=True, kw_only=True):

@@ -86,14 +86,14 @@ class Merged(Record, frozen=True, kw_only=True):
 
     Attributes:
         num_missing_heads: expected heads that did not come; they weigh in the mean.
-        remain: incarnations whose merged factors are remembered after it.
+        remain: worker_ids whose merged factors are remembered after it.
         tokens: trained on so far. master_digest, base_digest: of W and of what is published.
     """
 
     version: int
     incarnations: tuple[int, ...]
     num_missing_heads: int
-    remain: tuple[int, ...]
+    remain: tuple[str, ...]
     tokens: int
     master_digest: str
     base_digest: str

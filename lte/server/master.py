@@ -26,13 +26,13 @@ class Received:
     """One worker's contribution, decoded and found valid.
 
     Attributes:
-        incarnation: of the worker that sent it. heads: how many heads it trains.
+        worker_id: of who sent it. heads: how many heads it trains.
         first_head: index of its first head among all workers'. draw: redraws of its A so far.
         tensors: changes of `MODULE/A` (H, r, in) unless A is given, of `MODULE/B` (H, out, r), and
             of dense parameters, `NAME/dense`.
     """
 
-    incarnation: int
+    worker_id: str
     heads: int
     first_head: int
     draw: int
@@ -52,7 +52,7 @@ class Master:
         weights: W of every adapted module, by `MODULE`. dense: every dense parameter, by name.
         base: Q, by `MODULE`. published_dense: the dense parameters that workers hold.
         momentum: of the outer optimizer, by module or parameter name.
-        merged: incarnation -> MODULE/A, MODULE/B -> merged factors (H, r, in), (H, out, r) in
+        merged: worker_id -> MODULE/A, MODULE/B -> merged factors (H, r, in), (H, out, r) in
             reset-less mode; in reset-b MODULE/A alone, the A that was sent last (B' is zero), where A
             is trained and sent lossily.
     """
@@ -75,7 +75,7 @@ class Master:
         self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.dense}
         self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
         self.momentum: dict[str, Tensor] = {}
-        self.merged: dict[int, dict[str, Tensor]] = {}
+        self.merged: dict[str, dict[str, Tensor]] = {}
         self._given: dict[int, tuple[int, dict[str, Tensor]]] = {}
 
     # Contributions
@@ -89,7 +89,7 @@ class Master:
             name + DENSE: blockwise.max_rows_bytes(shape, codec) for name, shape in self.plan.dense.items()
         }
 
-    def decode(self, blobs: Mapping[str, Tensor], incarnation: int, heads: int) -> dict[str, Tensor]:
+    def decode(self, blobs: Mapping[str, Tensor], worker_id: str, heads: int) -> dict[str, Tensor]:
         """The tensors of a contribution, as `Received` has them, finite and of the right shapes.
 
         Raises:
@@ -99,7 +99,7 @@ class Master:
         expected = {*shapes, *(name + DENSE for name in self.plan.dense)}
         if blobs.keys() != expected:
             raise WireError("its tensors have other names than the model's heads and dense parameters")
-        settings, known = self.recipe.compress, self.merged.get(incarnation, {})
+        settings, known = self.recipe.compress, self.merged.get(worker_id, {})
         tensors = {}
         for name, shape in shapes.items():
             codec, truncate_rank = factors.codec_of(name, self.recipe, is_known=name in known)
@@ -120,13 +120,13 @@ class Master:
             shapes[name + B] = (heads, out_features, spec.rank)
         return shapes
 
-    def keep_only(self, incarnations: Collection[int]) -> None:
+    def keep_only(self, worker_ids: Collection[str]) -> None:
         """Drop the merged factors of all other workers: their heads are gone."""
-        self.merged = {who: held for who, held in self.merged.items() if who in incarnations}
+        self.merged = {who: held for who, held in self.merged.items() if who in worker_ids}
 
-    def merged_digest(self, incarnation: int) -> str:
+    def merged_digest(self, worker_id: str) -> str:
         """Digest of a worker's merged factors; of nothing while these are zero."""
-        return quantize.digest(sorted(self.merged.get(incarnation, {}).items()))
+        return quantize.digest(sorted(self.merged.get(worker_id, {}).items()))
 
     # Merging
 
@@ -168,7 +168,7 @@ class Master:
             self._step(name, self.dense, delta, average)
         for contribution in contributions:
             if merged := self._rebuilt(contribution):
-                self.merged[contribution.incarnation] = merged
+                self.merged[contribution.worker_id] = merged
         change, step = (math.hypot(*sizes) for sizes in zip((0.0, 0.0), *measured, strict=True))
         return change / step if step else 0.0
 
@@ -201,7 +201,7 @@ class Master:
 
     def _pair(self, name: str, contribution: Received) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """A, B, A', B' of all of the worker's heads on one module: what it sent and what is known."""
-        known = self.merged.get(contribution.incarnation, {})
+        known = self.merged.get(contribution.worker_id, {})
         merged_A, merged_B = known.get(name + A), known.get(name + B)
         if self.recipe.lora.A == "trained":
             sent_A = contribution.tensors[name + A]
@@ -351,8 +351,8 @@ class Master:
             "base": tensors_of(self.base, self.published_dense),
             "momentum": dict(self.momentum),
             "merged": {
-                f"{incarnation}/{name}": factor
-                for incarnation, held in self.merged.items()
+                f"{worker_id}/{name}": factor
+                for worker_id, held in self.merged.items()
                 for name, factor in held.items()
             },
         }
@@ -368,5 +368,5 @@ class Master:
         self.momentum = {name: tensor.clone() for name, tensor in state["momentum"].items()}
         self.merged = {}
         for key, factor in state["merged"].items():
-            incarnation, _, name = key.partition("/")
-            self.merged.setdefault(int(incarnation), {})[name] = factor.clone()
+            worker_id, _, name = key.partition("/")
+            self.merged.setdefault(worker_id, {})[name] = factor.clone()

@@ -127,7 +127,8 @@ class _Replay:
             tokens=merged.tokens,
             master_digest=merged.master_digest,
             base_digest=merged.base_digest,
-            merged_in=progress.merged_in | dict.fromkeys(merged.incarnations, merged.version),
+            merged_in=progress.merged_in
+            | {record.worker_id: (merged.version, record.incarnation) for record in kept},
         )
         losses = [record.loss for record in kept if record.loss is not None]
         self._found.rounds.append(
@@ -147,12 +148,12 @@ def received(master: Master, kept: journal.Kept) -> Received:
         name: torch.from_numpy(np.frombuffer(blob, np.uint8).copy()) for name, blob in kept.blobs.items()
     }
     return Received(
-        incarnation=kept.incarnation,
+        worker_id=kept.worker_id,
         heads=kept.heads,
         first_head=kept.first_head,
         draw=kept.draw,
         tokens=kept.tokens,
-        tensors=master.decode(blobs, kept.incarnation, kept.heads),
+        tensors=master.decode(blobs, kept.worker_id, kept.heads),
     )
 
 

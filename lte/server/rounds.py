@@ -9,7 +9,8 @@ No socket, disk, clock or tensor is in here; `now` is in seconds of any clock th
     finished   the last round is merged
 
 The expected set is frozen when a round opens. A death shrinks it, unless that worker's contribution
-is held already; a joiner waits for the next round. A round below its quorum stays open.
+is held already; a new process of a worker that was expected takes its place in it; any other joiner
+waits for the next round. A round below its quorum stays open.
 """
 
 from __future__ import annotations
@@ -247,8 +248,9 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         if known.worker_id in state.expected and known.worker_id not in state.held:
             actions += (Open((known.worker_id,)),)
         return _with_member(state, again), actions
-    actions = ()
+    actions, is_awaited = (), False
     if known is not None:  # the same worker in a new process: the old one is fenced
+        is_awaited = known.worker_id in state.expected - state.held
         state, actions = _remove(state, known.worker_id, "replaced by a new process")
         state = replace(state, fenced=state.fenced | {known.session})
     taken = {member.slot for member in state.members.values()}
@@ -263,7 +265,11 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         heard_s=now_s,
     )
     state = replace(_with_member(state, member), next_incarnation=state.next_incarnation + 1)
-    return state, (*actions, Admit(member))
+    actions = (*actions, Admit(member))
+    if is_awaited and state.expected:  # the round still waits for this worker; without others it opens anew
+        state = replace(state, expected=state.expected | {member.worker_id})
+        actions += (Open((member.worker_id,)),)
+    return state, actions
 
 
 def _contributed(state: State, event: Contributed, now_s: float) -> tuple[State, tuple[Action, ...]]:

@@ -150,7 +150,7 @@ class Server:
                 self._tracker.record("round", **line, downlink_bytes=0, merge_s=0.0, wait_s=0.0, lr=lr)
         self._tokens = progress.tokens
         self._base_digest, self._master_digest = self.master.base_digest(), self.master.master_digest()
-        # incarnation -> the version that its last merged contribution is in.
+        # worker_id -> the version that its last merged contribution is in, and which incarnation's it was.
         self._merged_in = dict(progress.merged_in)
         members = {
             member.worker_id: rounds.Member(
@@ -279,7 +279,7 @@ class Server:
             case wire.Behind():
                 if not self._is_stale(peer, message.generation):
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
-                    self._bring_up(peer, message.incarnation, message.version)
+                    self._bring_up(peer, message.worker_id, message.version)
                     self._remind(peer, message.worker_id)
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
@@ -358,7 +358,7 @@ class Server:
                         blobs = assembly.close(message.parts)
                         if blobs is None:
                             return  # parts were lost: without a receipt they come again
-                        tensors = self.master.decode(blobs, message.incarnation, member.heads)
+                        tensors = self.master.decode(blobs, message.worker_id, member.heads)
                         self._offered_blobs = blobs
                     except WireError as error:
                         fault = str(error)
@@ -367,7 +367,7 @@ class Server:
                     self._receipt(peer, message.version, "refused", fault)
                     return
                 received = Received(
-                    incarnation=message.incarnation,
+                    worker_id=message.worker_id,
                     heads=member.heads,
                     first_head=member.slot * member.heads,
                     draw=message.draw,
@@ -382,7 +382,7 @@ class Server:
         """What is wrong with a contribution before its tensors are looked at, or ''."""
         if message.base_digest != self._base_digest:
             return f"its base is not bit for bit the published version {self.version}"
-        if message.merged_digest != self.master.merged_digest(member.incarnation):
+        if message.merged_digest != self.master.merged_digest(member.worker_id):
             return "it is encoded against merged factors that the server does not hold"
         if message.draw > message.version:
             return "it counts more draws of its A than there were merges"
@@ -467,8 +467,8 @@ class Server:
         self._master_digest = self.master.master_digest()
         requantized_s = self._now_s()
         version = self.version + 1
-        incarnations = [received.incarnation for received, _ in held]
-        remain = {member.incarnation for member in self._state.members.values()}
+        incarnations = [message.incarnation for _, message in held]
+        remain = sorted(self._state.members)
         self.master.keep_only(remain)
         self._tokens += sum(message.tokens for _, message in held)
         self._journal.write(
@@ -476,7 +476,7 @@ class Server:
                 version=version,
                 incarnations=tuple(incarnations),
                 num_missing_heads=num_missing_heads,
-                remain=tuple(sorted(remain)),
+                remain=tuple(remain),
                 tokens=self._tokens,
                 master_digest=self._master_digest,
                 base_digest=self._base_digest,
@@ -485,7 +485,7 @@ class Server:
 
         def publish() -> None:
             journaled_s = self._now_s()
-            self._merged_in |= dict.fromkeys(incarnations, version)
+            self._merged_in |= {message.worker_id: (version, message.incarnation) for _, message in held}
             changed = self._publish(version, before, dense, incarnations)
             wait_s, self._published_s = closed_s - self._published_s, self._now_s()
             if self.recipe.compress.measure_entropy:
@@ -538,7 +538,7 @@ class Server:
             Kept(
                 version=message.version,
                 worker_id=worker_id,
-                incarnation=received.incarnation,
+                incarnation=message.incarnation,
                 heads=received.heads,
                 first_head=received.first_head,
                 draw=received.draw,
@@ -714,10 +714,10 @@ class Server:
         )
         self._send(peer, welcome)
         if not welcome.holds:
-            merged = self._merged_since(member.incarnation, self._hello.version)
+            merged = self._merged_since(member.worker_id, self._hello.version)
             self._send_update([peer], self.version, None, self.master.snapshot().items(), merged)
 
-    def _bring_up(self, peer: Peer, incarnation: int, version: int) -> None:
+    def _bring_up(self, peer: Peer, worker_id: str, version: int) -> None:
         """Send the published version to a worker that holds an older one and missed what came since:
         the changes folded into one, or the whole model where that is smaller.
 
@@ -731,12 +731,13 @@ class Server:
             folded = self._folded(behind)
             if folded is not None and _size(folded) < _size(blobs):
                 blobs, since = folded, version
-        merged = self._merged_since(incarnation, version)
+        merged = self._merged_since(worker_id, version)
         self._send_update([peer], self.version, since, blobs.items(), merged)
 
-    def _merged_since(self, incarnation: int, version: int) -> tuple[int, ...]:
-        """The incarnation, if a contribution of it was merged after this version."""
-        return (incarnation,) if self._merged_in.get(incarnation, 0) > version else ()
+    def _merged_since(self, worker_id: str, version: int) -> tuple[int, ...]:
+        """The incarnation of the worker of which a contribution was merged last, if after this version."""
+        merged_in, incarnation = self._merged_in.get(worker_id, (0, 0))
+        return (incarnation,) if merged_in > version else ()
 
     def _folded(self, behind: int) -> dict[str, Tensor] | None:
         """The last changes as one, or None where one of them was so large that it came in full."""
