@@ -103,7 +103,8 @@ class _Processes:
         for k in range(self.recipe.train.workers):
             with self._log(k).open("wb") as log:
                 # By name, so that after a crash it takes the place of the one that it replaces.
-                command = ["worker", "--server", address, "--id", f"w{k}"]
+                state = self.folder / "workers" / f"w{k}"
+                command = ["worker", "--server", address, "--id", f"w{k}", "--state", str(state)]
                 self.workers[k] = self._spawn(command, stdout=log, stderr=log)
 
     def _spawn(self, command: list[str], **options: object) -> subprocess.Popen[bytes]:
@@ -240,7 +241,8 @@ def train_in_threads(recipe: Recipe) -> int:
 
     def work(address: str, worker_id: str) -> None:
         try:
-            language.work(address, worker_id=worker_id, say=lambda line: None)
+            folder = Path(recipe.run.dir) / "workers" / worker_id
+            language.work(address, worker_id=worker_id, folder=folder, say=lambda line: None)
         except RunEnded:
             pass  # the server was stopped, and says so itself
         except Exception as error:

@@ -240,6 +240,12 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
     command.add_argument("--id", default="", metavar="NAME", help="name of this worker (default: given)")
     command.add_argument(
+        "--state",
+        metavar="FOLDER",
+        type=Path,
+        help="where to keep its state: started again with the same --id and --state it goes on bit for bit",
+    )
+    command.add_argument(
         "--wait", type=_number, default=30.0, metavar="S", help="seconds to look for the server (default: 30)"
     )
     command.add_argument(
@@ -251,10 +257,13 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
+    if arguments.state and not arguments.id:
+        raise UserError("--state belongs to a worker of a name; give it one with --id NAME")
     recipe = config.load(arguments.config, arguments.overrides) if arguments.config else None
     language.work(
         arguments.server,
         worker_id=arguments.id,
+        folder=arguments.state,
         wait_s=arguments.wait,
         shards=arguments.data,
         recipe=recipe,

@@ -262,6 +262,7 @@ class Server:
     num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
     checkpoint_every: Count = _doc(10, "rounds between checkpoints")
     keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")
+    remember_rounds: Whole = _doc(10, "rounds for which what is merged of a worker that is gone is known")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from lte.nn import convert, describe
 from lte.server import Server, checkpoint
 from lte.server.master import Master
 from lte.server.service import Evaluate
-from lte.worker import Worker
+from lte.worker import Worker, state
 from lte.worker.session import Session
 from lte.worker.trainer import materialize
 
@@ -49,6 +49,7 @@ def work(
     server: str,
     *,
     worker_id: str = "",
+    folder: Path | None = None,
     wait_s: float = 30.0,
     shards: str | None = None,
     recipe: Recipe | None = None,
@@ -57,6 +58,7 @@ def work(
     """Join a server and train the model of its recipe until the run ends.
 
     Args:
+        folder: of this worker's state; see `lte.Worker`.
         shards: folder of the training data, where it is not at the recipe's path on this machine.
         recipe: refuse a server that trains another model than this one's.
         say: prints a line for a person.
@@ -66,7 +68,15 @@ def work(
     """
     described = describe(_with_heads(recipe)) if recipe else None
     heads = recipe.lora.heads if recipe else 0
-    with Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s) as session:
+    saved = None if folder is None else state.load(folder)
+    with Session(
+        server,
+        worker_id=worker_id,
+        model=described,
+        heads=heads,
+        version=saved.contribution.version if saved else 0,
+        wait_s=wait_s,
+    ) as session:
         welcome = session.welcome
         wanted, recipe = recipe, config.from_dict(welcome.settings)
         if wanted and (differing := config.differences(wanted, recipe, ("model", "lora", "base"))):
@@ -81,7 +91,7 @@ def work(
         say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
         device = device_of(recipe)
         model = cast(GPT, materialize(_with_heads(recipe), device))
-        worker = Worker(model, session)
+        worker = Worker(model, session, folder=folder)
         while not worker.done:
             sequences = stream.batch(worker.step_index).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):

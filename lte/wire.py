@@ -85,9 +85,11 @@ class Welcome(Message, frozen=True, kw_only=True):
     """The worker is in. An `Update` with the whole model follows, unless it `holds` it already.
 
     `settings` is the whole recipe: it is authoritative. `slot` is the worker's place among all
-    workers; it decides its part of the data and its heads.
+    workers; it decides its part of the data and its heads. `run_id` names the run, whichever server
+    serves it; `merged_digest` is of the factors that the server remembers of this worker.
     """
 
+    run_id: str
     generation: Whole
     worker_id: str
     incarnation: Whole
@@ -96,6 +98,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     settings: dict[str, Any]
     model: dict[str, str]
     holds: bool
+    merged_digest: str
 
 
 class Restarted(Message, frozen=True, kw_only=True):
@@ -216,6 +219,22 @@ class Behind(Message, frozen=True, kw_only=True):
     incarnation: Whole
 
 
+class Recall(Message, frozen=True, kw_only=True):
+    """A worker does not hold what the server has merged of it: its merged factors, please."""
+
+    generation: Whole
+    worker_id: str
+    incarnation: Whole
+
+
+class Factors(Message, frozen=True, kw_only=True):
+    """Closes `parts` with the merged factors of a worker, fp32: an answer to `Recall`."""
+
+    generation: Whole
+    version: Whole
+    parts: Whole
+
+
 class Leave(Message, frozen=True, kw_only=True):
     """A worker goes. Nothing more will come from it."""
 
@@ -246,6 +265,8 @@ AnyMessage = (
     | Heartbeat
     | Pulse
     | Behind
+    | Recall
+    | Factors
     | Leave
     | Farewell
 )

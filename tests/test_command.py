@@ -657,6 +657,8 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
         peer, _ = hear(wire.Hello)
         welcome = wire.Welcome(
             holds=False,
+            run_id="run",
+            merged_digest="",
             generation=2,
             worker_id="w0",
             incarnation=1,

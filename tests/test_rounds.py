@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -474,24 +473,23 @@ class AnyTrace(RuleBasedStateMachine):
             self.new_round()
         else:
             assert state.version == before.version
-        forgotten = [action.member for action in actions if isinstance(action, Forget)]
         for action in actions:
             assert before.phase != "finished" or not isinstance(action, Open | Keep | Merge)
-            self.note(action, event, forgotten)
+            self.note(action, event)
         return actions
 
-    def note(self, action: Action, event: Event, forgotten: Sequence[Member]) -> None:
+    def note(self, action: Action, event: Event) -> None:
         match action:
             case Admit(member, again=True):
                 assert replace(member, heard_s=0.0) == replace(self.alive[member.worker_id], heard_s=0.0)
             case Admit(member):
                 assert member.worker_id not in self.alive
                 assert member.incarnation > max((m.incarnation for m in self.known), default=0)
-                replaced = next((m for m in forgotten if m.worker_id == member.worker_id), None)
                 taken = {m.slot for m in self.alive.values()}
                 free = next(slot for slot in count() if slot not in taken)
-                assert member.slot == (free if replaced is None else replaced.slot)
-                assert member.slot not in {m.slot for m in self.alive.values()}
+                asked_for = isinstance(event, Joined) and event.worker_id
+                own = next((m.slot for m in reversed(self.known) if m.worker_id == asked_for), free)
+                assert member.slot == (free if own in taken else own)
                 self.known.append(member)
                 self.alive[member.worker_id] = member
             case Forget(member):

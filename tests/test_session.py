@@ -65,6 +65,8 @@ class Script:
             settings=settings,
             model={},
             holds=False,
+            run_id="run",
+            merged_digest="",
         )
         self.welcome = welcome
         self.say(peer, welcome)
@@ -115,7 +117,7 @@ def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: Serve
     session = script.session
     assert session is not None
     _, before = script.hear(wire.Heartbeat)
-    session.push(0, [("x", torch.ones(3, dtype=torch.uint8))], lambda parts: CONTRIBUTION)
+    session.push(0, [("x", torch.ones(3, dtype=torch.uint8))], lambda parts, blobs: CONTRIBUTION)
     thread, heard = in_thread(session, script)
     assert script.hear(wire.Contribution)[1] == CONTRIBUTION
     for _ in range(3):
@@ -206,11 +208,6 @@ def test_an_update_that_is_not_whole_is_asked_for_again(endpoint: ServerEndpoint
 @pytest.mark.parametrize(
     ("message", "error", "says"),
     [
-        (
-            wire.Receipt(generation=1, version=0, status="refused", reason="not finite"),
-            RefusedError,
-            "not finite",
-        ),
         (wire.Refusal(generation=1, reason="replaced", cure="go"), RefusedError, "replaced"),
         (FAREWELL, RunEnded, "stopped"),
     ],
@@ -221,7 +218,7 @@ def test_what_ends_a_worker(
     script = Script(endpoint)
     peer = script.join()
     assert script.session is not None
-    script.session.push(0, [], lambda parts: CONTRIBUTION)
+    script.session.push(0, [], lambda parts, blobs: CONTRIBUTION)
     thread, heard = in_thread(script.session, script)
     script.say(peer, message)
     thread.join(20)
@@ -243,7 +240,7 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
     peer = script.join()
     session = script.session
     assert session is not None
-    session.push(0, [("x", torch.ones(3, dtype=torch.uint8))], lambda parts: CONTRIBUTION)
+    session.push(0, [("x", torch.ones(3, dtype=torch.uint8))], lambda parts, blobs: CONTRIBUTION)
     thread, heard = in_thread(session, script)
     script.hear(wire.Contribution)
     script.say(peer, wire.Restarted(generation=3))

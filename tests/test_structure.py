@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     "errors",
+    "durable",
     "lowrank",
     "quantize",
     "config",

@@ -20,6 +20,8 @@ MESSAGES: list[wire.AnyMessage] = [
     wire.Hello(schema=wire.SCHEMA, worker_id="w0", session="5e55", model={"a.weight": "adapted"}, heads=2),
     wire.Welcome(
         holds=False,
+        run_id="run",
+        merged_digest="",
         generation=1,
         worker_id="w0",
         incarnation=2**40,
@@ -54,6 +56,8 @@ MESSAGES: list[wire.AnyMessage] = [
     wire.Heartbeat(generation=1, number=7, worker_id="w0", incarnation=2, version=3, local_step=9),
     wire.Pulse(generation=1, number=7, version=4),
     wire.Behind(generation=1, version=3, worker_id="w0", incarnation=2),
+    wire.Recall(generation=1, worker_id="w0", incarnation=2),
+    wire.Factors(generation=1, version=3, parts=2),
     wire.Leave(generation=1, worker_id="w0", incarnation=2, reason="finished"),
     wire.Farewell(generation=1, reason="done", finished=False),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lte import quantize
+from lte import durable, quantize
+from lte.durable import sync
 from lte.errors import RunError
-from lte.server.journal import GENERATION, Admitted, read_generation, sync
+from lte.server.journal import GENERATION, Admitted, read_generation
 
 FORMAT = 3
 
@@ -28,7 +30,8 @@ class Progress:
     Attributes:
         version: merges done. tokens: trained on.
         master_digest: of the fp32 master's bits. base_digest: of what was published.
-        members: the workers of then; see `journal.Admitted`. next_incarnation: to be handed out.
+        members: the workers of then; see `journal.Admitted`. places: worker_id -> slot, of all that
+            ever were. next_incarnation: to be handed out.
         merged_in: worker_id -> the version that its last merged contribution is in, and of which
             incarnation that was.
     """
@@ -38,6 +41,7 @@ class Progress:
     master_digest: str
     base_digest: str
     members: tuple[Admitted, ...] = ()
+    places: dict[str, int] = field(default_factory=dict)
     next_incarnation: int = 1
     merged_in: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -163,7 +167,14 @@ def next_generation(folder: Path) -> int:
     path, partial = folder / GENERATION, folder / f".{GENERATION}"
     generation = 1 + read_generation(path)
     partial.write_text(f"{generation}\n")
-    sync(partial)
-    partial.rename(path)
-    sync(folder)
+    durable.name(partial, path)
     return generation
+
+
+def run_id(folder: Path) -> str:
+    """The name of the run in a folder, made up when it has none."""
+    path, partial = folder / "run_id", folder / ".run_id"
+    if not path.exists():
+        partial.write_text(f"{secrets.token_hex(8)}\n")
+        durable.name(partial, path)
+    return path.read_text().strip()

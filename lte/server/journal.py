@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from lte.durable import sync
 from lte.errors import FencedError
 
 GENERATION = "generation"
@@ -256,15 +257,6 @@ def history(run_folder: Path) -> list[Segment]:
 
 def read_generation(path: Path) -> int:
     return int(path.read_text()) if path.exists() else 0
-
-
-def sync(path: Path) -> None:
-    """Have a file or folder on disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header(body: bytes | memoryview) -> bytes:

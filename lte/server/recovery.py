@@ -100,6 +100,7 @@ class _Replay:
                 self._found.progress = replace(
                     progress,
                     members=tuple(members.values()),
+                    places=progress.places | {record.worker_id: record.slot},
                     next_incarnation=max(progress.next_incarnation, record.incarnation + 1),
                 )
             case journal.Gone():

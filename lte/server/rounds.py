@@ -50,7 +50,8 @@ class State:
 
     Attributes:
         version: the published version, on which the open round trains.
-        members: by worker_id. next_incarnation: rises with each worker welcomed.
+        members: by worker_id. next_incarnation: rises with each worker welcomed. places: slots by
+            worker_id, of all that ever were: who comes back gets its own data and heads.
         fenced: sessions of processes that newer ones replaced. A Hello of theirs may still be under
             way; it must not fence the newer one in turn.
         expected: workers of the open round; held: those of them whose contribution is kept.
@@ -61,6 +62,7 @@ class State:
     version: int
     phase: Literal["starting", "collecting", "merging", "finished"] = "starting"
     members: Mapping[str, Member] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
     next_incarnation: int = 1
     fenced: frozenset[str] = frozenset()
     expected: frozenset[str] = frozenset()
@@ -69,15 +71,12 @@ class State:
     quorum_s: float | None = None
 
 
-def resumed(
-    rules: Rules, version: int, members: Mapping[str, Member], next_incarnation: int, now_s: float
-) -> State:
-    """The state of a server that was started anew: the open round expects who was there."""
-    state = State(rules=rules, version=version, members=members, next_incarnation=next_incarnation)
-    if version >= rules.rounds:
+def resumed(state: State, now_s: float) -> State:
+    """The state with which a server that was started anew begins: the open round expects its members."""
+    if state.version >= state.rules.rounds:
         return replace(state, phase="finished")
-    if members and (version or len(members) >= rules.workers):
-        return replace(state, phase="collecting", expected=frozenset(members), opened_s=now_s)
+    if state.members and (state.version or len(state.members) >= state.rules.workers):
+        return replace(state, phase="collecting", expected=frozenset(state.members), opened_s=now_s)
     return state
 
 
@@ -255,7 +254,8 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         state = replace(state, fenced=state.fenced | {known.session})
     taken = {member.slot for member in state.members.values()}
     free = next(slot for slot in range(len(taken) + 1) if slot not in taken)
-    slot = free if known is None else known.slot
+    place = state.places.get(event.worker_id, free)
+    slot = free if place in taken else place
     member = Member(
         worker_id=event.worker_id or _free_id(state, slot),
         session=event.session,
@@ -264,7 +264,11 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         heads=event.heads,
         heard_s=now_s,
     )
-    state = replace(_with_member(state, member), next_incarnation=state.next_incarnation + 1)
+    state = replace(
+        _with_member(state, member),
+        places={**state.places, member.worker_id: slot},
+        next_incarnation=state.next_incarnation + 1,
+    )
     actions = (*actions, Admit(member))
     if is_awaited and state.expected:  # the round still waits for this worker; without others it opens anew
         state = replace(state, expected=state.expected | {member.worker_id})

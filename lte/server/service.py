@@ -51,7 +51,8 @@ class Server:
 
     Attributes:
         address: where workers connect. recipe: with the defaults filled in. master: the weights.
-        folder: the run's. stopped_by: number of the signal that stopped it, or 0.
+        folder: the run's. run_id: its name, whichever server serves it. stopped_by: number of the
+            signal that stopped it, or 0.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Server:
             self._described = self.master.plan.describe(recipe.lora)
             # Raised before the journal is read: from here on nobody else adds to what counts of it.
             self.generation = checkpoint.next_generation(self.folder)
+            self.run_id = checkpoint.run_id(self.folder)
             found = recovery.recover(self.folder, self.master)
             (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
             tracker = Tracker(self.folder, recipe, version=found.progress.version, display=display)
@@ -164,7 +166,14 @@ class Server:
             for member in progress.members
         }
         self._state = rounds.resumed(
-            _rules(recipe), progress.version, members, progress.next_incarnation, self._now_s()
+            rounds.State(
+                rules=_rules(recipe),
+                version=progress.version,
+                members=members,
+                places=progress.places,
+                next_incarnation=progress.next_incarnation,
+            ),
+            self._now_s(),
         )
         self._write(self._progress(), self.master.state())
         self._journal.begin(self.version, config.to_dict(recipe), found.follows)
@@ -281,6 +290,12 @@ class Server:
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
                     self._bring_up(peer, message.worker_id, message.version)
                     self._remind(peer, message.worker_id)
+            case wire.Recall():
+                if not self._is_stale(peer, message.generation):
+                    self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
+                    said = f"{message.worker_id} starts over from what was merged of it"
+                    self._event("recalled", said, worker_id=message.worker_id)
+                    self._send_factors(peer, message.worker_id)
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
             case _:
@@ -468,7 +483,9 @@ class Server:
         requantized_s = self._now_s()
         version = self.version + 1
         incarnations = [message.incarnation for _, message in held]
-        remain = sorted(self._state.members)
+        recent = version - self.recipe.server.remember_rounds
+        absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
+        remain = sorted(absent.union(self._state.members))
         self.master.keep_only(remain)
         self._tokens += sum(message.tokens for _, message in held)
         self._journal.write(
@@ -594,6 +611,29 @@ class Server:
     ) -> None:
         """Send an update to these peers in parts, then the message that closes them."""
 
+        num_parts = self._send_parts(peers, version, blobs)
+        update = wire.Update(
+            generation=self.generation,
+            version=version,
+            since=since,
+            parts=num_parts,
+            merged=tuple(merged),
+            base_digest=self._base_digest,
+            last=version >= self.recipe.train.rounds,
+        )
+        for peer in peers:
+            self._send(peer, update)
+
+    def _send_factors(self, peer: Peer, worker_id: str) -> None:
+        """Send what is merged of a worker."""
+        merged = self.master.merged.get(worker_id, {})
+        blobs = ((name, tensor.reshape(-1).view(torch.uint8)) for name, tensor in merged.items())
+        num_parts = self._send_parts([peer], self.version, blobs)
+        self._send(peer, wire.Factors(generation=self.generation, version=self.version, parts=num_parts))
+
+    def _send_parts(self, peers: Sequence[Peer], version: int, blobs: Iterable[tuple[str, Tensor]]) -> int:
+        """Send named bytes in parts, each as soon as it is full. Returns how many there were."""
+
         def part(index: int) -> wire.Part:
             return wire.Part(
                 generation=self.generation, worker_id="", incarnation=0, version=version, index=index
@@ -607,22 +647,13 @@ class Server:
                 self._endpoint.send(peer, frames)
                 if self._endpoint.sent_bytes > sent_bytes:  # not to one that is gone
                     self._count("downlink", sizes)
-        update = wire.Update(
-            generation=self.generation,
-            version=version,
-            since=since,
-            parts=num_parts,
-            merged=tuple(merged),
-            base_digest=self._base_digest,
-            last=version >= self.recipe.train.rounds,
-        )
-        for peer in peers:
-            self._send(peer, update)
+        return num_parts
 
     def _count(self, direction: str, sizes: Mapping[str, int]) -> None:
-        """Add to the bytes of this round, by direction and kind."""
+        """Add to the bytes of this round, by direction and kind. Factors that are recalled are control."""
         for name, num_bytes in sizes.items():
-            self._bytes[f"{direction}_{kind_of(name)}_bytes"] += num_bytes
+            if (kind := f"{direction}_{kind_of(name)}_bytes") in self._bytes:
+                self._bytes[kind] += num_bytes
 
     def _record_round(self, contributions: list[wire.Contribution], **measured: float) -> None:
         losses = [message.loss for message in contributions if message.loss is not None]
@@ -703,6 +734,7 @@ class Server:
 
     def _welcome(self, peer: Peer, member: rounds.Member) -> None:
         welcome = wire.Welcome(
+            run_id=self.run_id,
             generation=self.generation,
             worker_id=member.worker_id,
             incarnation=member.incarnation,
@@ -711,6 +743,7 @@ class Server:
             settings=config.to_dict(self.recipe),
             model=self._described,
             holds=(self._hello.version, self._hello.base_digest) == (self.version, self._base_digest),
+            merged_digest=self.master.merged_digest(member.worker_id),
         )
         self._send(peer, welcome)
         if not welcome.holds:
@@ -811,6 +844,7 @@ class Server:
             master_digest=self._master_digest,
             base_digest=self._base_digest,
             members=tuple(_admitted(member) for member in self._state.members.values()),
+            places=dict(self._state.places),
             next_incarnation=self._state.next_incarnation,
             merged_in=dict(self._merged_in),
         )

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
+from pathlib import Path
 from types import TracebackType
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from lte import config, wire
 from lte.config import Recipe
-from lte.errors import RefusedError
+from lte.errors import DigestError, RefusedError, RunError
 from lte.nn import adapted_modules, describe, difference
-from lte.worker.session import Session, parting_words
+from lte.worker import state
+from lte.worker.session import Session, Step, parting_words
+from lte.worker.state import Saved
 from lte.worker.trainer import MakeOptimizer, Trainer
+
+_MOST_REFUSALS = 2
+"""In a row, after which a worker whose heads were started over gives up."""
 
 
 class Worker:
@@ -42,6 +50,7 @@ class Worker:
         optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
         *,
         worker_id: str = "",
+        folder: str | Path | None = None,
         wait_s: float = 30.0,
     ) -> None:
         """Join a server.
@@ -52,14 +61,27 @@ class Worker:
             optimizer: over the model's parameters, or a function that makes one of the model; its
                 learning rates are peaks on which the recipe's schedule acts.
             worker_id: a name of your choice. wait_s: how long to look for the server.
+            folder: where to keep this worker's state, which is written before each contribution is
+                sent: a new process with the same name and folder goes on where this one was, bit for
+                bit. None: it starts over from what the server has merged of this worker.
 
         Raises:
             ConnectError: no server answers. RefusedError: it refused, for another model say.
+            RunError: the state in the folder is damaged.
         """
         described = describe(model)
+        self._folder = None if folder is None else Path(folder)
+        saved = None if self._folder is None else state.load(self._folder)
         if isinstance(server, str):
             heads = next((m.heads for _, m in adapted_modules(model)), 1)
-            server = Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s)
+            server = Session(
+                server,
+                worker_id=worker_id,
+                model=described,
+                heads=heads,
+                version=saved.contribution.version if saved else 0,
+                wait_s=wait_s,
+            )
         self._session = server
         try:
             welcome = server.welcome
@@ -78,8 +100,14 @@ class Worker:
             )
             server.base = {}  # the model holds it now
             self._loss, self._tokens, self._batches = torch.zeros(()), 0, 0
-            self._pushed = False
+            self._pushed, self._refusals = False, 0
+            # Processes whose contributions are this one's: its own, and the one that it goes on from.
+            self._incarnations = {welcome.incarnation}
             self._apply_s = self._waited_s = 0.0
+            if saved is not None and (saved.run_id, saved.slot) == (welcome.run_id, welcome.slot):
+                self._resume(saved)
+            if self._trainer.merged_digest() != welcome.merged_digest and not self._pushed:
+                self._start_over()
             self._until_open()
             self._began_s, self._waited_s, self._steps = time.monotonic(), 0.0, 0
         except BaseException as error:
@@ -149,9 +177,9 @@ class Worker:
         base_digest, merged_digest = trainer.base_digest(), trainer.merged_digest()
         started_s = time.monotonic()
 
-        def close(num_parts: int) -> wire.Contribution:
+        def close(num_parts: int, blobs: dict[str, Tensor]) -> wire.Contribution:
             welcome = self._session.welcome
-            return wire.Contribution(
+            contribution = wire.Contribution(
                 generation=welcome.generation,
                 worker_id=welcome.worker_id,
                 incarnation=welcome.incarnation,
@@ -168,19 +196,73 @@ class Worker:
                 merged_digest=merged_digest,
                 given_digest=trainer.given_digest(),
             )
+            if self._folder is not None:
+                tensors, numbers = trainer.state()
+                saved = Saved(
+                    run_id=welcome.run_id,
+                    slot=welcome.slot,
+                    contribution=contribution,
+                    blobs=blobs,
+                    tensors=tensors,
+                    numbers=numbers,
+                )
+                state.save(self._folder, saved)
+            return contribution
 
         self._session.push(trainer.version, trainer.contribution(), close)
         self._pushed = True
+        self._incarnations = {self._session.welcome.incarnation}
         self._loss, self._tokens, self._batches = torch.zeros(()), 0, 0
+
+    def _resume(self, saved: Saved) -> None:
+        """Go on from what an earlier process saved before it pushed; push that again, unless a later
+        version is published already."""
+        sent, version = saved.contribution, self.version
+        merged = sent.incarnation in self._session.merged
+        try:
+            self._trainer.resume(saved.tensors, saved.numbers, merged=merged)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"{self._folder}: the state of another model or optimizer ({error}); delete it, and this"
+                " worker starts over"
+            ) from None
+        self._incarnations.add(sent.incarnation)
+        if self.version == version == sent.version:
+            self._session.push(version, saved.blobs.items(), lambda parts, _: _with_parts(sent, parts))
+            self._pushed = True
+
+    def _start_over(self) -> None:
+        """Have the heads be what the server has merged of this worker, and nothing owed."""
+        self._session.recall()
+        while not self.done:
+            message, blobs = self._wait()
+            if isinstance(message, wire.Factors):
+                factors = {name: _floats(name, blob, self._trainer) for name, blob in blobs.items()}
+                self._trainer.adopt(factors)
+                self._pushed = False
+                self._session.progress(self.version, 0)
+                return
+            if isinstance(message, wire.Update):
+                self._apply(message, blobs)
+
+    def _refused(self, receipt: wire.Receipt) -> None:
+        """Start the heads over, unless that has not helped before."""
+        self._refusals += 1
+        if self._refusals > _MOST_REFUSALS:
+            raise RefusedError(receipt.reason, "look into the server's log")
+        self._start_over()
 
     def _until_open(self) -> None:
         """Apply what is published until the round on the newest version opens, or none follows."""
         while not self.done:
             message, blobs = self._wait()
-            if isinstance(message, wire.Update):
-                self._apply(message, blobs)
-            elif message.version == self.version and not self._pushed:
-                return
+            match message:
+                case wire.Update():
+                    self._apply(message, blobs)
+                case wire.Receipt():
+                    self._refused(message)
+                case wire.Begin() if message.version == self.version and not self._pushed:
+                    return
 
     def _until_published(self) -> None:
         """Apply the update that opens the round which local steps are taken of already."""
@@ -188,8 +270,10 @@ class Worker:
             message, blobs = self._wait()
             if isinstance(message, wire.Update):
                 self._apply(message, blobs)
+            elif isinstance(message, wire.Receipt):
+                self._refused(message)
 
-    def _wait(self) -> tuple[wire.Begin | wire.Update, dict[str, Tensor]]:
+    def _wait(self) -> tuple[Step, dict[str, Tensor]]:
         started_s = time.monotonic()
         received = self._session.next_step()
         self._waited_s += time.monotonic() - started_s
@@ -197,11 +281,12 @@ class Worker:
 
     def _apply(self, update: wire.Update, blobs: dict[str, Tensor]) -> None:
         started_s = time.monotonic()
-        merged = self._pushed and self._session.welcome.incarnation in update.merged
+        merged = self._pushed and not self._incarnations.isdisjoint(update.merged)
         self._trainer.apply(
             update.version, blobs, update.base_digest, merged=merged, whole=update.since is None
         )
         self._pushed = False
+        self._refusals = 0 if merged else self._refusals
         self._session.progress(self.version, self._trainer.local_step)
         self._session.base_digest = update.base_digest
         if update.last:
@@ -209,3 +294,19 @@ class Worker:
             self.close("finished")
         self._apply_s = time.monotonic() - started_s
         self._waited_s += self._apply_s
+
+
+def _with_parts(contribution: wire.Contribution, num_parts: int) -> wire.Contribution:
+    return msgspec.structs.replace(contribution, parts=num_parts)
+
+
+def _floats(name: str, blob: Tensor, trainer: Trainer) -> Tensor:
+    """A factor from its bytes.
+
+    Raises:
+        DigestError: it is none of this model's.
+    """
+    shape = trainer.factor_shape(name)
+    if shape is None or blob.numel() != 4 * math.prod(shape):
+        raise DigestError(f"the server remembers {name!r} of this worker, which its model does not have")
+    return blob.clone().view(torch.float32).view(shape)

@@ -22,7 +22,9 @@ _WELCOME_S = 600.0
 _LOOK_UP_S = 1.0
 """How often a waiting worker looks whether its patience is at its end."""
 
-Named = TypeVar("Named", wire.Heartbeat, wire.Part, wire.Behind, wire.Leave)
+Named = TypeVar("Named", wire.Heartbeat, wire.Part, wire.Behind, wire.Recall, wire.Leave)
+Step = wire.Begin | wire.Update | wire.Receipt | wire.Factors
+"""What a worker waits for."""
 
 
 def parting_words(kind: type[BaseException] | None, error: BaseException | None) -> str:
@@ -38,6 +40,8 @@ class Session:
     Attributes:
         welcome: what the server said, at the start or when it was started anew.
         base: the bytes of the whole model that came with it. base_digest: of what the worker holds.
+        merged: incarnations of this worker's name whose contribution to the version that it said it
+            had pushed to, or a later one, is in that model.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Session:
         worker_id: str = "",
         model: Mapping[str, str] | None = None,
         heads: int = 0,
+        version: int = 0,
         wait_s: float = 30.0,
     ) -> None:
         """Join. Blocks until the server welcomed or refused this worker.
@@ -54,6 +59,7 @@ class Session:
         Args:
             worker_id: a name to join by, or "" to be given one.
             model: description of a model built before joining (`nn.Plan.describe`); its heads.
+            version: that an earlier process of this worker had pushed a contribution to.
             wait_s: how long to look for a server.
 
         Raises:
@@ -65,11 +71,13 @@ class Session:
         self._progress = (0, 0)
         # A contribution until a version that follows it: its blobs and the message that closes them;
         # whether its receipt is due, and the last heartbeat that was sent before it.
-        self._pushed: tuple[list[tuple[str, Tensor]], wire.Contribution] | None = None
+        self._pushed: tuple[dict[str, Tensor], wire.Contribution] | None = None
         self._unanswered = False
         self._pushed_after = self._number = 0
         # When this worker last said Hello to a server that was started anew; None: it is welcome.
         self._asked_s: float | None = None
+        # The last heartbeat before merged factors were asked for, until they come.
+        self._recalled_after: int | None = None
         # The last heartbeat before an update was asked for: what answers it or an earlier one is older.
         self._asked_after = -1
         self._assembly: wire.Assembly | None = None
@@ -82,6 +90,7 @@ class Session:
             session=secrets.token_hex(8),
             model=dict(model or {}),
             heads=heads,
+            version=version,
         )
         try:
             self._join(wire.encode(self._hello), wait_s)
@@ -108,22 +117,26 @@ class Session:
         self._progress = (version, local_step)
 
     def push(
-        self, version: int, blobs: Iterable[tuple[str, Tensor]], close: Callable[[int], wire.Contribution]
+        self,
+        version: int,
+        blobs: Iterable[tuple[str, Tensor]],
+        close: Callable[[int, dict[str, Tensor]], wire.Contribution],
     ) -> None:
         """Send a contribution, in parts as they are made; `next_step` sends it again if it was lost.
 
         Args:
-            version: on which it was trained. close: makes its message, given the number of parts.
+            version: on which it was trained. close: makes its message, given the number of parts and
+                all blobs; nothing counts as sent before it returns.
         """
-        kept: list[tuple[str, Tensor]] = []
+        kept: dict[str, Tensor] = {}
 
         def keeping() -> Iterator[tuple[str, Tensor]]:
-            for named in blobs:
-                kept.append(named)
-                yield named
+            for name, blob in blobs:
+                kept[name] = blob
+                yield name, blob
 
         num_parts = self._send_parts(keeping(), version)
-        self._pushed = kept, close(num_parts)
+        self._pushed = kept, close(num_parts, kept)
         self._close_parts()
 
     def _send_parts(self, blobs: Iterable[tuple[str, Tensor]], version: int) -> int:
@@ -141,7 +154,10 @@ class Session:
     def _close_parts(self) -> None:
         """Send the message of the contribution whose parts were sent, and expect its receipt."""
         assert self._pushed is not None
-        contribution = msgspec.structs.replace(self._pushed[1], generation=self.welcome.generation)
+        welcome = self.welcome
+        contribution = msgspec.structs.replace(
+            self._pushed[1], generation=welcome.generation, incarnation=welcome.incarnation
+        )
         with self._beating:  # so that no heartbeat is numbered later than this and sent earlier
             self._pushed_after, self._unanswered = self._number, True
             self._endpoint.send(wire.encode(contribution))
@@ -149,17 +165,24 @@ class Session:
     def _push_again(self) -> None:
         assert self._pushed is not None
         blobs, contribution = self._pushed
-        self._send_parts(blobs, contribution.version)
+        self._send_parts(blobs.items(), contribution.version)
         self._close_parts()
 
-    def next_step(self) -> tuple[wire.Begin | wire.Update, dict[str, Tensor]]:
-        """Wait until a round opens or a version is published.
+    def recall(self) -> None:
+        """Ask for what the server has merged of this worker; `next_step` returns the answer."""
+        with self._beating:
+            self._recalled_after = self._number
+            self._endpoint.send(wire.encode(self._named(wire.Recall)))
+
+    def next_step(self) -> tuple[Step, dict[str, Tensor]]:
+        """Wait until a round opens, a version is published, a contribution is refused, or what was
+        recalled comes.
 
         Returns:
-            The message, and the named bytes of an update.
+            The message, and the named bytes of an update or of factors.
 
         Raises:
-            RefusedError: the server found a contribution wrong, or fenced this worker.
+            RefusedError: the server fenced this worker.
             RunEnded: the server went, or is not heard any more.
         """
         heard_s, begin = time.monotonic(), None
@@ -195,7 +218,16 @@ class Session:
                 case wire.Receipt() if not self._pushed or message.version != self._pushed[1].version:
                     pass  # of a contribution before that one
                 case wire.Receipt(status="refused"):
-                    raise RefusedError(message.reason, "start the worker again")
+                    self._pushed, self._unanswered = None, False
+                    return message, {}
+                case wire.Factors() if self._recalled_after is not None:
+                    if (factors := self._closed(message)) is not None:
+                        self._recalled_after = None
+                        return message, factors
+                    self.recall()
+                case wire.Pulse() if self._recalled_after is not None:
+                    if message.number > self._recalled_after:
+                        self.recall()
                 case wire.Receipt():
                     self._unanswered = False
                 case wire.Pulse() if self._unanswered and message.number > self._pushed_after:
@@ -212,8 +244,8 @@ class Session:
         if self._assembly is not None:
             self._assembly.add(part, frames, entries)
 
-    def _closed(self, update: wire.Update) -> dict[str, Tensor] | None:
-        """All parts of an update, or None where some were lost."""
+    def _closed(self, update: wire.Update | wire.Factors) -> dict[str, Tensor] | None:
+        """All parts of an update or of factors, or None where some were lost."""
         assembly, self._assembly = self._assembly, None
         if assembly is None or assembly.version != update.version:
             assembly = wire.Assembly(update.version)
@@ -259,6 +291,7 @@ class Session:
                     self._take(message, frames, entries)
                 case wire.Update(since=None) if is_welcome and (base := self._closed(message)) is not None:
                     self.base, self.base_digest = base, message.base_digest
+                    self.merged = frozenset(message.merged)
                     self._progress = (message.version, 0)
                     return
         raise ConnectError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lte import lowrank, quantize, schedule
 from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Optimizer, Recipe
-from lte.errors import DigestError, DivergedError, WireError
+from lte.errors import ConfigError, DigestError, DivergedError, WireError
 from lte.nn import Adapted, adapted_modules, dense_parameters, draw_A, draw_heads, parameter_groups
 from lte.quantize import Quantized
 
@@ -244,6 +245,11 @@ class Trainer:
             DigestError: the update does not lead to its digest; nothing was changed.
         """
         bases, published = self._staged(blobs, base_digest, whole=whole)
+        self._take(bases, published, version, merged)
+
+    def _take(
+        self, bases: Mapping[str, Quantized], published: dict[str, Tensor], version: int, merged: bool
+    ) -> None:
         for name, parameter in self.dense.items():
             # d <- d_new + (d - d_old - own merged part)
             ahead = parameter - self._published[name].to(parameter.device)
@@ -259,6 +265,43 @@ class Trainer:
         if merged:
             self._settle_heads()
         self._sent, self._sent_with = {}, {}
+
+    def factor_shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of the factor `MODULE/A` or `MODULE/B` of this model; None of any other name."""
+        module = self.modules.get(name[: -len(A)])
+        if module is None:
+            return None
+        return {A: tuple(module.lora_A.shape), B: tuple(module.lora_B.shape)}.get(name[-len(A) :])
+
+    @torch.no_grad()
+    def adopt(self, merged: Mapping[str, Tensor]) -> None:
+        """Start the heads over from what the server has merged of this worker: nothing of them is owed
+        then. Their moments are cleared.
+
+        Args:
+            merged: the factors that the server remembers, fp32, by `MODULE/A` and `MODULE/B`; empty
+                where it remembers none.
+        """
+        seed = self.recipe.run.seed
+        draw_heads(self.model, self.recipe.lora, seed=seed, first_head=self.first_head, draw=self.draw)
+        self._known_A, self._has_merged = {}, False
+        self._sent, self._sent_with, self._lost_ahead = {}, {}, (0.0, 0.0)
+        for name, module in self.modules.items():
+            for parameter in (module.lora_A, module.lora_B):
+                self.optimizer.state.pop(parameter, None)
+            if (known_A := merged.get(name + A)) is None:
+                continue
+            known_B = merged.get(name + B)
+            module.lora_A.copy_(known_A)
+            if known_B is None:
+                self._known_A[name] = known_A
+                continue
+            assert module.merged_A is not None and module.merged_B is not None
+            module.merged_A.copy_(known_A)
+            module.merged_B.copy_(known_B)
+            module.lora_B.copy_(known_B)
+            self._has_merged = True
+        self.round, self.local_step = self.version, 0
 
     def _settle_heads(self) -> None:
         """The heads' contribution is in the base now: take it out of them, by the merge mode."""
@@ -340,6 +383,87 @@ class Trainer:
         first[head].copy_(moved)
         if second is not None:
             second[head].copy_(moved_squares)
+
+    # State
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that this worker alone knows when it has encoded a contribution: tensors and numbers.
+
+        Raises:
+            ConfigError: the optimizer keeps what is neither.
+        """
+        numbers: dict[str, Any] = {
+            "version": self.version,
+            "local_step": self.local_step,
+            "draw": self.draw,
+            "lost": self.lost,
+            "lost_ahead": list(self._lost_ahead),
+            "has_merged": self._has_merged,
+            "optimizer": {},
+        }
+        tensors = {f"parameter/{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        groups = {"published": self._published, "sent": self._sent, "known": self._known_A}
+        groups["sent_with"] = self._sent_with
+        for group, some in groups.items():
+            tensors |= {f"{group}/{name}": tensor for name, tensor in some.items()}
+        for name, module in self.modules.items():
+            if module.merged_A is not None and module.merged_B is not None:
+                tensors |= {f"merged/{name}{A}": module.merged_A, f"merged/{name}{B}": module.merged_B}
+        for index, held in self.optimizer.state_dict()["state"].items():
+            for key, value in held.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{index}/{key}"] = value
+                elif value is None or isinstance(value, bool | int | float):
+                    numbers["optimizer"][f"{index}/{key}"] = value
+                else:
+                    kind = f"{type(value).__name__} ({key})"
+                    raise ConfigError([f"the optimizer keeps a {kind}, which cannot be saved: no worker.dir"])
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        return tensors, numbers
+
+    @torch.no_grad()
+    def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], *, merged: bool) -> None:
+        """Go on from the `state` of an earlier process, with the base at hand, which may be newer.
+
+        Args:
+            merged: whether the contribution that the state was saved with is in the base at hand.
+
+        Raises:
+            KeyError: it is not a state of this model.
+        """
+        published, version = self._published, self.version
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[f"parameter/{name}"])
+
+        def group(kind: str) -> dict[str, Tensor]:
+            return {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
+
+        held_published = group("published")
+        self._published = {name: held_published[name] for name in self.dense}  # in the order of digests
+        self._sent, self._sent_with, self._known_A = group("sent"), group("sent_with"), group("known")
+        for name, module in self.modules.items():
+            if module.merged_A is not None and module.merged_B is not None:
+                module.merged_A.copy_(tensors[f"merged/{name}{A}"])
+                module.merged_B.copy_(tensors[f"merged/{name}{B}"])
+        held: dict[int, dict[str, Any]] = {}
+        for path, value in (group("optimizer") | numbers["optimizer"]).items():
+            index, _, key = path.partition("/")
+            held.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict(
+            {"state": held, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+        torch.set_rng_state(tensors["rng/cpu"])
+        if "rng/cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+        self.version = self.round = int(numbers["version"])
+        self.local_step, self.draw = int(numbers["local_step"]), int(numbers["draw"])
+        self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
+        self._lost_ahead = (float(numbers["lost_ahead"][0]), float(numbers["lost_ahead"][1]))
+        if version > self.version:
+            self._take({}, published, version, merged)
 
     # The base
 

@@ -73,11 +73,11 @@ def _serve(settings: Mapping[str, Any], faults: Sequence[Fault], log: Path) -> N
         raise SystemExit(0 if server.serve() else 3)
 
 
-def _work(address: str, worker_id: str, faults: Sequence[Fault], log: Path) -> None:
+def _work(address: str, worker_id: str, folder: Path, faults: Sequence[Fault], log: Path) -> None:
     _begin(faults, log)
     from lte import language
 
-    language.work(address, worker_id=worker_id, wait_s=ENDS_WITHIN_S)
+    language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S)
 
 
 def _begin(faults: Iterable[Fault], log: Path) -> None:
@@ -109,7 +109,12 @@ class Cluster:
         return self._start(_serve, self.settings | own | settings, faults, self.folder / "server.log")
 
     def work(self, worker_id: str, *faults: Fault) -> BaseProcess:
-        return self._start(_work, self.address, worker_id, faults, self.folder / f"{worker_id}.log")
+        log = self.folder / f"{worker_id}.log"
+        return self._start(_work, self.address, worker_id, self.state_of(worker_id), faults, log)
+
+    def state_of(self, worker_id: str) -> Path:
+        """Where a worker keeps its state."""
+        return self.folder / "workers" / worker_id
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> BaseProcess:
         process = CONTEXT.Process(target=target, args=arguments)

@@ -1,0 +1,53 @@
+"""A worker is killed at every point of a round and started again: its contributions are those that it
+would have made, and each counts once."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+
+import pytest
+from cluster import Cluster, Fault, audit
+from conftest import ROUNDS
+
+PUSHES = "lte.worker.session:Session"
+KILLED = {
+    "in its first steps": Fault("lte.worker.trainer:Trainer.step", call=1),
+    "between two steps": Fault("lte.worker.trainer:Trainer.step", call=5, after=True),
+    "before it encodes": Fault(f"{PUSHES}.push", call=3),
+    "between two parts": Fault(f"{PUSHES}._send_parts", call=3, after=True),
+    "before its state is saved": Fault("lte.worker.state:save", call=3),
+    "while its state is saved": Fault("lte.durable:name", call=3),
+    "when its state is saved": Fault("lte.worker.state:save", call=3, after=True),
+    "before the push is complete": Fault(f"{PUSHES}._close_parts", call=3),
+    "when it has pushed": Fault(f"{PUSHES}.push", call=3, after=True),
+    "before it applies the update": Fault("lte.worker.trainer:Trainer.apply", call=3),
+    "when it has applied the update": Fault("lte.worker.trainer:Trainer.apply", call=3, after=True),
+}
+
+
+@pytest.mark.parametrize("fault", KILLED.values(), ids=KILLED.keys())
+def test_a_killed_worker_goes_on_bit_for_bit(cluster: Cluster, undisturbed: str, fault: Fault) -> None:
+    server = cluster.serve()
+    other = cluster.work("a")
+    cluster.ended(cluster.work("b", fault), -signal.SIGKILL)
+    again = cluster.work("b")
+    for process in (server, other, again):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    audit(cluster.run, ROUNDS, {"a", "b"})
+    assert cluster.events("refused") == []
+
+
+def test_a_worker_that_lost_its_disk_goes_on_from_what_was_merged_of_it(cluster: Cluster) -> None:
+    server = cluster.serve()
+    other = cluster.work("a")
+    cluster.ended(cluster.work("b", Fault(f"{PUSHES}.push", call=3, after=True)), -signal.SIGKILL)
+    shutil.rmtree(cluster.state_of("b"))
+    again = cluster.work("b")
+    for process in (server, other, again):
+        cluster.ended(process, 0)
+    audit(cluster.run, ROUNDS, {"a", "b"})
+    assert cluster.events("recalled")
+    merged = [line["num_merged"] for line in cluster.lines("round")]
+    assert merged == [2] * ROUNDS, "it took part in every round, with the heads of before or new ones"
