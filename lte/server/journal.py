@@ -130,16 +130,17 @@ class Journal:
         path = self.folder / f"{self.generation:08d}-{self._number:06d}-{version:08d}{_ENDING}"
         opened = Opened(generation=self.generation, version=version, settings=settings, follows=follows or {})
         body = _ENCODER.encode(opened)
+        if self._file is not None:
+            self.sync()
+        file = path.open("xb", buffering=0)
         try:
-            if self._file is not None:
-                self.sync()
-            file = path.open("xb", buffering=0)
             if file.write(_header(body) + body) < _HEADER_BYTES + len(body):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
             sync(self.folder)
         except OSError:
-            path.unlink(missing_ok=True)
+            file.close()
+            path.unlink()
             raise
         self.close()
         self._file, self._size, self._number = file, _HEADER_BYTES + len(body), self._number + 1
