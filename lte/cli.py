@@ -173,6 +173,11 @@ def _add_server(commands: argparse._SubParsersAction[_Parser]) -> None:
         "Ctrl-C saves and ends; the same command goes on from there. Settings: lte train --help",
     )
     _add_recipe(command)
+    command.add_argument(
+        "--take-over",
+        action="store_true",
+        help="claim run.dir from a server that hangs or is cut off; it is fenced, and ends when it wakes",
+    )
     command.add_argument("--announce", type=int, metavar="FD", help=argparse.SUPPRESS)
     command.set_defaults(run=_server)
 
@@ -187,7 +192,7 @@ def _server(arguments: argparse.Namespace) -> int:
             os.write(arguments.announce, f"{address}\n".encode())
             os.close(arguments.announce)
 
-    with language.make_server(recipe, announce=announce) as server:
+    with language.make_server(recipe, announce=announce, take_over=arguments.take_over) as server:
         server.stop_on_signals()
         finished = server.serve()
     _conclude(recipe, finished)

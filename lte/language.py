@@ -28,7 +28,11 @@ EVAL_BATCH = 32
 
 
 def make_server(
-    recipe: Recipe, *, display: bool = True, announce: Callable[[str], None] | None = None
+    recipe: Recipe,
+    *,
+    display: bool = True,
+    announce: Callable[[str], None] | None = None,
+    take_over: bool = False,
 ) -> Server:
     """A server that trains the recipe's model; see `lte.Server`.
 
@@ -42,6 +46,7 @@ def make_server(
         evaluate=evaluator(recipe),
         display=display,
         announce=announce,
+        take_over=take_over,
     )
 
 

@@ -69,7 +69,8 @@ class Hello(Message, frozen=True, kw_only=True):
     `session` is random, one a process: the same session again is a repeated question, not a new
     worker. `model` describes the worker's model (see `nn.Plan.describe`) and `heads` counts its
     heads; empty and 0 when the worker will build the model of the recipe that it is welcomed with.
-    `version` and `base_digest` are of the base that it holds, where it was welcomed before; else 0 and ''.
+    `incarnation`, `version` and `base_digest` are its own and of the base that it holds, where it was
+    welcomed before; else 0 and ''.
     """
 
     schema: str
@@ -77,6 +78,7 @@ class Hello(Message, frozen=True, kw_only=True):
     session: str
     model: dict[str, str]
     heads: Whole
+    incarnation: Whole = 0
     version: Whole = 0
     base_digest: str = ""
 
@@ -101,9 +103,9 @@ class Welcome(Message, frozen=True, kw_only=True):
     merged_digest: str
 
 
-class Restarted(Message, frozen=True, kw_only=True):
-    """A message named an earlier generation of the server, which was started anew since: say Hello
-    again, with the same session."""
+class HelloAgain(Message, frozen=True, kw_only=True):
+    """To a worker that the server knows no more, because it was started anew since, as `generation`,
+    or has not heard of it for too long: say Hello again, with the same session."""
 
     generation: Whole
 
@@ -255,7 +257,7 @@ class Farewell(Message, frozen=True, kw_only=True):
 AnyMessage = (
     Hello
     | Welcome
-    | Restarted
+    | HelloAgain
     | Refusal
     | Begin
     | Part

@@ -16,6 +16,7 @@ from lte.server.rounds import (
     Action,
     Admit,
     Answer,
+    Ask,
     Contributed,
     Event,
     Fence,
@@ -32,6 +33,7 @@ from lte.server.rounds import (
     State,
     Ticked,
     next_deadline,
+    resumed,
     step,
 )
 
@@ -173,6 +175,45 @@ def test_a_late_hello_of_a_replaced_process_does_not_fence_the_new_one() -> None
     assert trace.join("a") == (Fence("a", "a was replaced by a newer process"),)
     assert trace.heard("a") == ()
     assert trace.happen(Joined("a", "newer still", 1))[1].member.incarnation == 4
+
+
+def test_who_was_silent_for_too_long_comes_back_in_its_place() -> None:
+    trace = Trace.opened("a", "b", silence_s=10)
+    trace.heard("b", at=9)
+    trace.tick(10)
+    assert "a" not in trace.state.members
+    assert trace.heard("a") == (Ask("a"),)
+    (admit,) = trace.join("a")
+    assert (admit.member.slot, admit.member.incarnation) == (0, 1), "it is the same process"
+
+
+def test_who_was_silent_and_replaced_is_fenced() -> None:
+    """By its session, and after a restart of the server, which forgets these, by its incarnation."""
+    trace = Trace.opened("a", "b", silence_s=10)
+    trace.heard("b", at=9)
+    trace.tick(10)
+    old = trace.incarnations["a"]
+    trace.join("a", session="new")
+    assert (
+        trace.happen(Heard("a", old)) == trace.join("a") == (Fence("a", "a was replaced by a newer process"),)
+    )
+    trace.state = replace(trace.state, fenced=frozenset())
+    assert kinds(trace.happen(Joined("a", "session of a", 1, incarnation=1))) == [Fence]
+    assert kinds(trace.happen(Joined("a", "new", 1, incarnation=3)))[0] is Admit
+
+
+def test_a_server_that_was_started_anew_waits_for_those_who_were_there() -> None:
+    trace = Trace.opened("a", "b")
+    members = trace.state.members
+    trace.state = resumed(State(rules=rules(workers=2), version=3, members=members, known=members), 50.0)
+    assert kinds(trace.join("a", at=50)) == [Admit, Open]
+    assert kinds(trace.join("b", at=51)) == [Admit, Open]
+    assert trace.contribute("a", version=3) == (Keep("a"),)
+    assert trace.contribute("b", version=3)[-1] == Merge(("a", "b"), 0)
+    finished = State(rules=rules(rounds=3), version=3, members=members)
+    assert resumed(finished, 0.0).phase == "finished"
+    first = State(rules=rules(workers=3), version=0, members=members)
+    assert resumed(first, 0.0).phase == "starting", "others are still to come before the first round"
 
 
 def test_a_stranger_is_fenced() -> None:
@@ -478,17 +519,25 @@ class AnyTrace(RuleBasedStateMachine):
             self.note(action, event)
         return actions
 
+    def lives(self, member: Member) -> bool:
+        """Whether this process is among the members; one that was silent may be again."""
+        alive = self.alive.get(member.worker_id)
+        return alive is not None and alive.incarnation == member.incarnation
+
     def note(self, action: Action, event: Event) -> None:
         match action:
             case Admit(member, again=True):
                 assert replace(member, heard_s=0.0) == replace(self.alive[member.worker_id], heard_s=0.0)
             case Admit(member):
                 assert member.worker_id not in self.alive
-                assert member.incarnation > max((m.incarnation for m in self.known), default=0)
+                before = {m.session: m.incarnation for m in self.known}
+                if member.session in before:  # it was silent, or left
+                    assert member.incarnation == before[member.session]
+                else:
+                    assert member.incarnation > max(before.values(), default=0)
                 taken = {m.slot for m in self.alive.values()}
                 free = next(slot for slot in count() if slot not in taken)
-                asked_for = isinstance(event, Joined) and event.worker_id
-                own = next((m.slot for m in reversed(self.known) if m.worker_id == asked_for), free)
+                own = next((m.slot for m in reversed(self.known) if m.worker_id == member.worker_id), free)
                 assert member.slot == (free if own in taken else own)
                 self.known.append(member)
                 self.alive[member.worker_id] = member
@@ -548,14 +597,15 @@ class AnyTrace(RuleBasedStateMachine):
     @rule(data=st.data())
     def someone_asks_again(self, data: st.DataObject) -> None:
         member = data.draw(st.sampled_from(self.known))
-        is_alive = self.alive.get(member.worker_id) == member
+        is_alive = self.lives(member)
         if not is_alive and member.worker_id in self.alive:
             return  # a Hello of a process whose place another took: see `someone_comes`
         actions = self.happen(Joined(member.worker_id, member.session, member.heads))
         if is_alive:
             (admit,) = (action for action in actions if isinstance(action, Admit))
             assert admit.again
-            assert (admit.member.incarnation, admit.member.slot) == (member.incarnation, member.slot)
+            alive = self.alive[member.worker_id]
+            assert (admit.member.incarnation, admit.member.slot) == (member.incarnation, alive.slot)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), lag=st.sampled_from([0, 0, 0, 1, -1]))
@@ -564,7 +614,7 @@ class AnyTrace(RuleBasedStateMachine):
         member = data.draw(st.sampled_from(alive) if alive and lag == 0 else st.sampled_from(self.known))
         version, phase = self.state.version - lag, self.state.phase
         should_be_kept = (
-            self.alive.get(member.worker_id) == member
+            self.lives(member)
             and lag == 0
             and phase == "collecting"
             and member.worker_id in self.called
@@ -577,12 +627,16 @@ class AnyTrace(RuleBasedStateMachine):
     @rule(data=st.data(), leaves=st.booleans())
     def someone_is_heard(self, data: st.DataObject, leaves: bool) -> None:
         member = data.draw(st.sampled_from(self.known))
-        is_alive = self.alive.get(member.worker_id) == member
+        is_alive = self.lives(member)
         if leaves:
             actions = self.happen(Left(member.worker_id, member.incarnation, "bye"))
             assert (Forget in kinds(actions)) == is_alive
         else:
-            assert (Fence in kinds(self.happen(Heard(member.worker_id, member.incarnation)))) != is_alive
+            told = kinds(self.happen(Heard(member.worker_id, member.incarnation)))
+            newest = max(m.incarnation for m in self.known if m.worker_id == member.worker_id)
+            is_gone = member.worker_id not in self.alive and member.incarnation == newest
+            assert (Ask in told) == is_gone
+            assert (Fence in told) == (not is_alive and not is_gone)
 
     @rule(passed_s=st.sampled_from([0.0, 0.1, 1.0, 3.0, 6.9, 7.0, 100.0]))
     def time_passes(self, passed_s: float) -> None:

@@ -243,10 +243,11 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
     session.push(0, [("x", torch.ones(3, dtype=torch.uint8))], lambda parts, blobs: CONTRIBUTION)
     thread, heard = in_thread(session, script)
     script.hear(wire.Contribution)
-    script.say(peer, wire.Restarted(generation=3))
+    script.say(peer, wire.HelloAgain(generation=3))
     for _ in range(lost + 1):
         _, hello = script.hear(wire.Hello)
-    assert (hello.worker_id, hello.version, hello.base_digest) == ("w0", 0, UPDATE.base_digest)
+    assert (hello.worker_id, hello.incarnation) == ("w0", 1)
+    assert (hello.version, hello.base_digest) == (0, UPDATE.base_digest)
     script.say(peer, msgspec.structs.replace(script.welcome, generation=3, holds=True))
     assert script.hear(wire.Part)[1].generation == 3
     assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, generation=3)
@@ -262,8 +263,8 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
 @pytest.mark.parametrize(
     ("fields", "error", "says"),
     [
-        ({"incarnation": 2}, RefusedError, "does not know it"),
-        ({"slot": 1}, RefusedError, "does not know it"),
+        ({"run_id": "another"}, RefusedError, "another has taken its place"),
+        ({"slot": 1}, RefusedError, "another has taken its place"),
         ({"settings": {}}, RunEnded, "other settings"),
         ({"holds": False}, RunEnded, "this worker's 0 is none of its own"),
     ],
@@ -275,7 +276,7 @@ def test_a_server_that_cannot_go_on_with_a_worker_is_left(
     peer = script.join()
     assert script.session is not None
     thread, _ = in_thread(script.session, script)
-    script.say(peer, wire.Restarted(generation=2))
+    script.say(peer, wire.HelloAgain(generation=2))
     script.hear(wire.Hello)
     script.say(peer, msgspec.structs.replace(script.welcome, generation=2, **{"holds": True} | fields))
     thread.join(20)

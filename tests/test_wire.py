@@ -30,7 +30,7 @@ MESSAGES: list[wire.AnyMessage] = [
         settings={"train": {"rounds": 5, "lr": 1e-300}, "modules": ["*"], "none": None, "text": "Ω\x00\n"},
         model={"a.weight": "dense 3x4"},
     ),
-    wire.Restarted(generation=2),
+    wire.HelloAgain(generation=2),
     wire.Refusal(generation=1, reason="no", cure="yes"),
     wire.Begin(generation=1, version=0),
     wire.Part(generation=1, worker_id="w0", incarnation=2, version=3, index=1),

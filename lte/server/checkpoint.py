@@ -30,8 +30,8 @@ class Progress:
     Attributes:
         version: merges done. tokens: trained on.
         master_digest: of the fp32 master's bits. base_digest: of what was published.
-        members: the workers of then; see `journal.Admitted`. places: worker_id -> slot, of all that
-            ever were. next_incarnation: to be handed out.
+        members: the workers of then. known: all that ever were, as they were last.
+            next_incarnation: to be handed out.
         merged_in: worker_id -> the version that its last merged contribution is in, and of which
             incarnation that was.
     """
@@ -41,7 +41,7 @@ class Progress:
     master_digest: str
     base_digest: str
     members: tuple[Admitted, ...] = ()
-    places: dict[str, int] = field(default_factory=dict)
+    known: tuple[Admitted, ...] = ()
     next_incarnation: int = 1
     merged_in: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -141,8 +141,11 @@ def newest(run_folder: Path) -> Path:
     return found[-1]
 
 
-def lock(folder: Path) -> IO[str]:
+def lock(folder: Path, *, take_over: bool = False) -> IO[str]:
     """Claim a run folder for this process, until the returned file is closed.
+
+    Args:
+        take_over: also from a process that has it: its generation fences it then.
 
     Raises:
         RunError: another process has it, or nothing can be written there.
@@ -157,8 +160,13 @@ def lock(folder: Path) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if take_over:
+            return handle
         handle.close()
-        raise RunError(f"{folder}: in use by another server; choose another run.dir") from None
+        raise RunError(
+            f"{folder}: in use by another server; choose another run.dir, or take it over from one that"
+            " hangs (lte server --take-over)"
+        ) from None
     return handle
 
 

@@ -95,12 +95,13 @@ class _Replay:
             case journal.Opened():
                 self._master.recipe = config.from_dict(record.settings)
             case journal.Admitted():
-                members = {member.incarnation: member for member in progress.members}
-                members[record.incarnation] = record
+                members = {member.worker_id: member for member in progress.members}
+                known = {member.worker_id: member for member in progress.known}
+                members[record.worker_id] = known[record.worker_id] = record
                 self._found.progress = replace(
                     progress,
                     members=tuple(members.values()),
-                    places=progress.places | {record.worker_id: record.slot},
+                    known=tuple(known.values()),
                     next_incarnation=max(progress.next_incarnation, record.incarnation + 1),
                 )
             case journal.Gone():

@@ -50,8 +50,8 @@ class State:
 
     Attributes:
         version: the published version, on which the open round trains.
-        members: by worker_id. next_incarnation: rises with each worker welcomed. places: slots by
-            worker_id, of all that ever were: who comes back gets its own data and heads.
+        members: by worker_id. next_incarnation: rises with each worker welcomed. known: all that ever
+            were, as they were last: who comes back gets its own slot, with the data and heads of it.
         fenced: sessions of processes that newer ones replaced. A Hello of theirs may still be under
             way; it must not fence the newer one in turn.
         expected: workers of the open round; held: those of them whose contribution is kept.
@@ -62,7 +62,7 @@ class State:
     version: int
     phase: Literal["starting", "collecting", "merging", "finished"] = "starting"
     members: Mapping[str, Member] = field(default_factory=dict)
-    places: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, Member] = field(default_factory=dict)
     next_incarnation: int = 1
     fenced: frozenset[str] = frozenset()
     expected: frozenset[str] = frozenset()
@@ -85,11 +85,13 @@ def resumed(state: State, now_s: float) -> State:
 
 @dataclass(frozen=True)
 class Joined:
-    """A Hello that the service found nothing wrong with; an empty worker_id asks for one."""
+    """A Hello that the service found nothing wrong with; an empty worker_id asks for one. `incarnation`
+    is that of a process that was welcomed before, else 0."""
 
     worker_id: str
     session: str
     heads: int
+    incarnation: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,13 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """Tell the sender of the last message, which is known and no member any more, to say Hello again."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True)
 class Merge:
     """Merge the held contributions of these workers, in this order.
 
@@ -191,7 +200,7 @@ class Forget:
     reason: str
 
 
-Action = Admit | Open | Keep | Answer | Fence | Merge | Forget
+Action = Admit | Open | Keep | Answer | Fence | Ask | Merge | Forget
 
 
 def step(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action, ...]]:
@@ -236,7 +245,9 @@ def next_deadline(state: State) -> float | None:
 
 
 def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Action, ...]]:
-    if event.session in state.fenced:
+    last = state.known.get(event.worker_id)
+    is_older = event.incarnation and last is not None and event.incarnation < last.incarnation
+    if event.session in state.fenced or is_older:
         return state, (Fence(event.worker_id, f"{event.worker_id or 'it'} was replaced by a newer process"),)
     known = state.members.get(event.worker_id) or next(
         (m for m in state.members.values() if m.session == event.session), None
@@ -251,23 +262,26 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
     if known is not None:  # the same worker in a new process: the old one is fenced
         is_awaited = known.worker_id in state.expected - state.held
         state, actions = _remove(state, known.worker_id, "replaced by a new process")
-        state = replace(state, fenced=state.fenced | {known.session})
     taken = {member.slot for member in state.members.values()}
     free = next(slot for slot in range(len(taken) + 1) if slot not in taken)
-    place = state.places.get(event.worker_id, free)
-    slot = free if place in taken else place
+    worker_id = event.worker_id or _free_id(state, free)
+    last = state.known.get(worker_id)
+    slot = free if last is None or last.slot in taken else last.slot
+    if last is not None and last.session != event.session:
+        state = replace(state, fenced=state.fenced | {last.session})
+    is_back = last is not None and last.session == event.session  # after a silence
     member = Member(
-        worker_id=event.worker_id or _free_id(state, slot),
+        worker_id=worker_id,
         session=event.session,
-        incarnation=state.next_incarnation,
+        incarnation=last.incarnation if last is not None and is_back else state.next_incarnation,
         slot=slot,
         heads=event.heads,
         heard_s=now_s,
     )
     state = replace(
         _with_member(state, member),
-        places={**state.places, member.worker_id: slot},
-        next_incarnation=state.next_incarnation + 1,
+        known={**state.known, member.worker_id: member},
+        next_incarnation=state.next_incarnation + (not is_back),
     )
     actions = (*actions, Admit(member))
     if is_awaited and state.expected:  # the round still waits for this worker; without others it opens anew
@@ -296,8 +310,11 @@ def _contributed(state: State, event: Contributed, now_s: float) -> tuple[State,
 
 def _heard(state: State, worker_id: str, incarnation: int, now_s: float) -> tuple[State, tuple[Action, ...]]:
     member = state.members.get(worker_id)
-    if member is None:
-        return state, (Fence(worker_id, f"{worker_id} is not among the workers (silent for too long?)"),)
+    last = state.known.get(worker_id)
+    if member is None and (last is None or last.incarnation != incarnation):
+        return state, (Fence(worker_id, f"{worker_id} is not among the workers"),)
+    if member is None:  # it was silent for too long
+        return state, (Ask(worker_id),)
     if member.incarnation != incarnation:
         return state, (Fence(worker_id, f"{worker_id} was replaced by a newer process"),)
     return _with_member(state, replace(member, heard_s=now_s)), ()

@@ -63,6 +63,7 @@ class Server:
         evaluate: Evaluate | None = None,
         display: bool = True,
         announce: Callable[[str], None] | None = None,
+        take_over: bool = False,
     ) -> None:
         """Bind and prepare.
 
@@ -71,6 +72,8 @@ class Server:
             evaluate: measures the published and the master weights on validation data.
             display: show progress on standard output.
             announce: called with the address as soon as workers may connect to it.
+            take_over: claim the run folder although another server has it, which is fenced: it can
+                neither write nor move a worker any more.
 
         Raises:
             ConnectError: the address cannot be bound. RunError: the run folder is in use, holds
@@ -88,7 +91,7 @@ class Server:
             )
             self._resources.callback(self._endpoint.close)
             self.address = self._endpoint.address
-            self._resources.enter_context(_claim(self.folder, recipe))
+            self._resources.enter_context(_claim(self.folder, recipe, take_over))
             if announce:
                 announce(self.address)
             torch.set_num_threads(1)  # the master shares layers out among threads of its own
@@ -154,23 +157,13 @@ class Server:
         self._base_digest, self._master_digest = self.master.base_digest(), self.master.master_digest()
         # worker_id -> the version that its last merged contribution is in, and which incarnation's it was.
         self._merged_in = dict(progress.merged_in)
-        members = {
-            member.worker_id: rounds.Member(
-                worker_id=member.worker_id,
-                session=member.session,
-                incarnation=member.incarnation,
-                slot=member.slot,
-                heads=member.heads,
-                heard_s=self._now_s(),
-            )
-            for member in progress.members
-        }
+        members = {member.worker_id: _member(member, self._now_s()) for member in progress.members}
         self._state = rounds.resumed(
             rounds.State(
                 rules=_rules(recipe),
                 version=progress.version,
                 members=members,
-                places=progress.places,
+                known={member.worker_id: _member(member, self._now_s()) for member in progress.known},
                 next_incarnation=progress.next_incarnation,
             ),
             self._now_s(),
@@ -280,7 +273,9 @@ class Server:
             case wire.Heartbeat():
                 # Of an earlier generation, too: incarnations are never handed out twice.
                 self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
-                if not self._is_stale(peer, message.generation):
+                if self._is_member(message.worker_id, message.incarnation) and not self._is_stale(
+                    peer, message.generation
+                ):
                     self._follow(peer, message.worker_id, message.incarnation)
                     self._pulse(peer, message.number)
                     if message.version == self.version and message.local_step == 0:
@@ -335,7 +330,8 @@ class Server:
             self._send(peer, refusal)
             return
         self._hello = hello
-        joined = rounds.Joined(hello.worker_id, hello.session, self.recipe.lora.heads)
+        heads = self.recipe.lora.heads
+        joined = rounds.Joined(hello.worker_id, hello.session, heads, hello.incarnation)
         self._happened(joined, peer)
 
     def _hear_part(
@@ -415,7 +411,7 @@ class Server:
             return False
         if generation > self.generation:
             self._journal.check_generation()
-        self._send(peer, wire.Restarted(generation=self.generation))
+        self._send(peer, wire.HelloAgain(generation=self.generation))
         return True
 
     def _happened(self, event: rounds.Event, peer: Peer | None = None) -> None:
@@ -457,6 +453,9 @@ class Server:
                 self._event("fenced", f"a process of {worker_id} was fenced: {reason}", worker_id=worker_id)
                 cure = "start the worker again"
                 self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
+            case rounds.Ask(_):
+                assert peer is not None
+                self._send(peer, wire.HelloAgain(generation=self.generation))
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
                 self._staged.pop(member.worker_id, None)
@@ -785,10 +784,13 @@ class Server:
     def _pulse(self, peer: Peer, number: int) -> None:
         self._send(peer, wire.Pulse(generation=self.generation, number=number, version=self.version))
 
+    def _is_member(self, worker_id: str, incarnation: int) -> bool:
+        member = self._state.members.get(worker_id)
+        return member is not None and member.incarnation == incarnation
+
     def _follow(self, peer: Peer, worker_id: str, incarnation: int) -> None:
         """Answer a worker where it was heard last: a broken connection comes back as another peer."""
-        member = self._state.members.get(worker_id)
-        if member is not None and member.incarnation == incarnation:
+        if self._is_member(worker_id, incarnation):
             self._peers[worker_id] = peer
 
     def _remind(self, peer: Peer, worker_id: str) -> None:
@@ -844,7 +846,7 @@ class Server:
             master_digest=self._master_digest,
             base_digest=self._base_digest,
             members=tuple(_admitted(member) for member in self._state.members.values()),
-            places=dict(self._state.places),
+            known=tuple(_admitted(member) for member in self._state.known.values()),
             next_incarnation=self._state.next_incarnation,
             merged_in=dict(self._merged_in),
         )
@@ -879,6 +881,17 @@ class Server:
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, progress, state, keep=self.recipe.server.keep_checkpoints)
         self._journal.prune(checkpoint.version_of(checkpoint.versions(folder)[0]))
+
+
+def _member(admitted: Admitted, now_s: float) -> rounds.Member:
+    return rounds.Member(
+        worker_id=admitted.worker_id,
+        session=admitted.session,
+        incarnation=admitted.incarnation,
+        slot=admitted.slot,
+        heads=admitted.heads,
+        heard_s=now_s,
+    )
 
 
 def _admitted(member: rounds.Member) -> Admitted:
@@ -939,10 +952,10 @@ def _check_settings(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _claim(folder: Path, recipe: Recipe) -> IO[str]:
+def _claim(folder: Path, recipe: Recipe, take_over: bool) -> IO[str]:
     """Lock the run folder and decide, by `run.resume`, what becomes of a run that it holds."""
     resume = recipe.run.resume
-    handle = checkpoint.lock(folder)
+    handle = checkpoint.lock(folder, take_over=take_over)
     try:
         holds_run = bool(checkpoint.versions(folder / "checkpoints"))
         if resume == "must" and not holds_run:

@@ -281,7 +281,8 @@ class Worker:
 
     def _apply(self, update: wire.Update, blobs: dict[str, Tensor]) -> None:
         started_s = time.monotonic()
-        merged = self._pushed and not self._incarnations.isdisjoint(update.merged)
+        own = self._incarnations | {self._session.welcome.incarnation}
+        merged = self._pushed and not own.isdisjoint(update.merged)
         self._trainer.apply(
             update.version, blobs, update.base_digest, merged=merged, whole=update.since is None
         )

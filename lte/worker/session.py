@@ -201,6 +201,9 @@ class Session:
             match message:
                 case wire.Refusal():
                     raise RefusedError(message.reason, message.cure)
+                case wire.HelloAgain():
+                    if self._asked_s is None:
+                        self._say_hello()
                 case wire.Farewell():
                     raise RunEnded(message.reason, finished=message.finished)
                 case wire.Welcome() if self._asked_s is not None:
@@ -302,18 +305,21 @@ class Session:
     def _is_stale(self, message: wire.AnyMessage) -> bool:
         """Whether a message is not of the server that welcomed this worker. A newer one is asked to."""
         generation = getattr(message, "generation", 0)
-        if isinstance(message, wire.Welcome) and generation > self.welcome.generation:
+        if isinstance(message, wire.Welcome) and generation >= self.welcome.generation:
+            return False
+        if isinstance(message, wire.Refusal | wire.HelloAgain) and generation >= self.welcome.generation:
             return False
         if generation > self.welcome.generation and self._asked_s is None:
             self._say_hello()
         return bool(generation != self.welcome.generation)
 
     def _say_hello(self) -> None:
-        """Ask a server that was started anew to go on with this worker."""
+        """Ask a server that knows this worker no more to go on with it."""
         self._asked_s = time.monotonic()
         hello = msgspec.structs.replace(
             self._hello,
             worker_id=self.welcome.worker_id,
+            incarnation=self.welcome.incarnation,
             version=self._progress[0],
             base_digest=self.base_digest,
         )
@@ -321,8 +327,8 @@ class Session:
 
     def _welcome_again(self, welcome: wire.Welcome) -> None:
         mine = self.welcome
-        if (welcome.incarnation, welcome.slot) != (mine.incarnation, mine.slot):
-            raise RefusedError("the server that was started anew does not know it", "start the worker again")
+        if (welcome.run_id, welcome.slot) != (mine.run_id, mine.slot):
+            raise RefusedError("another has taken its place meanwhile", "start the worker again")
         if welcome.settings != mine.settings:
             raise RunEnded("the server was started anew with other settings", finished=False)
         held = self._progress[0]

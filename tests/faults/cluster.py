@@ -11,13 +11,14 @@ import importlib
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lte import config
 from lte.config import Recipe
@@ -28,6 +29,12 @@ from lte.track import METRICS, Records
 ENDS_WITHIN_S = 50.0
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lte.language", "cluster"])
+
+
+class Script(Protocol):
+    """What happens to a process."""
+
+    def install(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -64,23 +71,23 @@ class Fault:
         setattr(owner, name, faulty)
 
 
-def _serve(settings: Mapping[str, Any], faults: Sequence[Fault], log: Path) -> None:
+def _serve(settings: Mapping[str, Any], take_over: bool, faults: Sequence[Script], log: Path) -> None:
     _begin(faults, log)
     from lte import language
 
-    with language.make_server(config.replace(Recipe(), **settings)) as server:
+    with language.make_server(config.replace(Recipe(), **settings), take_over=take_over) as server:
         server.stop_on_signals()
         raise SystemExit(0 if server.serve() else 3)
 
 
-def _work(address: str, worker_id: str, folder: Path, faults: Sequence[Fault], log: Path) -> None:
+def _work(address: str, worker_id: str, folder: Path, faults: Sequence[Script], log: Path) -> None:
     _begin(faults, log)
     from lte import language
 
     language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S)
 
 
-def _begin(faults: Iterable[Fault], log: Path) -> None:
+def _begin(faults: Iterable[Script], log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -104,13 +111,14 @@ class Cluster:
     def address(self) -> str:
         return f"ipc://{self.folder}/socket"
 
-    def serve(self, *faults: Fault, **settings: Any) -> BaseProcess:
+    def serve(self, *faults: Script, take_over: bool = False, **settings: Any) -> BaseProcess:
         own = {"run.dir": str(self.run), "server.address": self.address}
-        return self._start(_serve, self.settings | own | settings, faults, self.folder / "server.log")
+        settings = self.settings | own | {key.replace("__", "."): value for key, value in settings.items()}
+        return self._start(_serve, settings, take_over, faults, self.folder / "server.log")
 
-    def work(self, worker_id: str, *faults: Fault) -> BaseProcess:
+    def work(self, worker_id: str, *faults: Script, address: str = "") -> BaseProcess:
         log = self.folder / f"{worker_id}.log"
-        return self._start(_work, self.address, worker_id, self.state_of(worker_id), faults, log)
+        return self._start(_work, address or self.address, worker_id, self.state_of(worker_id), faults, log)
 
     def state_of(self, worker_id: str) -> Path:
         """Where a worker keeps its state."""
@@ -136,6 +144,13 @@ class Cluster:
         ready = wait([process.sentinel for process in processes], ENDS_WITHIN_S)
         assert ready, f"none ended:\n{self.logs()}"
         return next(process for process in processes if process.sentinel in ready)
+
+    def until(self, holds: Callable[[], object], what: str) -> None:
+        """Wait for a fact about files, as long as somebody runs who may bring it about."""
+        deadline_s = time.monotonic() + ENDS_WITHIN_S
+        while not holds():
+            assert time.monotonic() < deadline_s, f"no {what}:\n{self.logs()}"
+            wait([process.sentinel for process in self.processes if process.is_alive()], 0.02)
 
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("*.log")))

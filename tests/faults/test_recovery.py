@@ -68,7 +68,8 @@ def test_a_run_goes_on_from_the_last_version_that_the_journal_holds(recover: Rec
     assert (progress.version, found.faults) == (MERGED, [])
     assert [line["version"] for line in found.rounds] == [MERGED], "one version came after the checkpoint"
     assert found.rounds[0]["num_merged"] == 2
-    assert {(m.worker_id, m.slot) for m in progress.members} == set(progress.places.items())
+    assert {member.worker_id for member in progress.members} == {"a", "b"}
+    assert {member.slot for member in progress.known} == {0, 1}
     assert progress.next_incarnation == 3
     assert progress.merged_in.keys() == master.merged.keys() == {"a", "b"}
     assert {version for version, _ in progress.merged_in.values()} == {MERGED}
@@ -99,7 +100,7 @@ def test_no_good_checkpoint_is_an_error(run: Path, recover: Recover) -> None:
 
 def test_a_replay_goes_by_the_settings_of_then(run: Path, recover: Recover) -> None:
     digest = recover()[1].master_digest()
-    found, master = recover(**{"outer.name": "sgd", "outer.lr": 0.5, "base.hysteresis": 0.0})
+    _, master = recover(**{"outer.name": "sgd", "outer.lr": 0.5, "base.hysteresis": 0.0})
     assert master.master_digest() == digest
     assert master.recipe.outer.lr == 0.5, "from here on by those of now"
 
