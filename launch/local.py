@@ -139,7 +139,7 @@ class _Processes:
         if code < 0:
             name = signal.Signals(-code).name
             print(
-                f"lte: the server was ended by {name}; the same command goes on from its last checkpoint",
+                f"lte: the server was ended by {name}; the same command goes on where it was",
                 file=sys.stderr,
             )
             return 1
