@@ -104,6 +104,8 @@ def work(
             loss.backward()  # type: ignore[no-untyped-call]
             worker.step(loss, tokens=sequences[:, 1:].numel())
         say(f"{worker.worker_id} finished at version {worker.version}")
+        if session.num_damaged:
+            say(f"{session.num_damaged} messages were damaged on their way, and dropped")
 
 
 def initial_model(recipe: Recipe) -> GPT:

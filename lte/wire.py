@@ -70,7 +70,7 @@ class Hello(Message, frozen=True, kw_only=True):
     worker. `model` describes the worker's model (see `nn.Plan.describe`) and `heads` counts its
     heads; empty and 0 when the worker will build the model of the recipe that it is welcomed with.
     `incarnation`, `version` and `base_digest` are its own and of the base that it holds, where it was
-    welcomed before; else 0 and ''.
+    welcomed before; else 0 and ''. `attempt` rises where what came of a welcome was not whole.
     """
 
     schema: str
@@ -81,6 +81,7 @@ class Hello(Message, frozen=True, kw_only=True):
     incarnation: Whole = 0
     version: Whole = 0
     base_digest: str = ""
+    attempt: Whole = 0
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -126,7 +127,7 @@ class Begin(Message, frozen=True, kw_only=True):
 
 
 class Part(Message, frozen=True, kw_only=True):
-    """Part `index` of a contribution or update that names `version`, which closes them.
+    """Part `index` of what the message that closes `stream` names. A sender numbers its streams.
 
     Tensors: pieces of what is encoded. A piece under the name of the last one before it goes on
     where that ended. The server leaves `worker_id` empty and `incarnation` 0.
@@ -136,11 +137,12 @@ class Part(Message, frozen=True, kw_only=True):
     worker_id: str
     incarnation: Whole
     version: Whole
+    stream: Whole
     index: Whole
 
 
 class Contribution(Message, frozen=True, kw_only=True):
-    """What one worker learnt in one round: closes `parts` with its factors and dense deltas.
+    """What one worker learnt in one round: closes the `parts` of a `stream`, its factors and dense deltas.
 
     `version` is the base that it trained on, `draw` counts redraws of its A, `base_digest` is of
     the base that it holds, `merged_digest` of the merged factors that it is encoded against and
@@ -154,6 +156,7 @@ class Contribution(Message, frozen=True, kw_only=True):
     worker_id: str
     incarnation: Whole
     version: Whole
+    stream: Whole
     parts: Whole
     draw: Whole
     tokens: Whole
@@ -187,6 +190,7 @@ class Update(Message, frozen=True, kw_only=True):
     generation: Whole
     version: Whole
     since: Whole | None
+    stream: Whole
     parts: Whole
     merged: tuple[Whole, ...]
     base_digest: str
@@ -234,6 +238,7 @@ class Factors(Message, frozen=True, kw_only=True):
 
     generation: Whole
     version: Whole
+    stream: Whole
     parts: Whole
 
 
@@ -419,37 +424,40 @@ def in_parts(
 
 
 class Assembly:
-    """The parts of one contribution or update as they come, until the message that closes them.
+    """The parts of one stream as they come, in any order and how often, until what closes them.
 
     Attributes:
-        version: that they name. fault: why what came may not be taken, or ''.
+        stream, version: that they name. fault: why what came may not be taken, or ''.
     """
 
-    def __init__(self, version: int, max_bytes: Mapping[str, int] | None = None) -> None:
+    def __init__(self, stream: int, version: int, max_bytes: Mapping[str, int] | None = None) -> None:
         """Args: max_bytes: the names that may come, with the most bytes of each; None: whatever comes."""
-        self.version, self.fault = version, ""
+        self.stream, self.version, self.fault = stream, version, ""
         self._max_bytes = max_bytes
         # Pieces are padded in memory; whoever sends them smaller than parts are may take twice the room.
         self._room = 2 * sum(map(_aligned, max_bytes.values())) if max_bytes is not None else math.inf
-        self._pieces: dict[str, list[Tensor]] = {}
-        self._num_parts, self._is_torn = 0, False
+        self._parts: dict[int, dict[str, Tensor]] = {}
+        self._sizes: dict[str, int] = {}
 
     def add(self, part: Part, frames: Frames, entries: Sequence[TensorEntry]) -> dict[str, int]:
-        """Take the next part. What is wrong with it comes out when all are closed.
+        """Take a part of this stream. What is wrong with it comes out when all are closed.
 
         Returns:
-            The bytes of each name in it; none from the first part on that is lost or wrong.
+            The bytes of each name in it; none of a part that came before, and after a wrong one.
         """
-        self._is_torn |= part.index != self._num_parts or part.version != self.version
-        if not self._is_torn and not self.fault:
-            self.fault = next(filter(None, map(self._fault_of, entries)), "")
-        if self._is_torn or self.fault:
-            self._pieces = {}
+        if part.index in self._parts or self.fault:
             return {}
-        self._num_parts += 1
-        for name, piece in tensors(frames, entries).items():
-            self._pieces.setdefault(name, []).append(piece)
-        return {entry.name: entry.num_bytes for entry in entries}
+        self.fault = next(filter(None, map(self._fault_of, entries)), "")
+        if part.version != self.version:
+            self.fault = "parts of one stream name several versions"
+        if self.fault:
+            self._parts = {}
+            return {}
+        self._parts[part.index] = tensors(frames, entries)
+        sizes = {entry.name: entry.num_bytes for entry in entries}
+        for name, num_bytes in sizes.items():
+            self._sizes[name] = self._sizes.get(name, 0) + num_bytes
+        return sizes
 
     def _fault_of(self, entry: TensorEntry) -> str:
         if entry.dtype != "u1" or len(entry.shape) != 1:
@@ -458,11 +466,11 @@ class Assembly:
             return ""
         if entry.name not in self._max_bytes:
             return f"it holds {entry.name[:100]!r}, which is not of the model's heads and dense parameters"
-        before = self._pieces.get(entry.name, [])
-        if before and not entry.num_bytes:
+        before = self._sizes.get(entry.name, 0)
+        if entry.name in self._sizes and not entry.num_bytes:
             return f"a piece of {entry.name!r} is empty"
         self._room -= _aligned(entry.num_bytes)
-        if self._room < 0 or sum(map(len, before)) + entry.num_bytes > self._max_bytes[entry.name]:
+        if self._room < 0 or before + entry.num_bytes > self._max_bytes[entry.name]:
             return f"{entry.name!r} is larger than the {self._max_bytes[entry.name]} bytes it may have"
         return ""
 
@@ -474,9 +482,13 @@ class Assembly:
         """
         if self.fault:
             raise WireError(self.fault)
-        if self._is_torn or num_parts != self._num_parts:
+        if self._parts.keys() != set(range(num_parts)):
             return None
-        return {name: torch.cat(pieces) for name, pieces in self._pieces.items()}
+        pieces: dict[str, list[Tensor]] = {}
+        for index in range(num_parts):
+            for name, piece in self._parts[index].items():
+                pieces.setdefault(name, []).append(piece)
+        return {name: torch.cat(some) for name, some in pieces.items()}
 
 
 def num_bytes(frames: Frames) -> int:

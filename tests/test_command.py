@@ -672,13 +672,14 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
         endpoint.send(peer, wire.encode(welcome))
 
         def part(index: int) -> wire.Part:
-            return wire.Part(generation=2, worker_id="", incarnation=0, version=5, index=index)
+            return wire.Part(generation=2, worker_id="", incarnation=0, version=5, stream=1, index=index)
 
         parts = [frames for frames, _ in wire.in_parts(master.snapshot().items(), 1 << 18, part)]
         update = wire.Update(
             generation=2,
             version=5,
             since=None,
+            stream=1,
             parts=len(parts),
             merged=(),
             base_digest=master.base_digest(),

@@ -247,7 +247,7 @@ def test_parts_of_a_process_that_was_replaced_are_not_mixed_with_those_of_its_su
 
     def watching(server: Server, action: rounds.Action, peer: Peer | None) -> None:
         if isinstance(action, rounds.Forget):
-            server._staged.setdefault(action.member.worker_id, wire.Assembly(0))
+            server._staged.setdefault(action.member.worker_id, wire.Assembly(1, 0))
         act(server, action, peer)
         if isinstance(action, rounds.Forget):
             forgotten.append(action.member.worker_id)

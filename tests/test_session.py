@@ -12,7 +12,7 @@ import torch
 from lte import config, transport, wire
 from lte.config import Recipe
 from lte.errors import ConnectError, RefusedError, RunEnded
-from lte.transport import Peer, ServerEndpoint
+from lte.transport import Frames, Peer, ServerEndpoint
 from lte.worker.session import Session
 
 NAMES = count()
@@ -56,7 +56,16 @@ class Script:
 
         threading.Thread(target=work).start()
         peer, _ = self.hear(wire.Hello)
-        welcome = wire.Welcome(
+        welcome = self.welcome_of(settings)
+        self.welcome = welcome
+        self.say(peer, welcome)
+        self.say(peer, msgspec.structs.replace(UPDATE, version=0, since=None))
+        assert joined.wait(20)
+        return peer
+
+    @staticmethod
+    def welcome_of(settings: dict[str, Any]) -> wire.Welcome:
+        return wire.Welcome(
             generation=1,
             worker_id="w0",
             incarnation=1,
@@ -68,11 +77,6 @@ class Script:
             run_id="run",
             merged_digest="",
         )
-        self.welcome = welcome
-        self.say(peer, welcome)
-        self.say(peer, msgspec.structs.replace(UPDATE, version=0, since=None))
-        assert joined.wait(20)
-        return peer
 
 
 FAREWELL = wire.Farewell(generation=1, reason="stopped", finished=False)
@@ -81,6 +85,7 @@ CONTRIBUTION = wire.Contribution(
     worker_id="w0",
     incarnation=1,
     version=0,
+    stream=1,
     parts=1,
     draw=0,
     tokens=1,
@@ -93,7 +98,9 @@ CONTRIBUTION = wire.Contribution(
     merged_digest="",
     given_digest="",
 )
-UPDATE = wire.Update(generation=1, version=1, since=0, parts=0, merged=(1,), base_digest="", last=False)
+UPDATE = wire.Update(
+    generation=1, version=1, since=0, stream=1, parts=0, merged=(1,), base_digest="", last=False
+)
 
 
 def in_thread(session: Session, script: Script) -> tuple[threading.Thread, list[wire.Message]]:
@@ -130,7 +137,7 @@ def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: Serve
     assert {type(message) for message in sent_since} == {wire.Heartbeat}
     script.say(peer, wire.Pulse(generation=1, number=sent_since[-1].number, version=0))
     assert script.hear(wire.Part)[1].index == 0, "its parts come again, too"
-    assert script.hear(wire.Contribution)[1] == CONTRIBUTION
+    assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, stream=2)
     script.say(peer, wire.Receipt(generation=1, version=0, status="held", reason=""))
     script.say(peer, UPDATE)
     thread.join(20)
@@ -174,7 +181,7 @@ def test_one_lost_update_is_asked_for_once(endpoint: ServerEndpoint) -> None:
     session.close("enough")
 
 
-@pytest.mark.parametrize("torn", ["first part", "last part", "closed twice", "of another version"])
+@pytest.mark.parametrize("torn", ["first part", "last part", "all parts", "of another stream"])
 def test_an_update_that_is_not_whole_is_asked_for_again(endpoint: ServerEndpoint, torn: str) -> None:
     script = Script(endpoint)
     peer = script.join()
@@ -183,22 +190,21 @@ def test_an_update_that_is_not_whole_is_asked_for_again(endpoint: ServerEndpoint
     thread, heard = in_thread(session, script)
     blobs = [("x", torch.arange(150, dtype=torch.uint8))]
 
-    def part(index: int) -> wire.Part:
-        return wire.Part(generation=1, worker_id="", incarnation=0, version=1, index=index)
+    def parts(stream: int) -> list[Frames]:
+        def part(index: int) -> wire.Part:
+            return wire.Part(generation=1, worker_id="", incarnation=0, version=1, stream=stream, index=index)
 
-    parts = [frames for frames, _ in wire.in_parts(blobs, 64, part)]
-    update = msgspec.structs.replace(UPDATE, parts=len(parts))
-    if torn == "of another version":
-        update = msgspec.structs.replace(update, version=2, since=1)
-    for frames in {"first part": parts[1:], "last part": parts[:-1]}.get(torn, parts):
+        return [frames for frames, _ in wire.in_parts(blobs, 64, part)]
+
+    first, again = parts(2), parts(3)
+    lacking = {"first part": first[1:], "last part": first[:-1], "all parts": []}
+    for frames in lacking.get(torn, parts(1)):
         endpoint.send(peer, frames)
-    if torn == "closed twice":
-        script.say(peer, msgspec.structs.replace(update, version=3, since=2))
-    script.say(peer, update)
+    script.say(peer, msgspec.structs.replace(UPDATE, stream=2, parts=len(first)))
     assert script.hear(wire.Behind)[1].version == 0
-    for frames in parts:
+    for frames in [*again, first[0]]:  # of the first stream one comes late
         endpoint.send(peer, frames)
-    whole = msgspec.structs.replace(UPDATE, parts=len(parts))
+    whole = msgspec.structs.replace(UPDATE, stream=3, parts=len(again))
     script.say(peer, whole)
     thread.join(20)
     assert heard == [whole]
@@ -250,7 +256,7 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
     assert (hello.version, hello.base_digest) == (0, UPDATE.base_digest)
     script.say(peer, msgspec.structs.replace(script.welcome, generation=3, holds=True))
     assert script.hear(wire.Part)[1].generation == 3
-    assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, generation=3)
+    assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, generation=3, stream=2)
     script.say(peer, wire.Receipt(generation=3, version=0, status="held", reason=""))
     for message in (UPDATE, wire.Refusal(generation=1, reason="fenced", cure="go"), FAREWELL):
         script.say(peer, message)  # a ghost's
@@ -284,6 +290,45 @@ def test_a_server_that_cannot_go_on_with_a_worker_is_left(
     assert isinstance(met, error)
     assert says in str(met)
     script.session.close("enough")
+
+
+@pytest.mark.parametrize("lost", ["Welcome", "Part", "Update", "damaged"])
+def test_a_welcome_that_is_not_whole_is_asked_for_again(
+    endpoint: ServerEndpoint, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    monkeypatch.setattr("lte.worker.session._STALLED_S", 0.2)
+    script = Script(endpoint)
+    asked: list[int] = []
+
+    def answer(peer: Peer, hello: wire.Hello) -> bool:
+        """Whether this attempt is answered whole."""
+        asked.append(hello.attempt)
+        stream = len(asked)
+        part = wire.Part(generation=1, worker_id="", incarnation=0, version=0, stream=stream, index=0)
+        messages = {
+            "Welcome": wire.encode(script.welcome_of(config.to_dict(Recipe()))),
+            "Part": wire.encode(part, {"x": torch.ones(3, dtype=torch.uint8)}),
+            "Update": wire.encode(
+                msgspec.structs.replace(UPDATE, version=0, since=None, stream=stream, parts=1)
+            ),
+        }
+        whole = hello.attempt > 0
+        for name, frames in messages.items():
+            if whole or name != lost:
+                damaged = lost == "damaged" and name == "Part" and not whole
+                endpoint.send(peer, [bytes(frames[0])[:-1] + b"?", *frames[1:]] if damaged else frames)
+        return whole
+
+    sessions: list[Session] = []
+    thread = threading.Thread(target=lambda: sessions.append(Session(endpoint.address)))
+    thread.start()
+    while not answer(*script.hear(wire.Hello)):
+        pass
+    thread.join(20)
+    assert set(asked) == {0, 1}
+    assert sessions[0].num_damaged == (lost == "damaged")
+    assert list(sessions[0].base) == ["x"]
+    sessions[0].close("enough")
 
 
 def test_a_server_that_falls_silent_is_left(

@@ -33,12 +33,13 @@ MESSAGES: list[wire.AnyMessage] = [
     wire.HelloAgain(generation=2),
     wire.Refusal(generation=1, reason="no", cure="yes"),
     wire.Begin(generation=1, version=0),
-    wire.Part(generation=1, worker_id="w0", incarnation=2, version=3, index=1),
+    wire.Part(generation=1, worker_id="w0", incarnation=2, version=3, stream=1, index=1),
     wire.Contribution(
         generation=1,
         worker_id="w0",
         incarnation=2,
         version=3,
+        stream=1,
         parts=2,
         draw=0,
         tokens=4096,
@@ -52,12 +53,14 @@ MESSAGES: list[wire.AnyMessage] = [
         given_digest="",
     ),
     wire.Receipt(generation=1, version=3, status="superseded", reason="late"),
-    wire.Update(generation=1, version=4, since=None, parts=3, merged=(2, 7, 5), base_digest="d3", last=True),
+    wire.Update(
+        generation=1, version=4, since=None, stream=1, parts=3, merged=(2, 7, 5), base_digest="d3", last=True
+    ),
     wire.Heartbeat(generation=1, number=7, worker_id="w0", incarnation=2, version=3, local_step=9),
     wire.Pulse(generation=1, number=7, version=4),
     wire.Behind(generation=1, version=3, worker_id="w0", incarnation=2),
     wire.Recall(generation=1, worker_id="w0", incarnation=2),
-    wire.Factors(generation=1, version=3, parts=2),
+    wire.Factors(generation=1, version=3, stream=1, parts=2),
     wire.Leave(generation=1, worker_id="w0", incarnation=2, reason="finished"),
     wire.Farewell(generation=1, reason="done", finished=False),
 ]
@@ -382,7 +385,7 @@ def test_the_schema_names_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> Non
 # Parts
 
 
-PART = wire.Part(generation=1, worker_id="w0", incarnation=2, version=3, index=0)
+PART = wire.Part(generation=1, worker_id="w0", incarnation=2, version=3, stream=1, index=0)
 
 
 def part(index: int) -> wire.Part:
@@ -400,7 +403,7 @@ def take(assembly: wire.Assembly, frames: Any) -> dict[str, int]:
 def test_parts_put_together_are_what_was_cut(sizes: list[int], part_bytes: int) -> None:
     blobs = {f"t{n}": random_tensor(torch.uint8, (size,), n) for n, size in enumerate(sizes)}
     parts = list(wire.in_parts(iter(blobs.items()), part_bytes, part))
-    assembly = wire.Assembly(3, {name: blob.numel() for name, blob in blobs.items()})
+    assembly = wire.Assembly(1, 3, {name: blob.numel() for name, blob in blobs.items()})
     counted: dict[str, int] = {}
     for frames, of_names in parts:
         assert wire.num_bytes(frames[1:]) <= max(part_bytes + 128, 128 * len(of_names))
@@ -433,10 +436,22 @@ def test_a_part_leaves_before_the_next_tensor_is_made() -> None:
 BLOBS = {"a": torch.zeros(250, dtype=torch.uint8)}
 
 
-@pytest.mark.parametrize("come", [[1], [0, 2], [0, 1], [0, 0, 1, 2], [0, 2, 1], []])
+@pytest.mark.parametrize("come", [[0, 1, 2], [2, 0, 1], [0, 0, 1, 2], [2, 1, 0, 1, 2]])
+def test_parts_may_come_in_any_order_and_more_than_once(come: list[int]) -> None:
+    blobs = {"a": torch.arange(250, dtype=torch.uint8)}
+    parts = [frames for frames, _ in wire.in_parts(iter(blobs.items()), 100, part)]
+    assembly = wire.Assembly(1, 3, {"a": 250})
+    counted = [sum(take(assembly, parts[index]).values()) for index in come]
+    whole = assembly.close(3)
+    assert whole is not None
+    assert torch.equal(whole["a"], blobs["a"])
+    assert sum(counted) == 250, "each once"
+
+
+@pytest.mark.parametrize("come", [[1], [0, 2], [0, 1], [0, 0, 1], []])
 def test_where_parts_were_lost_nothing_comes_out(come: list[int]) -> None:
     parts = [frames for frames, _ in wire.in_parts(iter(BLOBS.items()), 100, part)]
-    assembly = wire.Assembly(3, {"a": 250})
+    assembly = wire.Assembly(1, 3, {"a": 250})
     for index in come:
         take(assembly, parts[index])
     assert assembly.close(3) is None
@@ -454,7 +469,7 @@ def test_where_parts_were_lost_nothing_comes_out(come: list[int]) -> None:
 def test_what_may_not_come_is_refused_and_takes_no_memory(
     tensors: dict[str, torch.Tensor], says: str
 ) -> None:
-    assembly = wire.Assembly(3, {"a": 250})
+    assembly = wire.Assembly(1, 3, {"a": 250})
     assert take(assembly, wire.encode(part(0), tensors)) == {}
     assert take(assembly, wire.encode(part(1), BLOBS)) == {}
     with pytest.raises(WireError, match=says):
@@ -463,12 +478,12 @@ def test_what_may_not_come_is_refused_and_takes_no_memory(
 
 def test_pieces_cannot_be_many_and_small() -> None:
     """Each takes 64 bytes at least: a hostile worker must not make that a thousand times its message."""
-    assembly = wire.Assembly(3, {"a": 10_000})
+    assembly = wire.Assembly(1, 3, {"a": 10_000})
     for index in range(10_000):
         take(assembly, wire.encode(part(index), {"a": torch.zeros(1, dtype=torch.uint8)}))
     with pytest.raises(WireError, match="larger"):
         assembly.close(10_000)
-    empty = wire.Assembly(3, {"a": 10})
+    empty = wire.Assembly(1, 3, {"a": 10})
     for index in range(2):
         take(empty, wire.encode(part(index), {"a": torch.zeros(0, dtype=torch.uint8)}))
     with pytest.raises(WireError, match="empty"):

@@ -127,7 +127,9 @@ class Server:
         self._disk_is_full = False
         # Of the open round: parts that have come of contributions, by worker_id; bytes, by kind.
         self._staged: dict[str, wire.Assembly] = {}
-        self._bytes, self._num_told = _no_bytes(), 0
+        self._bytes, self._num_told, self._stream = _no_bytes(), 0, 0
+        # worker_id -> the attempt at which its last welcome was sent.
+        self._attempts: dict[str, int] = {}
         self._accounted_bytes = (0, 0)
         # The bytes of the last updates, each on the one before, for who is behind.
         self._history: deque[dict[str, Tensor]] = deque()
@@ -347,12 +349,12 @@ class Server:
         self._happened(rounds.Heard(part.worker_id, part.incarnation), peer)
         if member is None or not is_current or part.version != self.version:
             return
-        if part.index == 0:
-            self._staged[part.worker_id] = wire.Assembly(
-                part.version, self.master.max_contribution(member.heads)
-            )
-        if part.worker_id in self._staged:
-            self._count("uplink", self._staged[part.worker_id].add(part, frames, entries))
+        staged = self._staged.get(part.worker_id)
+        if staged is None or part.stream > staged.stream:
+            most = self.master.max_contribution(member.heads)
+            staged = self._staged[part.worker_id] = wire.Assembly(part.stream, part.version, most)
+        if part.stream == staged.stream:
+            self._count("uplink", staged.add(part, frames, entries))
 
     def _hear_contribution(self, peer: Peer, message: wire.Contribution) -> None:
         if self._is_stale(peer, message.generation):
@@ -360,7 +362,9 @@ class Server:
         member = self._state.members.get(message.worker_id)
         self._offered = None
         if member is not None and member.incarnation == message.incarnation:
-            assembly = self._staged.pop(message.worker_id, None) or wire.Assembly(message.version)
+            assembly = self._staged.get(message.worker_id)
+            if assembly is None or assembly.stream != message.stream:
+                assembly = wire.Assembly(message.stream, message.version)
             if message.version == self.version:
                 tensors: dict[str, Tensor] = {}
                 fault = self._fault_of(message, member)
@@ -369,6 +373,7 @@ class Server:
                         blobs = assembly.close(message.parts)
                         if blobs is None:
                             return  # parts were lost: without a receipt they come again
+                        self._staged.pop(message.worker_id, None)
                         tensors = self.master.decode(blobs, message.worker_id, member.heads)
                         self._offered_blobs = blobs
                     except WireError as error:
@@ -423,8 +428,10 @@ class Server:
         match action:
             case rounds.Admit(member, again):
                 assert peer is not None
-                if again and self._peers.get(member.worker_id) == peer:
+                attempt = self._attempts.get(member.worker_id)
+                if again and self._peers.get(member.worker_id) == peer and attempt == self._hello.attempt:
                     return  # its welcome is on the way, on this very connection
+                self._attempts[member.worker_id] = self._hello.attempt
                 self._pulse(peer, number=0)  # so that a slow link does not look like no server
                 if not again:
                     self._journal.write(_admitted(member))
@@ -610,11 +617,12 @@ class Server:
     ) -> None:
         """Send an update to these peers in parts, then the message that closes them."""
 
-        num_parts = self._send_parts(peers, version, blobs)
+        stream, num_parts = self._send_parts(peers, version, blobs)
         update = wire.Update(
             generation=self.generation,
             version=version,
             since=since,
+            stream=stream,
             parts=num_parts,
             merged=tuple(merged),
             base_digest=self._base_digest,
@@ -627,15 +635,27 @@ class Server:
         """Send what is merged of a worker."""
         merged = self.master.merged.get(worker_id, {})
         blobs = ((name, tensor.reshape(-1).view(torch.uint8)) for name, tensor in merged.items())
-        num_parts = self._send_parts([peer], self.version, blobs)
-        self._send(peer, wire.Factors(generation=self.generation, version=self.version, parts=num_parts))
+        stream, num_parts = self._send_parts([peer], self.version, blobs)
+        factors = wire.Factors(
+            generation=self.generation, version=self.version, stream=stream, parts=num_parts
+        )
+        self._send(peer, factors)
 
-    def _send_parts(self, peers: Sequence[Peer], version: int, blobs: Iterable[tuple[str, Tensor]]) -> int:
-        """Send named bytes in parts, each as soon as it is full. Returns how many there were."""
+    def _send_parts(
+        self, peers: Sequence[Peer], version: int, blobs: Iterable[tuple[str, Tensor]]
+    ) -> tuple[int, int]:
+        """Send named bytes in parts, each as soon as it is full. Returns the stream and how many."""
+        self._stream += 1
+        stream = self._stream
 
         def part(index: int) -> wire.Part:
             return wire.Part(
-                generation=self.generation, worker_id="", incarnation=0, version=version, index=index
+                generation=self.generation,
+                worker_id="",
+                incarnation=0,
+                version=version,
+                stream=stream,
+                index=index,
             )
 
         num_parts = 0
@@ -646,7 +666,7 @@ class Server:
                 self._endpoint.send(peer, frames)
                 if self._endpoint.sent_bytes > sent_bytes:  # not to one that is gone
                     self._count("downlink", sizes)
-        return num_parts
+        return stream, num_parts
 
     def _count(self, direction: str, sizes: Mapping[str, int]) -> None:
         """Add to the bytes of this round, by direction and kind. Factors that are recalled are control."""

@@ -184,6 +184,7 @@ class Worker:
                 worker_id=welcome.worker_id,
                 incarnation=welcome.incarnation,
                 version=trainer.version,
+                stream=0,  # the session's to say
                 parts=num_parts,
                 draw=trainer.draw,
                 tokens=self._tokens,

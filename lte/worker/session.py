@@ -13,10 +13,12 @@ import msgspec
 from torch import Tensor
 
 from lte import transport, wire
-from lte.errors import ConnectError, RefusedError, RunEnded
+from lte.errors import ConnectError, RefusedError, RunEnded, WireError
 
 _ASK_AGAIN_S = 3.0
 """A Hello without an answer is sent again after this: no server may have been there."""
+_STALLED_S = 60.0
+"""A welcome of which nothing more comes for so long is asked for once more, from its start."""
 _WELCOME_S = 600.0
 """How long a welcome, which holds the model, may take to arrive once the server was heard."""
 _LOOK_UP_S = 1.0
@@ -42,6 +44,7 @@ class Session:
         base: the bytes of the whole model that came with it. base_digest: of what the worker holds.
         merged: incarnations of this worker's name whose contribution to the version that it said it
             had pushed to, or a later one, is in that model.
+        num_damaged: messages that could not be read.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Session:
         # whether its receipt is due, and the last heartbeat that was sent before it.
         self._pushed: tuple[dict[str, Tensor], wire.Contribution] | None = None
         self._unanswered = False
-        self._pushed_after = self._number = 0
+        self._pushed_after = self._number = self._stream = 0
         # When this worker last said Hello to a server that was started anew; None: it is welcome.
         self._asked_s: float | None = None
         # The last heartbeat before merged factors were asked for, until they come.
@@ -81,6 +84,7 @@ class Session:
         # The last heartbeat before an update was asked for: what answers it or an earlier one is older.
         self._asked_after = -1
         self._assembly: wire.Assembly | None = None
+        self.num_damaged = 0
         self._beating = threading.Lock()
         self._stopping = threading.Event()
         self._heartbeats: threading.Thread | None = None
@@ -93,7 +97,7 @@ class Session:
             version=version,
         )
         try:
-            self._join(wire.encode(self._hello), wait_s)
+            self._join(wait_s)
         except BaseException:
             self._endpoint.close()
             raise
@@ -137,14 +141,15 @@ class Session:
 
         num_parts = self._send_parts(keeping(), version)
         self._pushed = kept, close(num_parts, kept)
-        self._close_parts()
+        self._close_parts()  # not before `close` has returned
 
     def _send_parts(self, blobs: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """Returns how many there were."""
+        """Send them as a new stream. Returns how many parts there were."""
         part_bytes, num_parts = int(self.welcome.settings["compress"]["part_bytes"]), 0
+        self._stream += 1
 
         def part(index: int) -> wire.Part:
-            return self._named(wire.Part, version=version, index=index)
+            return self._named(wire.Part, version=version, stream=self._stream, index=index)
 
         for frames, _ in wire.in_parts(blobs, part_bytes, part):
             self._endpoint.send(frames)
@@ -156,7 +161,10 @@ class Session:
         assert self._pushed is not None
         welcome = self.welcome
         contribution = msgspec.structs.replace(
-            self._pushed[1], generation=welcome.generation, incarnation=welcome.incarnation
+            self._pushed[1],
+            generation=welcome.generation,
+            incarnation=welcome.incarnation,
+            stream=self._stream,
         )
         with self._beating:  # so that no heartbeat is numbered later than this and sent earlier
             self._pushed_after, self._unanswered = self._number, True
@@ -195,8 +203,8 @@ class Session:
                     raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
                 continue
             heard_s = time.monotonic()
-            message, entries = wire.decode(frames)
-            if self._is_stale(message):
+            message, entries = self._decoded(frames)
+            if message is None or self._is_stale(message):
                 continue
             match message:
                 case wire.Refusal():
@@ -233,26 +241,33 @@ class Session:
                         self.recall()
                 case wire.Receipt():
                     self._unanswered = False
-                case wire.Pulse() if self._unanswered and message.number > self._pushed_after:
-                    self._push_again()
                 case wire.Pulse() if message.version > self._progress[0]:
                     if message.number > self._asked_after:
                         self._fall_behind()
+                case wire.Pulse() if self._unanswered and message.number > self._pushed_after:
+                    self._push_again()
         return begin, {}
 
     def _take(self, part: wire.Part, frames: wire.Frames, entries: Sequence[wire.TensorEntry]) -> None:
         """Stage a part. The server is trusted with its size: its model is to be trained here."""
-        if part.index == 0:
-            self._assembly = wire.Assembly(part.version)
-        if self._assembly is not None:
+        if self._assembly is None or part.stream > self._assembly.stream:
+            self._assembly = wire.Assembly(part.stream, part.version)
+        if part.stream == self._assembly.stream:
             self._assembly.add(part, frames, entries)
 
     def _closed(self, update: wire.Update | wire.Factors) -> dict[str, Tensor] | None:
         """All parts of an update or of factors, or None where some were lost."""
-        assembly, self._assembly = self._assembly, None
-        if assembly is None or assembly.version != update.version:
-            assembly = wire.Assembly(update.version)
-        return assembly.close(update.parts)
+        if self._assembly is None or self._assembly.stream != update.stream:
+            return {} if not update.parts else None
+        return self._assembly.close(update.parts)
+
+    def _decoded(self, frames: wire.Frames) -> tuple[wire.AnyMessage | None, tuple[wire.TensorEntry, ...]]:
+        """The message; None, and counted, if it was damaged on its way: what is missed comes again."""
+        try:
+            return wire.decode(frames)
+        except WireError:
+            self.num_damaged += 1
+            return None, ()
 
     def _fall_behind(self) -> None:
         with self._beating:
@@ -269,17 +284,23 @@ class Session:
         self._endpoint.send(wire.encode(self._named(wire.Leave, reason=reason)))
         self._endpoint.close()
 
-    def _join(self, hello: wire.Frames, wait_s: float) -> None:
+    def _join(self, wait_s: float) -> None:
+        """Say Hello until a whole welcome has come."""
         deadline, is_welcome = time.monotonic() + wait_s, False
         asked_s = -float("inf")
+        heard_s, hello = float("inf"), self._hello
         while (now := time.monotonic()) < deadline:
+            if now - heard_s >= _STALLED_S:  # a part of its answer was lost
+                hello = msgspec.structs.replace(hello, attempt=hello.attempt + 1)
+                heard_s, asked_s, is_welcome, self._assembly = now, -float("inf"), False, None
             if now - asked_s >= _ASK_AGAIN_S:
-                self._endpoint.send(hello)
+                self._endpoint.send(wire.encode(hello))
                 asked_s = now
-            frames = self._endpoint.receive(min(asked_s + _ASK_AGAIN_S, deadline) - now)
+            frames = self._endpoint.receive(max(0.0, min(asked_s + _ASK_AGAIN_S, deadline) - now))
             if frames is None:
                 continue
-            message, entries = wire.decode(frames)
+            message, entries = self._decoded(frames)
+            heard_s = now
             match message:
                 case wire.Refusal(reason=reason, cure=cure):
                     raise RefusedError(reason, cure)
@@ -289,7 +310,7 @@ class Session:
                     deadline = now + _WELCOME_S
                 case wire.Welcome():
                     self.welcome, is_welcome = message, True
-                case wire.Part() if is_welcome:
+                case wire.Part():
                     deadline = now + _WELCOME_S
                     self._take(message, frames, entries)
                 case wire.Update(since=None) if is_welcome and (base := self._closed(message)) is not None:
@@ -297,6 +318,8 @@ class Session:
                     self.merged = frozenset(message.merged)
                     self._progress = (message.version, 0)
                     return
+                case wire.Update(since=None):
+                    heard_s = -float("inf")
         raise ConnectError(
             f"no server answers at {self._address} after {wait_s:g} s; start one with 'lte server CONFIG'"
             " and give the address that it prints"
