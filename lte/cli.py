@@ -25,7 +25,7 @@ from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
-from lte.server.service import is_complete
+from lte.server.folder import is_complete
 
 EXIT_USER_ERROR = 2
 EXIT_PIPE = 128 + signal.SIGPIPE

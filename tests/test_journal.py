@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from lte.errors import FencedError
-from lte.server import checkpoint
+from lte.server.folder import next_generation
 from lte.server.journal import AnyRecord, Gone, Journal, Kept, Merged, Opened, history
 
 Start = Callable[..., Journal]
@@ -50,7 +50,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def begin(version: int = 0) -> Journal:
-            journal = Journal(tmp_path, checkpoint.next_generation(tmp_path))
+            journal = Journal(tmp_path, next_generation(tmp_path))
             stack.callback(journal.close)
             follows = {segment.path.name: segment.size for segment in history(tmp_path)}
             journal.begin(version, {"outer": {"lr": 0.5}}, follows)
@@ -133,7 +133,7 @@ def test_a_replaced_server_writes_for_nobody(tmp_path: Path, start: Start) -> No
 def test_what_was_written_before_the_successor_read_counts(tmp_path: Path, start: Start) -> None:
     """The old server sees that it is replaced, and does not publish; its successor has the merge."""
     old = start()
-    generation = checkpoint.next_generation(tmp_path)
+    generation = next_generation(tmp_path)
     old.write(merged(1))
     with pytest.raises(FencedError):
         old.sync()

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import msgspec
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lte import durable, quantize
+from lte import quantize
 from lte.durable import sync
 from lte.errors import RunError
-from lte.server.journal import GENERATION, Admitted, read_generation
+from lte.server.journal import Admitted
 
 FORMAT = 3
 
@@ -139,50 +136,3 @@ def newest(run_folder: Path) -> Path:
     if not found:
         raise RunError(f"{run_folder}: holds no checkpoint; is it the run.dir of a run that trained?")
     return found[-1]
-
-
-def lock(folder: Path, *, take_over: bool = False) -> IO[str]:
-    """Claim a run folder for this process, until the returned file is closed.
-
-    Args:
-        take_over: also from a process that has it: its generation fences it then.
-
-    Raises:
-        RunError: another process has it, or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "lock").open("w")
-    except OSError as error:
-        raise RunError(
-            f"{folder}: cannot be a run's folder ({error.strerror}); choose another run.dir"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if take_over:
-            return handle
-        handle.close()
-        raise RunError(
-            f"{folder}: in use by another server; choose another run.dir, or take it over from one that"
-            " hangs (lte server --take-over)"
-        ) from None
-    return handle
-
-
-def next_generation(folder: Path) -> int:
-    """Raise the run's generation, durably: it rises with each start of its server."""
-    path, partial = folder / GENERATION, folder / f".{GENERATION}"
-    generation = 1 + read_generation(path)
-    partial.write_text(f"{generation}\n")
-    durable.name(partial, path)
-    return generation
-
-
-def run_id(folder: Path) -> str:
-    """The name of the run in a folder, made up when it has none."""
-    path, partial = folder / "run_id", folder / ".run_id"
-    if not path.exists():
-        partial.write_text(f"{secrets.token_hex(8)}\n")
-        durable.name(partial, path)
-    return path.read_text().strip()

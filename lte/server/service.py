@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from lte import config, schedule, transport, wire
 from lte.compress import CODES, KINDS, SCALES, changes, kind_of
 from lte.config import Recipe
-from lte.errors import FencedError, RunError, WireError
+from lte.errors import FencedError, WireError
 from lte.nn import difference
 from lte.quantize import Quantized
-from lte.server import checkpoint, recovery, rounds
+from lte.server import checkpoint, folder, recovery, rounds
 from lte.server.checkpoint import Progress
 from lte.server.journal import DISK_FULL, Admitted, Gone, Journal, Kept, Merged
 from lte.server.master import Master, Received
@@ -91,7 +91,7 @@ class Server:
             )
             self._resources.callback(self._endpoint.close)
             self.address = self._endpoint.address
-            self._resources.enter_context(_claim(self.folder, recipe, take_over))
+            self._resources.enter_context(folder.claim(self.folder, recipe, take_over=take_over))
             if announce:
                 announce(self.address)
             torch.set_num_threads(1)  # the master shares layers out among threads of its own
@@ -101,8 +101,8 @@ class Server:
             self.master = Master(self._model, recipe)
             self._described = self.master.plan.describe(recipe.lora)
             # Raised before the journal is read: from here on nobody else adds to what counts of it.
-            self.generation = checkpoint.next_generation(self.folder)
-            self.run_id = checkpoint.run_id(self.folder)
+            self.generation = folder.next_generation(self.folder)
+            self.run_id = folder.run_id(self.folder)
             found = recovery.recover(self.folder, self.master)
             (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
             tracker = Tracker(self.folder, recipe, version=found.progress.version, display=display)
@@ -898,9 +898,9 @@ class Server:
         self._saving = self._saver.submit(self._write, self._progress(), self.master.state())
 
     def _write(self, progress: Progress, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, progress, state, keep=self.recipe.server.keep_checkpoints)
-        self._journal.prune(checkpoint.version_of(checkpoint.versions(folder)[0]))
+        saved = self.folder / "checkpoints"
+        checkpoint.save(saved, progress, state, keep=self.recipe.server.keep_checkpoints)
+        self._journal.prune(checkpoint.version_of(checkpoint.versions(saved)[0]))
 
 
 def _member(admitted: Admitted, now_s: float) -> rounds.Member:
@@ -943,61 +943,3 @@ def _no_bytes() -> dict[str, int]:
     """Bytes by direction and kind, none yet."""
     up, down = KINDS[:2], KINDS[1:]
     return {f"uplink_{kind}_bytes": 0 for kind in up} | {f"downlink_{kind}_bytes": 0 for kind in down}
-
-
-def is_complete(recipe: Recipe) -> bool:
-    """Whether the run in `run.dir` has all the recipe's rounds, so that resuming it has nothing to do.
-
-    Raises:
-        RunError: the folder holds a run with other settings.
-    """
-    folder = Path(recipe.run.dir)
-    if recipe.run.resume == "never" or not checkpoint.versions(folder / "checkpoints"):
-        return False
-    _check_settings(folder, recipe)
-    done = [line for line in Records.read(folder / METRICS) if line["kind"] == "done"]
-    return bool(done) and bool(done[-1]["rounds"] >= recipe.train.rounds)
-
-
-def _check_settings(folder: Path, recipe: Recipe) -> None:
-    """Refuse to go on with a run of other settings."""
-    differences = config.differences(
-        config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run")
-    )
-    free = ("train.rounds", "run.resume", "run.dir")
-    if fixed := sorted(line for line in differences if not line.startswith(free)):
-        raise RunError(
-            f"{folder}: holds a run with other settings ({'; '.join(fixed)}); choose another"
-            " run.dir, or run.resume=never to move it aside"
-        )
-
-
-def _claim(folder: Path, recipe: Recipe, take_over: bool) -> IO[str]:
-    """Lock the run folder and decide, by `run.resume`, what becomes of a run that it holds."""
-    resume = recipe.run.resume
-    handle = checkpoint.lock(folder, take_over=take_over)
-    try:
-        holds_run = bool(checkpoint.versions(folder / "checkpoints"))
-        if resume == "must" and not holds_run:
-            raise RunError(f"{folder}: holds no run to resume (run.resume=must); use auto to start one")
-        if resume == "never" or not holds_run:
-            _move_aside(folder)
-        else:
-            _check_settings(folder, recipe)
-    except BaseException:
-        handle.close()
-        raise
-    return handle
-
-
-def _move_aside(folder: Path) -> None:
-    """Rename what an earlier run left, so that nothing is lost and nothing is mixed."""
-    kept = [path for path in folder.iterdir() if path.name != "lock"]
-    if not any(path.name in ("checkpoints", "metrics.jsonl") for path in kept):
-        return
-    n = 1
-    while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
-        n += 1
-    old.mkdir()
-    for path in kept:
-        path.rename(old / path.name)

@@ -1,0 +1,120 @@
+"""A run's folder: who has it, what run it holds, and which server of that run this is."""
+
+from __future__ import annotations
+
+import fcntl
+import secrets
+from pathlib import Path
+from typing import IO
+
+from lte import config, durable
+from lte.config import Recipe
+from lte.errors import RunError
+from lte.server import checkpoint
+from lte.server.journal import GENERATION, read_generation
+from lte.track import METRICS, Records
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the run in `run.dir` has all the recipe's rounds, so that resuming it has nothing to do.
+
+    Raises:
+        RunError: the folder holds a run with other settings.
+    """
+    folder = Path(recipe.run.dir)
+    if recipe.run.resume == "never" or not checkpoint.versions(folder / "checkpoints"):
+        return False
+    _check_settings(folder, recipe)
+    done = [line for line in Records.read(folder / METRICS) if line["kind"] == "done"]
+    return bool(done) and bool(done[-1]["rounds"] >= recipe.train.rounds)
+
+
+def _check_settings(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on with a run of other settings."""
+    differences = config.differences(
+        config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run")
+    )
+    free = ("train.rounds", "run.resume", "run.dir")
+    if fixed := sorted(line for line in differences if not line.startswith(free)):
+        raise RunError(
+            f"{folder}: holds a run with other settings ({'; '.join(fixed)}); choose another"
+            " run.dir, or run.resume=never to move it aside"
+        )
+
+
+def claim(folder: Path, recipe: Recipe, *, take_over: bool) -> IO[str]:
+    """Lock the run folder and decide, by `run.resume`, what becomes of a run that it holds."""
+    resume = recipe.run.resume
+    handle = _lock(folder, take_over=take_over)
+    try:
+        holds_run = bool(checkpoint.versions(folder / "checkpoints"))
+        if resume == "must" and not holds_run:
+            raise RunError(f"{folder}: holds no run to resume (run.resume=must); use auto to start one")
+        if resume == "never" or not holds_run:
+            _move_aside(folder)
+        else:
+            _check_settings(folder, recipe)
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename what an earlier run left, so that nothing is lost and nothing is mixed."""
+    kept = [path for path in folder.iterdir() if path.name != "lock"]
+    if not any(path.name in ("checkpoints", "metrics.jsonl") for path in kept):
+        return
+    n = 1
+    while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
+        n += 1
+    old.mkdir()
+    for path in kept:
+        path.rename(old / path.name)
+
+
+def _lock(folder: Path, *, take_over: bool = False) -> IO[str]:
+    """Claim a run folder for this process, until the returned file is closed.
+
+    Args:
+        take_over: also from a process that has it: its generation fences it then.
+
+    Raises:
+        RunError: another process has it, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "lock").open("w")
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be a run's folder ({error.strerror}); choose another run.dir"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if take_over:
+            return handle
+        handle.close()
+        raise RunError(
+            f"{folder}: in use by another server; choose another run.dir, or take it over from one that"
+            " hangs (lte server --take-over)"
+        ) from None
+    return handle
+
+
+def next_generation(folder: Path) -> int:
+    """Raise the run's generation, durably: it rises with each start of its server."""
+    path, partial = folder / GENERATION, folder / f".{GENERATION}"
+    generation = 1 + read_generation(path)
+    partial.write_text(f"{generation}\n")
+    durable.name(partial, path)
+    return generation
+
+
+def run_id(folder: Path) -> str:
+    """The name of the run in a folder, made up when it has none."""
+    path, partial = folder / "run_id", folder / ".run_id"
+    if not path.exists():
+        partial.write_text(f"{secrets.token_hex(8)}\n")
+        durable.name(partial, path)
+    return path.read_text().strip()
