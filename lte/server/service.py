@@ -27,6 +27,7 @@ from lte.errors import RunError, WireError
 from lte.nn import difference
 from lte.quantize import Quantized
 from lte.server import checkpoint, rounds
+from lte.server.admission import Complaints, vouched
 from lte.server.checkpoint import Progress
 from lte.server.master import Master, Received
 from lte.track import METRICS, Records, Tracker
@@ -69,7 +70,8 @@ class Server:
             announce: called with the address as soon as workers may connect to it.
 
         Raises:
-            ConnectError: the address cannot be bound. RunError: the run folder is in use, holds
+            ConnectError: the address cannot be bound. KeysError: the files of server.key or
+            server.allow cannot be used. RunError: the run folder is in use, holds
             another run, or holds none where one must be resumed. ConfigError: the recipe's
             patterns do not fit the model.
         """
@@ -81,6 +83,8 @@ class Server:
                 recipe.server.address,
                 max_message_bytes=recipe.server.max_message_bytes,
                 insecure=recipe.server.insecure,
+                key=recipe.server.key,
+                allow=recipe.server.allow,
             )
             self._resources.callback(self._endpoint.close)
             self.address = self._endpoint.address
@@ -100,6 +104,7 @@ class Server:
         except BaseException:
             self._resources.close()
             raise
+        self._complain = Complaints(self._event)
         self._tokens = progress.tokens
         self._state = rounds.State(
             rules=_rules(recipe),
@@ -169,6 +174,8 @@ class Server:
                 while received is not None:  # all that has come: an evaluation made it wait, not silent
                     self._hear(*received)
                     received = None if self.finished else self._endpoint.receive(0)
+                for notice in self._endpoint.notices():
+                    self._complain("admission", notice)
                 self._happened(rounds.Ticked())
             self._see_off()
             reason = self._stop_reason or "the run is finished"
@@ -217,9 +224,15 @@ class Server:
         try:
             message, entries = wire.decode(frames)
         except WireError as error:
-            self._event("malformed", f"a message was dropped: {error}")
+            self._complain("malformed", f"a message was dropped: {error}")
             return
-        match message:
+        sender, kind = self._endpoint.sender, type(message).__name__
+        if (own := vouched(message, sender)) is None:
+            reason = f"its key is {sender}'s, and it speaks as another worker"
+            self._complain("refused", f"a {kind} was refused: {reason}")
+            self._send(peer, wire.Refusal(reason=reason, cure=f"join as {sender}, or by another key"))
+            return
+        match message := own:
             case wire.Hello():
                 self._hear_hello(peer, message)
             case wire.Part():
@@ -243,7 +256,7 @@ class Server:
             case wire.Leave():
                 pass  # of a worker that an earlier server had
             case _:
-                self._event("malformed", f"a {type(message).__name__} is not for the server")
+                self._complain("malformed", f"a {type(message).__name__} is not for the server")
 
     def _hear_hello(self, peer: Peer, hello: wire.Hello) -> None:
         if self.finished:
@@ -271,7 +284,7 @@ class Server:
                 cure="choose another, or none to be given one",
             )
         if refusal is not None:
-            self._event("refused", f"a worker was refused: {refusal.reason}")
+            self._complain("refused", f"a worker was refused: {refusal.reason}")
             self._send(peer, refusal)
             return
         joined = rounds.Joined(hello.worker_id, hello.session, self.recipe.lora.heads)
@@ -659,12 +672,16 @@ class Server:
         members, needed = len(self._state.members), self._state.rules.workers
         said = ""
         if self._state.phase == "starting":
-            said = f"waiting for workers: {members} of {needed}; lte worker --server {self.address}"
+            said = f"waiting for workers: {members} of {needed}; {self._how_to_join()}"
         elif not members:
-            said = f"all workers are gone; lte worker --server {self.address} goes on"
+            said = f"all workers are gone; {self._how_to_join()} goes on"
         if said != self._said:
             self._said = said
             self._tracker.waiting(said)
+
+    def _how_to_join(self) -> str:
+        with_keys = " --key NAME.secret --server-key SERVER.public" if self.recipe.server.key else ""
+        return f"lte worker --server {self.address}{with_keys}"
 
     def _event(self, what: str, message: str, **fields: Any) -> None:
         self._tracker.record("event", what=what, message=message, version=self.version, **fields)
