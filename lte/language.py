@@ -50,6 +50,8 @@ def work(
     *,
     worker_id: str = "",
     wait_s: float = 30.0,
+    key: str | Path | None = None,
+    server_key: str | Path | None = None,
     shards: str | None = None,
     recipe: Recipe | None = None,
     say: Callable[[str], None] = print,
@@ -57,6 +59,7 @@ def work(
     """Join a server and train the model of its recipe until the run ends.
 
     Args:
+        key, server_key: files of keys, for a server that has some; see `lte.Worker`.
         shards: folder of the training data, where it is not at the recipe's path on this machine.
         recipe: refuse a server that trains another model than this one's.
         say: prints a line for a person.
@@ -66,7 +69,15 @@ def work(
     """
     described = describe(_with_heads(recipe)) if recipe else None
     heads = recipe.lora.heads if recipe else 0
-    with Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s) as session:
+    with Session(
+        server,
+        worker_id=worker_id,
+        model=described,
+        heads=heads,
+        wait_s=wait_s,
+        key=key,
+        server_key=server_key,
+    ) as session:
         welcome = session.welcome
         wanted, recipe = recipe, config.from_dict(welcome.settings)
         if wanted and (differing := config.differences(wanted, recipe, ("model", "lora", "base"))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -43,6 +44,8 @@ class Worker:
         *,
         worker_id: str = "",
         wait_s: float = 30.0,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
     ) -> None:
         """Join a server.
 
@@ -52,14 +55,25 @@ class Worker:
             optimizer: over the model's parameters, or a function that makes one of the model; its
                 learning rates are peaks on which the recipe's schedule acts.
             worker_id: a name of your choice. wait_s: how long to look for the server.
+            key: file of this worker's secret key, server_key: of the server's public one, both from
+                `lte keys new`, for a server that has keys.
 
         Raises:
-            ConnectError: no server answers. RefusedError: it refused, for another model say.
+            ConnectError: no server answers, or keys do not fit. KeysError: the files of keys cannot be
+            used. RefusedError: the server refused, for another model say.
         """
         described = describe(model)
         if isinstance(server, str):
             heads = next((m.heads for _, m in adapted_modules(model)), 1)
-            server = Session(server, worker_id=worker_id, model=described, heads=heads, wait_s=wait_s)
+            server = Session(
+                server,
+                worker_id=worker_id,
+                model=described,
+                heads=heads,
+                wait_s=wait_s,
+                key=key,
+                server_key=server_key,
+            )
         self._session = server
         try:
             welcome = server.welcome

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ class Session:
         model: Mapping[str, str] | None = None,
         heads: int = 0,
         wait_s: float = 30.0,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
     ) -> None:
         """Join. Blocks until the server welcomed or refused this worker.
 
@@ -54,12 +57,14 @@ class Session:
             worker_id: a name to join by, or "" to be given one.
             model: description of a model built before joining (`nn.Plan.describe`); its heads.
             wait_s: how long to look for a server.
+            key, server_key: files of keys, for a server that has some (see `transport.connect`).
 
         Raises:
-            ConnectError: no server answered within `wait_s`.
+            ConnectError: no server answered within `wait_s`, or keys do not fit. KeysError: the files
+            of keys cannot be used.
             RefusedError: the server refused this worker.
         """
-        self._endpoint = transport.connect(address)
+        self._endpoint = transport.connect(address, key=key, server_key=server_key)
         self._address = address
         self._progress = (0, 0)
         # A contribution without a receipt, and the last heartbeat that was sent before it.
@@ -129,6 +134,7 @@ class Session:
 
         Raises:
             RefusedError: the server found a contribution wrong, or fenced this worker.
+            ConnectError: the connection broke, and its key is not admitted any more.
             RunEnded: the server went, or is not heard any more.
         """
         heard_s, begin = time.monotonic(), None
