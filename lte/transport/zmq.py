@@ -11,6 +11,7 @@ import errno
 import ipaddress
 import queue
 import re
+import resource
 import socket
 import stat
 import threading
@@ -33,6 +34,8 @@ _LINGER_MS = 1_000
 _KEEPALIVE_IDLE_S, _KEEPALIVE_AGAIN_S, _KEEPALIVE_TIMES, _UNACKNOWLEDGED_MS = 10, 5, 4, 30_000
 # A handshake takes four round trips. Who has not shown a key by then makes room for others.
 _HANDSHAKE_MS = 10_000
+# Until then it holds a descriptor. One address has fewer ports than this.
+_NUM_DESCRIPTORS = 1 << 16
 _NUM_NOTICES = 100
 """Kept until they are asked for; strangers cause them, so older ones make way."""
 _HANDSHAKE_FAILED = (
@@ -41,6 +44,8 @@ _HANDSHAKE_FAILED = (
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 _NOT_ALLOWED = 400
+_CURVE_BYTES = 33
+"""How much larger a frame is that is encrypted."""
 _HUNG_UP_S = 3.0
 """A server that hangs up in the handshake for so long has another key. Once, it may have been stopped."""
 
@@ -83,11 +88,12 @@ class ZmqServer:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         _prepare(self._socket, address)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if pair else 0))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         self._gate = None
         if pair and self._allowed:
+            _make_room()
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
             self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
@@ -226,6 +232,14 @@ class ZmqWorker:
                     # Never blocks, but where the handshake can never succeed (see `_Handshakes`).
                     with contextlib.suppress(zmq.Again):
                         self._socket.send_multipart(list(item), zmq.NOBLOCK, copy=_frame_bytes(item) < 65_536)
+
+
+def _make_room() -> None:
+    """Let strangers' connections leave descriptors to the files of the run, as far as that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _NUM_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _NUM_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Handshakes:
