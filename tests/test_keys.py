@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -161,27 +163,47 @@ def test_another_mechanism_does_not_get_in(ring: Ring, mechanism: str) -> None:
             stranger.disable_monitor()
 
 
-# Greetings of ZMTP 1.0 and 2.0, which know no keys, and of 3.0 with the mechanism NULL; each with a
-# message behind it.
+# ZMTP 1.0 and 2.0, which know no keys, and 3.0 with the mechanism NULL: greetings, with the least
+# bytes of the server's answer that a peer waits for, and a message behind them.
 GREETINGS = {
-    "ZMTP 1": b"\x01\x00\x06\x00hello",
-    "ZMTP 2": b"\xff" + bytes(7) + b"\x01\x7f\x01\x05\x00\x00\x00\x05hello",
-    "ZMTP 3": b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48) + b"\x04\x06\x05READY\x00\x05hello",
-    "HTTP": b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    "ZMTP 1": ((b"\x01\x00", 10), (b"\x06\x00hello", 0)),
+    "ZMTP 2": ((b"\xff" + bytes(7) + b"\x01\x7f\x01\x05", 12), (b"\x00\x00\x00\x05hello", 0)),
+    "ZMTP 3": (
+        (b"\xff" + bytes(7) + b"\x01\x7f\x03\x00NULL" + bytes(48), 64),
+        (b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER", 1),
+        (b"\x00\x05hello", 0),
+    ),
 }
 
 
-@pytest.mark.parametrize("greeting", GREETINGS.values(), ids=GREETINGS)
-def test_older_protocols_do_not_get_in(ring: Ring, greeting: bytes) -> None:
-    """The server hangs up, and not for want of time."""
-    server = ring.bind()
+@pytest.mark.parametrize("has_keys", [True, False])
+@pytest.mark.parametrize("protocol", GREETINGS)
+def test_older_protocols_do_not_get_in(ring: Ring, protocol: str, has_keys: bool) -> None:
+    """The server hangs up, and not for want of time. Without keys they do get in."""
+    server = ring.bind() if has_keys else ring.bind(key=None, allow=None)
     port = int(server.address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
-        stranger.sendall(greeting)
-        with contextlib.suppress(ConnectionResetError):
-            while stranger.recv(4096):
-                pass
+        say(stranger, *GREETINGS[protocol])
+        if not has_keys:
+            assert hear(server) == ("", b"hello"), "the test is blind"
+            return
+        until_hung_up(stranger)
     only_good_ones_are_heard(ring, server)
+
+
+def say(server: socket.socket, *said: tuple[bytes | bytearray, int]) -> None:
+    """Speak bare bytes to a server; after each, wait for so many of its answer, or until it hangs up."""
+    with contextlib.suppress(ConnectionError):
+        for part, num_answered in said:
+            server.sendall(part)
+            while num_answered > 0 and (answer := server.recv(num_answered)):
+                num_answered -= len(answer)
+
+
+def until_hung_up(server: socket.socket) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        while server.recv(4096):
+            pass
 
 
 def test_a_worker_finds_out_that_the_server_is_another(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +222,8 @@ def test_a_worker_with_a_key_is_told_that_the_server_has_none(ring: Ring) -> Non
     worker.send([b"a secret"])
     assert "the server has no keys" in refused(worker)
     assert server.receive(0) is None
+    worker.send([b"a heartbeat"])
+    worker.close()  # which would wait for the heartbeat, if that waited for the server
 
 
 def test_a_server_that_is_away_is_waited_for(ring: Ring) -> None:
@@ -228,7 +252,7 @@ class Tap:
         self._port = int(address.rpartition(":")[2])
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.copy = bytearray()
+        self.up, self.down = bytearray(), bytearray()
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
@@ -242,14 +266,14 @@ class Tap:
         with contextlib.suppress(OSError):
             while True:
                 ends = (self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._port)))
-                for source, target in (ends, ends[::-1]):
-                    self._threads.append(threading.Thread(target=self._pump, args=(source, target)))
+                for copy, (source, target) in ((self.up, ends), (self.down, ends[::-1])):
+                    self._threads.append(threading.Thread(target=self._pump, args=(source, target, copy)))
                     self._threads[-1].start()
 
-    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, copy: bytearray) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(65_536):
-                self.copy += chunk
+                copy += chunk
                 target.sendall(chunk)
         for end in (source, target):
             with contextlib.suppress(OSError):
@@ -270,8 +294,27 @@ def test_who_listens_on_the_way_learns_nothing_where_there_are_keys(ring: Ring, 
             assert worker.receive(WAIT_S) is not None
         server.close()
     for said in (b"weights of my model", b"update of the model", ring.pairs["alice"].secret.encode()):
-        assert (said in tap.copy) == (not has_keys and b"model" in said)
-    assert len(tap.copy) > 100
+        assert (said in tap.up + tap.down) == (not has_keys and b"model" in said)
+    assert min(len(tap.up), len(tap.down)) > 64
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_what_was_recorded_on_the_way_cannot_be_said_again(ring: Ring, has_keys: bool) -> None:
+    server = ring.bind() if has_keys else ring.bind(key=None, allow=None)
+    with contextlib.closing(Tap(server.address)) as tap:
+        worker = transport.connect(tap.address, **(ring.files("alice") if has_keys else {}))
+        with contextlib.closing(worker):
+            worker.send([b"once"])
+            assert hear(server) == ("alice" if has_keys else "", b"once")
+        port = int(server.address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as again:
+            ready = 64 + 2 + tap.up[65]  # a greeting, and a command with its length in a byte
+            say(again, (tap.up[:64], 64), (tap.up[64:ready], 1), (tap.up[ready:], 0))
+            if not has_keys:
+                assert hear(server) == ("", b"once"), "the test is blind"
+                return
+            until_hung_up(again)
+    only_good_ones_are_heard(ring, server)
 
 
 # The list, while the server runs
@@ -488,9 +531,25 @@ def test_a_handshake_that_is_not_finished_in_time_is_ended(
             half[-1].sendall(signature[: n % (len(signature) + 1)])
         only_good_ones_are_heard(ring, server)
         for stranger in half:
-            with contextlib.suppress(ConnectionResetError):
-                while stranger.recv(4096):
-                    pass
+            until_hung_up(stranger)
+
+
+def test_connections_of_strangers_leave_descriptors_to_the_run(ring: Ring, tmp_path: Path) -> None:
+    """More of them than a process may usually hold; both ends of each are this one's."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+    try:
+        server = ring.bind()
+        port = int(server.address.rpartition(":")[2])
+        with contextlib.ExitStack() as open_:
+            for _ in range(few):
+                open_.enter_context(socket.create_connection(("127.0.0.1", port), timeout=WAIT_S))
+            only_good_ones_are_heard(ring, server)
+            (tmp_path / "checkpoint").write_text("saved")
+        server.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_closing_a_server_with_keys_leaves_no_thread(ring: Ring) -> None:
@@ -736,6 +795,18 @@ def test_the_key_of_alice_may_not_speak_as_bob(ring: Ring, tmp_path: Path) -> No
     assert events(tmp_path, "left") == []
 
 
+def test_messages_to_an_earlier_server_are_refused(ring: Ring, tmp_path: Path) -> None:
+    """Generations: also the owner of a key is heard only in the run of now."""
+    with serving(small_recipe(tmp_path, ring)) as server:
+        bob = ring.connect(server.address, "bob")
+        server.generation += 1
+        for message in spoken_as("bob")[1:-1]:
+            bob.send(wire.encode(message))
+            answer = next(heard(bob))
+            assert isinstance(answer, wire.Refusal), f"a {type(message).__name__} was heard"
+            assert "started anew" in answer.reason
+
+
 def heard(worker: WorkerEndpoint) -> Iterator[wire.AnyMessage]:
     while True:
         frames = worker.receive(WAIT_S)
@@ -797,6 +868,17 @@ def no_secret_in(folder: Path, ring: Ring) -> bool:
     return not any(
         pair.secret.encode() in path.read_bytes() for path in files for pair in ring.pairs.values()
     )
+
+
+def test_every_test_that_the_threat_model_names_is_there() -> None:
+    root = Path(__file__).parent.parent
+    said = (root / "docs" / "security.md").read_text()
+    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", said)
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in tests] == []
+    known = {key for key, *_ in config.describe()}
+    assert set(re.findall(r"`((?:server|worker)\.\w+)`", said)) <= known
 
 
 # Commands
