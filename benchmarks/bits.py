@@ -19,9 +19,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from runs import header, row, shards_of, train
+
 from lte import config, nn
 from lte.models import build
-from runs import header, row, shards_of, train
 
 RUNS = Path("runs/bits")
 RECIPE = "configs/gpt-10m.yaml"

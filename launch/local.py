@@ -25,6 +25,8 @@ from lte.track import METRICS, Records
 EXIT_RUN_ENDED = 3
 """Exit code of a worker whose run ended before its last round, as the server told it."""
 PARENT_VARIABLE = "LTE_PARENT_PID"
+KEY_VARIABLE, SERVER_KEY_VARIABLE = "LTE_KEY", "LTE_SERVER_KEY"
+"""Environment of batch jobs: what `lte worker` takes where --key and --server-key are not given."""
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 _LEAVE_S = 2.0
 """How long workers have to leave by themselves once the server is gone; then they get SIGTERM."""
@@ -115,7 +117,13 @@ class _Processes:
             process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, "-m", "lte", *command],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+                # The server has no keys here, so workers must not use any that lie about.
+                env={
+                    **os.environ,
+                    PARENT_VARIABLE: str(os.getpid()),
+                    KEY_VARIABLE: "",
+                    SERVER_KEY_VARIABLE: "",
+                },
                 start_new_session=True,
                 **options,  # type: ignore[call-overload]
             )

@@ -26,6 +26,7 @@ from lte.cost import links
 from lte.data import pack
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
 from lte.server.folder import is_complete
+from lte.transport import keys
 
 EXIT_USER_ERROR = 2
 EXIT_PIPE = 128 + signal.SIGPIPE
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_plan(commands)
     _add_data(commands)
+    _add_keys(commands)
     return parser
 
 
@@ -154,6 +156,11 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = config.load(arguments.config, arguments.overrides)
     if is_complete(recipe):
         return _say_complete(recipe)
+    if recipe.server.key:
+        raise UserError(
+            "server.key: 'lte train' starts workers on this machine, which have no keys; start 'lte server'"
+            " and 'lte worker --key NAME.secret ...', or set server.key=none server.allow=none"
+        )
     if recipe.server.address.startswith("inprocess://"):
         code = local.train_in_threads(recipe)
         _conclude(recipe, finished=code == 0)
@@ -238,7 +245,9 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         commands,
         "worker",
         "train LoRA heads for a server",
-        "example:\n  lte worker --server tcp://127.0.0.1:5555\n\n"
+        "examples:\n"
+        "  lte worker --server tcp://127.0.0.1:5555\n"
+        "  lte worker --server tcp://10.0.0.1:5555 --key alice.secret --server-key server.public\n\n"
         "Everything but the address comes from the server. A CONFIG makes the worker refuse a server\n"
         "that trains another model.",
     )
@@ -252,6 +261,18 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     command.add_argument(
         "--wait", type=_number, default=30.0, metavar="S", help="seconds to look for the server (default: 30)"
+    )
+    command.add_argument(
+        "--key",
+        metavar="FILE",
+        default=os.environ.get(local.KEY_VARIABLE) or None,
+        help=f"this worker's secret key, from 'lte keys new' (default: ${local.KEY_VARIABLE})",
+    )
+    command.add_argument(
+        "--server-key",
+        metavar="FILE",
+        default=os.environ.get(local.SERVER_KEY_VARIABLE) or None,
+        help=f"the server's public key (default: ${local.SERVER_KEY_VARIABLE})",
     )
     command.add_argument(
         "--data", metavar="FOLDER", help="shards, where the recipe's path is not theirs here"
@@ -270,6 +291,8 @@ def _worker(arguments: argparse.Namespace) -> int:
         worker_id=arguments.id,
         folder=arguments.state,
         wait_s=arguments.wait,
+        key=arguments.key,
+        server_key=arguments.server_key,
         shards=arguments.data,
         recipe=recipe,
         say=lambda line: print(line, flush=True),
@@ -476,6 +499,44 @@ def _pack(arguments: argparse.Namespace) -> int:
     )
     train, valid = (sum(s.num_tokens for s in shards) for shards in (index.train, index.valid))
     print(f"{arguments.out}: {train:,} training and {valid:,} validation tokens ({index.tokenizer})")
+    return 0
+
+
+# keys
+
+
+def _add_keys(commands: argparse._SubParsersAction[_Parser]) -> None:
+    keys_ = _command(
+        commands, "keys", "make keys of servers and workers", "example:\n  lte keys new keys/alice"
+    )
+    actions = keys_.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _command(
+        actions,
+        "new",
+        "make a pair of keys for a server or a worker",
+        "examples:\n"
+        "  lte keys new keys/server      keys/server.secret for server.key, keys/server.public for workers\n"
+        "  lte keys new keys/alice       and add the line that it prints to the server's server.allow\n\n"
+        "A worker needs a key of its own, made where it runs: secrets need not travel.",
+    )
+    command.add_argument(
+        "name", metavar="PATH", help="writes PATH.secret and PATH.public; its last part names the worker"
+    )
+    command.set_defaults(run=_keys_new)
+
+
+def _keys_new(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.name)
+    if not keys.WORKER_ID.fullmatch(path.name):
+        raise UserError(f"{path}: its last part names a worker: letters, digits, '.', '_', '-', 64 at most")
+    pair = keys.create(path)
+    print(f"{path}.secret (keep it here)  {path}.public (hand it out)")
+    print("A worker's: add this line to the server's allow-list (server.allow), which needs no restart,")
+    print(f"  {path.name} {pair.public}")
+    print(f"and start  lte worker --server tcp://HOST:PORT --key {path}.secret --server-key SERVER.public")
+    print(
+        f"A server's: lte server CONFIG server.key={path}.secret server.allow=FILE; give {path}.public out."
+    )
     return 0
 
 

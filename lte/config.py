@@ -258,7 +258,13 @@ class Server:
     max_message_bytes: Count = _doc(
         1 << 31, "largest message accepted, bytes; models and contributions travel in parts"
     )
-    insecure: bool = _doc(False, "bind beyond loopback although there are no keys: trusted networks only")
+    key: Annotated[Name | None, _OrNone] = _doc(
+        None, "file of the server's secret key ('lte keys new'); then only keys of server.allow may join"
+    )
+    allow: Annotated[Name | None, _OrNone] = _doc(
+        None, "file of lines 'WORKER_ID PUBLIC_KEY', read again whenever it changes"
+    )
+    insecure: bool = _doc(False, "bind beyond loopback without keys: trusted networks only")
     num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
     checkpoint_every: Count = _doc(10, "rounds between checkpoints")
     keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")
@@ -471,6 +477,14 @@ def check(recipe: Recipe) -> list[str]:
             recipe.server.address.partition("://")[0] in ("tcp", "ipc", "inprocess"),
             f"server.address: {recipe.server.address!r} must start with tcp://, ipc:// or inprocess://",
         ),
+        (
+            (recipe.server.key is None) == (recipe.server.allow is None),
+            "server.key, server.allow: the server's key and the list of those allowed need each other",
+        ),
+        (
+            recipe.server.key is None or recipe.server.address.startswith("tcp://"),
+            f"server.key: keys are for tcp:// addresses, not {recipe.server.address}",
+        ),
     ]
     return [line for holds, line in rules if not holds]
 
@@ -651,7 +665,7 @@ def _known_keys() -> list[str]:
 
 
 def _text_keys() -> set[str]:
-    return {key for key, kind, *_ in describe() if kind == "str"}
+    return {key for key, kind, *_ in describe() if kind in ("str", "str or none")}
 
 
 def _nearest(key: str) -> str:

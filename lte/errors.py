@@ -5,7 +5,8 @@
     |   |-- ConfigError      a recipe or an override is wrong; holds one line per fault
     |   |-- DataError        shards, texts or tokenizers that are missing or unreadable
     |   |-- RunError         a run folder that is missing, in use, or of another recipe
-    |   |-- ConnectError     no server answers, or the address cannot be bound
+    |   |-- ConnectError     no server answers or admits the key, or the address cannot be bound
+    |   |-- KeysError        key files or allow-lists that are missing, damaged or open to others
     |   |-- RefusedError     the server refused this worker, and said why
     |   `-- DivergedError    what is trained is not finite any more
     |-- WireError            bytes that are not a message of this protocol
@@ -48,7 +49,11 @@ class RunError(UserError):
 
 
 class ConnectError(UserError):
-    """No server answers at an address, or an address cannot be bound."""
+    """No server answers at an address or admits this key, or an address cannot be bound."""
+
+
+class KeysError(UserError):
+    """A key file or an allow-list that is missing, damaged, or readable by others."""
 
 
 class RefusedError(UserError):

@@ -56,6 +56,8 @@ def work(
     worker_id: str = "",
     folder: Path | None = None,
     wait_s: float = 30.0,
+    key: str | Path | None = None,
+    server_key: str | Path | None = None,
     shards: str | None = None,
     recipe: Recipe | None = None,
     say: Callable[[str], None] = print,
@@ -64,6 +66,7 @@ def work(
 
     Args:
         folder: of this worker's state; see `lte.Worker`.
+        key, server_key: files of keys, for a server that has some; see `lte.Worker`.
         shards: folder of the training data, where it is not at the recipe's path on this machine.
         recipe: refuse a server that trains another model than this one's.
         say: prints a line for a person.
@@ -81,6 +84,8 @@ def work(
         heads=heads,
         version=saved.contribution.version if saved else 0,
         wait_s=wait_s,
+        key=key,
+        server_key=server_key,
     ) as session:
         welcome = session.welcome
         wanted, recipe = recipe, config.from_dict(welcome.settings)

@@ -58,6 +58,11 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
         ["lte", "eval"],
         ["lte", "server"],
         ["lte", "worker"],
+        ["lte", "keys"],
+        ["lte", "keys"],
+        ["echo", '"alice'],
+        ["lte", "server"],
+        ["lte", "worker"],
         ["lte", "plan"],
         ["lte", "plan"],
     ]
@@ -109,8 +114,32 @@ def test_server_and_workers_by_hand(folder: Path) -> None:
     assert "finished at round 2 of 2" in rest
 
 
+def test_keys(folder: Path) -> None:
+    """As alice's run alone, with a second worker whose key is not on the list."""
+    run(blocks("sh")[2].splitlines()[0], folder)
+    new_server, new_alice, allow, server = blocks("sh")[5].splitlines()
+    worker = blocks("sh")[6].strip()
+    for command in (new_server, new_alice, new_alice.replace("alice", "mallory")):
+        run(command, folder)
+    subprocess.run(allow, shell=True, cwd=folder, check=True)
+    server = server.replace("tcp://*:5555", "tcp://*:*")
+    words = [sys.executable, "-m", *shlex.split(server), *SMALL, "data.shards=data/book", "train.workers=1"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True, env=plain()) as process:
+        assert process.stdout is not None
+        port = next(match[1] for line in process.stdout if (match := re.search(r"tcp://[\d.]+:(\d+)", line)))
+        worker = worker.replace("HOST:5555", f"127.0.0.1:{port}")
+        stranger = [sys.executable, "-m", *shlex.split(worker.replace("alice", "mallory"))]
+        refused = subprocess.run(stranger, cwd=folder, capture_output=True, text=True, timeout=60)
+        joined = run(worker, folder)
+        rest = process.stdout.read()
+    assert (refused.returncode, process.returncode) == (2, 0)
+    assert "does not admit this key" in refused.stderr
+    assert "alice joined" in joined
+    assert "finished at round 2 of 2" in rest
+
+
 def test_plans(folder: Path) -> None:
-    for command in blocks("sh")[5].splitlines():
+    for command in blocks("sh")[7].splitlines():
         planned = run(command, folder)
         assert "DDP" in planned
         assert "DiLoCo" in planned

@@ -20,7 +20,7 @@ import zmq
 
 from lte import transport
 from lte.errors import ConnectError
-from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint
+from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, keys
 
 WAIT_S = 20.0
 """How long a message may take on a machine that does other things, too."""
@@ -34,21 +34,29 @@ class Link:
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
+        self.at_server: dict[str, Path] = {}
+        self.at_worker: dict[str, Path] = {}
+        if kind == "curve":
+            keys.create(folder / "server")
+            (folder / "allow").write_text(f"alice {keys.create(folder / 'alice').public}")
+            self.at_server = {"key": folder / "server.secret", "allow": folder / "allow"}
+            self.at_worker = {"key": folder / "alice.secret", "server_key": folder / "server.public"}
         self.address = {
             "inprocess": f"inprocess://{uuid.uuid4()}",
             "tcp": "tcp://127.0.0.1:*",
+            "curve": "tcp://127.0.0.1:*",
             "ipc": f"ipc://{folder}/socket",
         }[kind]
         self._open = contextlib.ExitStack()
 
     def bind(self, max_message_bytes: int = MAX_MESSAGE_BYTES) -> ServerEndpoint:
-        server = transport.bind(self.address, max_message_bytes=max_message_bytes)
+        server = transport.bind(self.address, max_message_bytes=max_message_bytes, **self.at_server)
         self.address = server.address
         self._open.callback(server.close)
         return server
 
     def connect(self) -> WorkerEndpoint:
-        worker = transport.connect(self.address)
+        worker = transport.connect(self.address, **self.at_worker)
         self._open.callback(worker.close)
         return worker
 
@@ -59,13 +67,13 @@ class Link:
         self._open.close()
 
 
-@pytest.fixture(params=["inprocess", "tcp", "ipc"])
+@pytest.fixture(params=["inprocess", "tcp", "ipc", "curve"])
 def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     with contextlib.closing(Link(request.param, tmp_path)) as opened:
         yield opened
 
 
-@pytest.fixture(params=["tcp", "ipc"])
+@pytest.fixture(params=["tcp", "ipc", "curve"])
 def sockets(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     """As `link`, but only those between processes."""
     with contextlib.closing(Link(request.param, tmp_path)) as opened:
@@ -120,6 +128,16 @@ def test_messages_keep_their_order_both_ways(link: Link) -> None:
     for n in range(500):
         server.send(peer, [b"%d" % n])
     assert [hear_at(worker) for _ in range(500)] == [[b"%d" % n] for n in range(500)]
+
+
+def test_the_sender_is_known_where_there_are_keys(link: Link) -> None:
+    server, worker = link.pair()
+    assert server.sender == ""
+    for _ in range(2):
+        worker.send([b"hello"])
+        hear(server)
+        assert server.sender == ("alice" if link.kind == "curve" else "")
+    assert server.notices() == []
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from lte.errors import FencedError, WireError
 from lte.nn import difference
 from lte.quantize import Quantized
 from lte.server import checkpoint, folder, recovery, rounds
+from lte.server.admission import Complaints, vouched
 from lte.server.checkpoint import Progress
 from lte.server.journal import DISK_FULL, Admitted, Gone, Journal, Kept, Merged
 from lte.server.master import Master, Received
@@ -76,7 +77,8 @@ class Server:
                 neither write nor move a worker any more.
 
         Raises:
-            ConnectError: the address cannot be bound. RunError: the run folder is in use, holds
+            ConnectError: the address cannot be bound. KeysError: the files of server.key or
+            server.allow cannot be used. RunError: the run folder is in use, holds
             another run, or holds none where one must be resumed. ConfigError: the recipe's
             patterns do not fit the model.
         """
@@ -88,6 +90,8 @@ class Server:
                 recipe.server.address,
                 max_message_bytes=recipe.server.max_message_bytes,
                 insecure=recipe.server.insecure,
+                key=recipe.server.key,
+                allow=recipe.server.allow,
             )
             self._resources.callback(self._endpoint.close)
             self.address = self._endpoint.address
@@ -112,6 +116,7 @@ class Server:
             self._saving: Future[None] | None = None
             self._saver = ThreadPoolExecutor(1, thread_name_prefix="lte-checkpoint")
             self._resources.callback(self._saver.shutdown)
+            self._complain = Complaints(self._event)
             self._take_up(found)
         except BaseException:
             self._resources.close()
@@ -212,6 +217,8 @@ class Server:
                 while received is not None:  # all that has come: an evaluation made it wait, not silent
                     self._hear(*received)
                     received = None if self.finished else self._endpoint.receive(0)
+                for notice in self._endpoint.notices():
+                    self._complain("admission", notice)
                 self._happened(rounds.Ticked())
             self._see_off()
             reason = self._stop_reason or "the run is finished"
@@ -263,9 +270,16 @@ class Server:
         try:
             message, entries = wire.decode(frames)
         except WireError as error:
-            self._event("malformed", f"a message was dropped: {error}")
+            self._complain("malformed", f"a message was dropped: {error}")
             return
-        match message:
+        sender, kind = self._endpoint.sender, type(message).__name__
+        if (own := vouched(message, sender)) is None:
+            reason = f"its key is {sender}'s, and it speaks as another worker"
+            self._complain("refused", f"a {kind} was refused: {reason}")
+            cure = f"join as {sender}, or by another key"
+            self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
+            return
+        match message := own:
             case wire.Hello():
                 self._hear_hello(peer, message)
             case wire.Part():
@@ -296,7 +310,7 @@ class Server:
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
             case _:
-                self._event("malformed", f"a {type(message).__name__} is not for the server")
+                self._complain("malformed", f"a {type(message).__name__} is not for the server")
 
     def _hear_hello(self, peer: Peer, hello: wire.Hello) -> None:
         if self.finished:
@@ -328,7 +342,7 @@ class Server:
                 cure="choose another, or none to be given one",
             )
         if refusal is not None:
-            self._event("refused", f"a worker was refused: {refusal.reason}")
+            self._complain("refused", f"a worker was refused: {refusal.reason}")
             self._send(peer, refusal)
             return
         self._hello = hello
@@ -847,14 +861,18 @@ class Server:
         members, needed = len(self._state.members), self._state.rules.workers
         said = ""
         if self._state.phase == "starting":
-            said = f"waiting for workers: {members} of {needed}; lte worker --server {self.address}"
+            said = f"waiting for workers: {members} of {needed}; {self._how_to_join()}"
         elif not members:
-            said = f"all workers are gone; lte worker --server {self.address} goes on"
+            said = f"all workers are gone; {self._how_to_join()} goes on"
         if self._disk_is_full:
             said = f"waiting for room in {self._journal.folder}"
         if said != self._said:
             self._said = said
             self._tracker.waiting(said)
+
+    def _how_to_join(self) -> str:
+        with_keys = " --key NAME.secret --server-key SERVER.public" if self.recipe.server.key else ""
+        return f"lte worker --server {self.address}{with_keys}"
 
     def _event(self, what: str, message: str, **fields: Any) -> None:
         self._tracker.record("event", what=what, message=message, version=self.version, **fields)

@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from lte.errors import KeysError
 from lte.transport import inprocess, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
 
 __all__ = ["Frames", "Peer", "ServerEndpoint", "WorkerEndpoint", "bind", "connect"]
 
 
-def bind(address: str, *, max_message_bytes: int, insecure: bool = False) -> ServerEndpoint:
+def bind(
+    address: str,
+    *,
+    max_message_bytes: int,
+    insecure: bool = False,
+    key: str | Path | None = None,
+    allow: str | Path | None = None,
+) -> ServerEndpoint:
     """Open the server's end of an address.
 
     Args:
         address: `tcp://HOST:PORT` (PORT `*` picks a free one), `ipc://PATH` or `inprocess://NAME`.
         max_message_bytes: larger frames are not accepted.
-        insecure: allow addresses that other machines reach.
+        insecure: allow addresses that other machines reach, without keys.
+        key: file of the server's secret key; allow: of the workers' public keys (see `keys`). With
+            them everything is encrypted, and nobody else is heard. Only for tcp://, and together.
 
     Raises:
-        ConnectError: the address cannot be bound.
+        ConnectError: the address cannot be bound. KeysError: the files of keys cannot be used.
     """
+    _check_keys(address, key, allow, "a server's key and the allow-list")
     if address.startswith("inprocess://"):
         return inprocess.bind(address, max_message_bytes=max_message_bytes)
-    return zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
+    return zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
 
 
-def connect(address: str) -> WorkerEndpoint:
+def connect(
+    address: str, *, key: str | Path | None = None, server_key: str | Path | None = None
+) -> WorkerEndpoint:
     """Open a worker's end of an address. Returns at once, also when no server is there yet.
 
+    Args:
+        key: file of this worker's secret key; server_key: of the server's public key. For servers
+            that have keys; only for tcp://, and together.
+
     Raises:
-        ConnectError: the address is malformed, or in this process no server has it.
+        ConnectError: the address is malformed, or in this process no server has it. KeysError: the
+        files of keys cannot be used.
     """
+    _check_keys(address, key, server_key, "a worker's key and the server's public key")
     if address.startswith("inprocess://"):
         return inprocess.connect(address)
-    return zmq.connect(address)
+    return zmq.connect(address, key=key, server_key=server_key)
+
+
+def _check_keys(address: str, one: str | Path | None, other: str | Path | None, names: str) -> None:
+    if (one is None) != (other is None):
+        raise KeysError(f"{one or other}: {names} go together, and one is missing; give both files")
+    if one is not None and not address.startswith("tcp://"):
+        raise KeysError(f"{address}: keys are for tcp:// addresses; leave them out here")

@@ -22,17 +22,26 @@ class ServerEndpoint(Protocol):
     Attributes:
         address: where workers connect, with the real port.
         received_bytes, sent_bytes: of all frames so far, those dropped at once left out.
+        sender: the worker_id that the key behind the last message received is bound to; "" where
+            there are no keys. A peer's name for its connection proves nothing, this does.
     """
 
     address: str
     received_bytes: int
     sent_bytes: int
+    sender: str
 
     def send(self, peer: Peer, frames: Frames) -> None:
         """Send to a peer; dropped without a word if its connection is gone."""
 
     def receive(self, timeout_s: float | None) -> tuple[Peer, Frames] | None:
-        """The next message, or None after the timeout (None: no limit)."""
+        """The next message, or None after the timeout (None: no limit).
+
+        Where there are keys, messages of one that is not allowed any more are dropped.
+        """
+
+    def notices(self) -> list[str]:
+        """What a person should know of strangers and of the allow-list since the last call, in words."""
 
     def close(self) -> None:
         """Hand what was sent to the network, for at most a second, and close."""
@@ -45,7 +54,11 @@ class WorkerEndpoint(Protocol):
         """Send to the server."""
 
     def receive(self, timeout_s: float) -> Frames | None:
-        """The next message, or None after the timeout."""
+        """The next message, or None after the timeout.
+
+        Raises:
+            ConnectError: keys do not fit: the server admits this one not, or has another itself.
+        """
 
     def pending(self) -> int:
         """Messages that have arrived and were not received yet."""

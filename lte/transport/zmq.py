@@ -1,30 +1,53 @@
 """pyzmq: ROUTER on the server, DEALER on the workers, over TCP or ipc.
 
-TCP addresses other than loopback are refused unless the caller insists: there are no keys yet.
+TCP addresses other than loopback are refused without keys, unless the caller insists. With keys
+everything travels by CURVE: encrypted, and only from those on the allow-list (see `gate`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import queue
 import re
+import resource
 import socket
 import stat
 import threading
+import time
 from collections import deque
 from pathlib import Path
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from lte.errors import ConnectError
+from lte.transport import keys
 from lte.transport.base import Frames, Peer
+from lte.transport.gate import DOMAIN, Gate
 
 _LINGER_MS = 1_000
 # The kernel looks after a peer whose machine is gone: it asks after so much silence, again after
 # so long, so many times, and waits so long for what it sent to be acknowledged. ZMTP's own
 # heartbeats are off: their answer queues behind a large frame, so they cut slow links in the middle.
 _KEEPALIVE_IDLE_S, _KEEPALIVE_AGAIN_S, _KEEPALIVE_TIMES, _UNACKNOWLEDGED_MS = 10, 5, 4, 30_000
+# A handshake takes four round trips. Who has not shown a key by then makes room for others.
+_HANDSHAKE_MS = 10_000
+# Until then it holds a descriptor. One address has fewer ports than this.
+_NUM_DESCRIPTORS = 1 << 16
+_NUM_NOTICES = 100
+"""Kept until they are asked for; strangers cause them, so older ones make way."""
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_NOT_ALLOWED = 400
+_CURVE_BYTES = 33
+"""How much larger a frame is that is encrypted."""
+_HUNG_UP_S = 3.0
+"""A server that hangs up in the handshake for so long has another key. Once, it may have been stopped."""
 
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[\w.-]+|\*):(?P<port>\*|\d{1,5})", re.ASCII)
 _FORMS = "an address is tcp://HOST:PORT, ipc://PATH or inprocess://NAME"
@@ -51,20 +74,41 @@ def _prepare(socket: zmq.Socket[bytes], address: str) -> None:
 class ZmqServer:
     """See `base.ServerEndpoint`."""
 
-    def __init__(self, address: str, *, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int,
+        key: str | Path | None = None,
+        allow: str | Path | None = None,
+    ) -> None:
+        self._notices: deque[str] = deque(maxlen=_NUM_NOTICES)
+        pair = keys.load_secret(key) if key is not None else None
+        self._allowed = keys.AllowList(allow, self._notices.append) if allow is not None else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         _prepare(self._socket, address)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if pair else 0))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        self._gate = None
+        if pair and self._allowed:
+            _make_room()
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
+            self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
+            # Without this, libzmq admits everyone when nobody answers for the keys.
+            self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+            self._gate = Gate(self._context, self._allowed, self._notices.append)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            self._socket.close(linger=0)
-            self._context.term()
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self.close()
             raise ConnectError(_bind_fault(address, error)) from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
+        self.sender = ""
 
     def send(self, peer: Peer, frames: Frames) -> None:
         if self._socket.closed:
@@ -78,39 +122,63 @@ class ZmqServer:
             self.sent_bytes += _frame_bytes(frames)
 
     def receive(self, timeout_s: float | None) -> tuple[Peer, Frames] | None:
-        if not self._socket.poll(None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)):
-            return None
-        peer, *frames = self._socket.recv_multipart(copy=False)
-        views = [frame.buffer for frame in frames]
-        self.received_bytes += _frame_bytes(views)
-        return bytes(peer.buffer), views
+        deadline_s = None if timeout_s is None else time.monotonic() + max(timeout_s, 0)
+        while True:
+            left_s = None if deadline_s is None else max(0, deadline_s - time.monotonic())
+            if not self._socket.poll(None if left_s is None else int(left_s * 1000) + 1):
+                return None
+            peer, *frames = self._socket.recv_multipart(copy=False)
+            if self._allowed is not None:
+                # The key that the handshake proved, in words of the gate; its name is the list's of now.
+                self.sender = self._allowed.worker_id(str(peer.get("User-Id") or ""))
+                if not self.sender:
+                    continue
+            views = [frame.buffer for frame in frames]
+            self.received_bytes += _frame_bytes(views)
+            return bytes(peer.buffer), views
+
+    def notices(self) -> list[str]:
+        return [self._notices.popleft() for _ in range(len(self._notices))]
 
     def close(self) -> None:
         self._socket.close()
-        self._context.term()
+        self._context.term()  # which ends the gate
+        if self._gate is not None:
+            self._gate.join()
 
 
 class ZmqWorker:
     """See `base.WorkerEndpoint`. One thread owns the socket; queues lead to and from it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(
+        self, address: str, *, key: str | Path | None = None, server_key: str | Path | None = None
+    ) -> None:
+        pair = keys.load_secret(key) if key is not None else None
+        servers = keys.load_public(server_key) if server_key is not None else ""
+        self._handshakes = _Handshakes(address, pair)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         _prepare(self._socket, address)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5_000)
+        if pair:
+            self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
+            self._socket.setsockopt_string(zmq.CURVE_PUBLICKEY, pair.public)
+            self._socket.setsockopt_string(zmq.CURVE_SERVERKEY, servers)
+        monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
+            monitor.close()
             self._socket.close(linger=0)
             self._context.term()
             raise ConnectError(f"{address}: cannot connect ({_words(error)}); {_FORMS}") from None
-        self._inbox: queue.Queue[list[memoryview]] = queue.Queue()
+        self._inbox: queue.Queue[list[memoryview] | ConnectError] = queue.Queue()
         self._outbox: deque[Frames | None] = deque()
         self._lock, self._closed = threading.Lock(), False
         self._bell, bell = (self._context.socket(zmq.PAIR) for _ in range(2))
         bell.bind("inproc://outbox")
         self._bell.connect("inproc://outbox")
-        self._thread = threading.Thread(target=self._serve, args=(bell,), name="lte-zmq", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(bell, monitor), name="lte-zmq", daemon=True)
         self._thread.start()
 
     def send(self, frames: Frames) -> None:
@@ -118,9 +186,12 @@ class ZmqWorker:
 
     def receive(self, timeout_s: float) -> Frames | None:
         try:
-            return self._inbox.get(timeout=max(timeout_s, 0))
+            received = self._inbox.get(timeout=max(timeout_s, 0))
         except queue.Empty:
             return None
+        if isinstance(received, ConnectError):
+            raise received
+        return received
 
     def pending(self) -> int:
         return self._inbox.qsize()
@@ -139,13 +210,17 @@ class ZmqWorker:
             self._outbox.append(item)
             self._bell.send(b"")
 
-    def _serve(self, bell: zmq.Socket[bytes]) -> None:
+    def _serve(self, bell: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
-        poller.register(bell, zmq.POLLIN)
-        poller.register(self._socket, zmq.POLLIN)
-        with bell, self._socket:
+        for each in (bell, monitor, self._socket):
+            poller.register(each, zmq.POLLIN)
+        with bell, self._socket, monitor:
             while True:
                 ready = dict(poller.poll())
+                if monitor in ready:
+                    event = recv_monitor_message(monitor)
+                    if fault := self._handshakes.fault(event["event"], event["value"], time.monotonic()):
+                        self._inbox.put(ConnectError(fault))
                 if self._socket in ready:
                     frames = self._socket.recv_multipart(copy=False)
                     self._inbox.put([frame.buffer for frame in frames])
@@ -154,28 +229,92 @@ class ZmqWorker:
                     item = self._outbox.popleft()
                     if item is None:
                         return
-                    self._socket.send_multipart(list(item), copy=_frame_bytes(item) < 65_536)
+                    # Never blocks, but where the handshake can never succeed (see `_Handshakes`).
+                    with contextlib.suppress(zmq.Again):
+                        self._socket.send_multipart(list(item), zmq.NOBLOCK, copy=_frame_bytes(item) < 65_536)
 
 
-def bind(address: str, *, max_message_bytes: int, insecure: bool) -> ZmqServer:
+def _make_room() -> None:
+    """Let strangers' connections leave descriptors to the files of the run, as far as that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _NUM_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _NUM_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class _Handshakes:
+    """Tells from handshakes that failed whether waiting will mend them."""
+
+    def __init__(self, address: str, pair: keys.KeyPair | None) -> None:
+        self._address, self._pair = address, pair
+        self._hung_up_s: float | None = None
+        self._succeeded = False
+
+    def fault(self, event: int, value: int, now_s: float) -> str:
+        """What a person has to mend, or ""."""
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._succeeded = True
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return self._refused(value)
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                return self._mismatched()
+        elif self._pair and not self._succeeded:
+            self._hung_up_s = now_s if self._hung_up_s is None else self._hung_up_s
+            if now_s - self._hung_up_s >= _HUNG_UP_S:
+                return (
+                    f"{self._address}: the server hangs up in the handshake: its key is another than the"
+                    " given server key, or no server is behind this address; check both"
+                )
+        return ""
+
+    def _refused(self, status: int) -> str:
+        if self._pair and status == _NOT_ALLOWED:
+            return (
+                f"{self._address}: the server does not admit this key; have this line added to its"
+                f" allow-list (server.allow): WORKER_ID {self._pair.public}"
+            )
+        return (
+            f"{self._address}: the server admits nobody unknown from here for now (too many were, or it"
+            " fails to check keys, which its records say); try again later"
+        )
+
+    def _mismatched(self) -> str:
+        if self._pair:
+            return f"{self._address}: the server has no keys; leave --key and --server-key out"
+        return (
+            f"{self._address}: the server demands a key; make one with 'lte keys new NAME', have it added"
+            " to the server's allow-list, and give --key NAME.secret --server-key SERVER.public"
+        )
+
+
+def bind(
+    address: str,
+    *,
+    max_message_bytes: int,
+    insecure: bool,
+    key: str | Path | None,
+    allow: str | Path | None,
+) -> ZmqServer:
     """See `transport.bind`."""
     tcp = _parse(address)
     if tcp is None:
         _check_path(address)
-    elif not insecure and not _is_loopback(tcp["host"].strip("[]")):
+    elif key is None and not insecure and not _is_loopback(tcp["host"].strip("[]")):
         raise ConnectError(
-            f"{address}: other machines reach this address and there are no keys; bind to 127.0.0.1 and"
-            " tunnel (ssh -L), or set server.insecure=true on a network that you trust"
+            f"{address}: other machines reach this address and there are no keys; make them ('lte keys new"
+            " keys/server') and set server.key and server.allow, or bind to 127.0.0.1 and tunnel (ssh -L), or"
+            " set server.insecure=true on a network that you trust"
         )
-    return ZmqServer(address, max_message_bytes=max_message_bytes)
+    return ZmqServer(address, max_message_bytes=max_message_bytes, key=key, allow=allow)
 
 
-def connect(address: str) -> ZmqWorker:
+def connect(address: str, *, key: str | Path | None, server_key: str | Path | None) -> ZmqWorker:
     """See `transport.connect`."""
     tcp = _parse(address)
     if tcp is not None and "*" in (tcp["host"], tcp["port"]):
         raise ConnectError(f"{address}: * is for servers; give the host and port that the server prints")
-    return ZmqWorker(address)
+    return ZmqWorker(address, key=key, server_key=server_key)
 
 
 def _parse(address: str) -> re.Match[str] | None:

@@ -52,6 +52,8 @@ class Worker:
         worker_id: str = "",
         folder: str | Path | None = None,
         wait_s: float = 30.0,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
     ) -> None:
         """Join a server.
 
@@ -64,10 +66,13 @@ class Worker:
             folder: where to keep this worker's state, which is written before each contribution is
                 sent: a new process with the same name and folder goes on where this one was, bit for
                 bit. None: it starts over from what the server has merged of this worker.
+            key: file of this worker's secret key, server_key: of the server's public one, both from
+                `lte keys new`, for a server that has keys.
 
         Raises:
-            ConnectError: no server answers. RefusedError: it refused, for another model say.
-            RunError: the state in the folder is damaged.
+            ConnectError: no server answers, or keys do not fit. KeysError: the files of keys cannot be
+            used. RefusedError: the server refused, for another model say. RunError: the state in the
+            folder is damaged.
         """
         described = describe(model)
         self._folder = None if folder is None else Path(folder)
@@ -81,6 +86,8 @@ class Worker:
                 heads=heads,
                 version=saved.contribution.version if saved else 0,
                 wait_s=wait_s,
+                key=key,
+                server_key=server_key,
             )
         self._session = server
         try:

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -56,6 +57,8 @@ class Session:
         heads: int = 0,
         version: int = 0,
         wait_s: float = 30.0,
+        key: str | Path | None = None,
+        server_key: str | Path | None = None,
     ) -> None:
         """Join. Blocks until the server welcomed or refused this worker.
 
@@ -64,12 +67,14 @@ class Session:
             model: description of a model built before joining (`nn.Plan.describe`); its heads.
             version: that an earlier process of this worker had pushed a contribution to.
             wait_s: how long to look for a server.
+            key, server_key: files of keys, for a server that has some (see `transport.connect`).
 
         Raises:
-            ConnectError: no server answered within `wait_s`.
+            ConnectError: no server answered within `wait_s`, or keys do not fit. KeysError: the files
+            of keys cannot be used.
             RefusedError: the server refused this worker.
         """
-        self._endpoint = transport.connect(address)
+        self._endpoint = transport.connect(address, key=key, server_key=server_key)
         self._address = address
         self._progress = (0, 0)
         # A contribution until a version that follows it: its blobs and the message that closes them;
@@ -191,6 +196,7 @@ class Session:
 
         Raises:
             RefusedError: the server fenced this worker.
+            ConnectError: the connection broke, and its key is not admitted any more.
             RunEnded: the server went, or is not heard any more.
         """
         heard_s, begin = time.monotonic(), None

@@ -1,0 +1,50 @@
+"""Who speaks for whom, and how often what strangers do is recorded."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+
+from lte import wire
+from lte.transport.limits import Buckets
+
+
+def vouched(message: wire.AnyMessage, sender: str) -> wire.AnyMessage | None:
+    """A message as the owner of its key may say it; None if it speaks as another.
+
+    Args:
+        sender: the worker_id that the key is bound to; "" where there are no keys, and anyone may be
+            anyone. A Hello that names nobody gets this name.
+    """
+    if not sender:
+        return message
+    if isinstance(message, wire.Hello) and not message.worker_id:
+        return msgspec.structs.replace(message, worker_id=sender)
+    return message if getattr(message, "worker_id", sender) == sender else None
+
+
+class Complaints:
+    """Records what anyone can cause as often as they like, at a bounded rate: disks are finite."""
+
+    def __init__(
+        self, record: Callable[[str, str], None], now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Make it.
+
+        Args:
+            record: called with the kind of event and its message.
+        """
+        self._record, self._now_s = record, now_s
+        # Of each kind fifty at once, then one in ten seconds: some megabytes a day at most.
+        self._buckets = Buckets(burst=50, per_s=0.1, most=16)
+        self._left_out: Counter[str] = Counter()
+
+    def __call__(self, what: str, message: str) -> None:
+        if not self._buckets.take(what, self._now_s()):
+            self._left_out[what] += 1
+            return
+        more = self._left_out.pop(what, 0)
+        self._record(what, f"{message} ({more} more were not recorded)" if more else message)
