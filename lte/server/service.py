@@ -890,13 +890,31 @@ class Server:
         )
 
     def _save(self) -> None:
-        """Write a checkpoint of a run that stops, after the one that is being written. Its workers go."""
+        """Write a checkpoint of a run that ends, after the one that is being written. Its workers go.
+
+        A full disk is waited for, unless the server was told to stop: the journal holds what was merged.
+        """
         if self._saving is not None:
             self._saving.exception()
         for member in self._state.members.values():
             self._journal.write(Gone(incarnation=member.incarnation))
-        self._journal.begin(self.version, config.to_dict(self.recipe))
-        self._write(replace(self._progress(), members=()), self.master.state())
+        while True:
+            try:
+                self._journal.begin(self.version, config.to_dict(self.recipe))
+                self._write(replace(self._progress(), members=()), self.master.state())
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                if self._stop_reason is not None:
+                    self._event(
+                        "unsaved", f"no room for a last checkpoint in {self.folder}; free some and go on"
+                    )
+                    return
+                self._is_full("the last checkpoint is written")
+                self._endpoint.receive(_LONGEST_WAIT_S)
+            else:
+                self._is_durable("")
+                return
 
     def _save_meanwhile(self) -> None:
         """Have a checkpoint written while the rounds go on, unless one is being written. What comes

@@ -1,0 +1,51 @@
+"""The journal's disk is full: nothing is published until there is room, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, audit
+from conftest import ROUNDS
+
+Resize = Callable[[str], None]
+
+
+@pytest.fixture(params=["24k", "48k"], ids=["in the middle of the run", "at its end"])
+def resize(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Resize]:
+    """A small disk where the journal will be; gives it another size."""
+    size = request.param
+    place = cluster.run / "journal"
+    place.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o"]
+    if (
+        os.geteuid() != 0
+        or subprocess.run([*command, f"size={size}", "lte", place], capture_output=True).returncode
+    ):
+        pytest.skip("needs root, and leave to mount a tmpfs")
+    try:
+        yield lambda size: subprocess.run([*command, f"remount,size={size}", place], check=True)  # type: ignore
+    finally:
+        for process in cluster.processes:
+            process.kill()
+            process.join()
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_waited_for(
+    cluster: Cluster, undisturbed: str, resize: Resize, tmp_path: Path
+) -> None:
+    processes = [cluster.serve(), *(cluster.work(name) for name in ("a", "b"))]
+    cluster.until(lambda: cluster.events("disk"), "word that the disk is full")
+    assert not cluster.lines("done")
+    resize("4m")
+    for process in processes:
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    full, *others = cluster.events("disk")
+    assert "has no room" in full
+    assert "has room again" in others[-1]
+    audit(cluster.run, ROUNDS, {"a", "b"})
