@@ -26,6 +26,8 @@ from lte.data import pack
 from lte.server import journal
 from lte.track import METRICS, Records
 
+ROUNDS = 6
+"""Of the run that is disturbed."""
 ENDS_WITHIN_S = 50.0
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lte.language", "cluster"])

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, shards
-
-ROUNDS = 6
+from cluster import ROUNDS, Cluster, shards
 
 
 @pytest.fixture(scope="session")

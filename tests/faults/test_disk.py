@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, audit
-from conftest import ROUNDS
+from cluster import ROUNDS, Cluster, audit
 
 Resize = Callable[[str], None]
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from cluster import Cluster, audit
-from conftest import ROUNDS
+from cluster import ROUNDS, Cluster, audit
 
 from lte.transport import Frames, Peer
 from lte.transport.zmq import ZmqServer

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from cluster import Cluster, Fault, audit
-from conftest import ROUNDS
+from cluster import ROUNDS, Cluster, Fault, audit
 
 STEP = "lte.worker.trainer:Trainer.step"
 STOP = signal.SIGSTOP

@@ -5,8 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from cluster import Cluster, Fault, audit
-from conftest import ROUNDS
+from cluster import ROUNDS, Cluster, Fault, audit
 
 KILLED = {
     "before the first contribution is kept": Fault("lte.server.service:Server._journal_kept", call=5),

@@ -7,8 +7,7 @@ import shutil
 import signal
 
 import pytest
-from cluster import Cluster, Fault, audit
-from conftest import ROUNDS
+from cluster import ROUNDS, Cluster, Fault, audit
 
 PUSHES = "lte.worker.session:Session"
 KILLED = {
