@@ -57,7 +57,7 @@ def contributions(master: Master, recipe: Recipe) -> list[dict[str, torch.Tensor
                 (A, (1, spec.rank, spec.shape[1]), spec.rank**-0.5),
                 (B, (1, spec.shape[0], spec.rank), 2e-4),
             ):
-                known = name + ending in master.merged.get(worker, {})
+                known = name + ending in master.merged.get(f"w{worker}", {})
                 codec = factors.codec_of(name + ending, recipe, is_known=known)
                 change = torch.randn(shape) * (size * 0.01 if known else size)
                 blobs[name + ending], _ = factors.encode(change, *codec)
@@ -78,13 +78,13 @@ def one_round(master: Master, sent: list[dict[str, torch.Tensor]]) -> dict[str, 
 
     def decode() -> None:
         for worker, blobs in enumerate(sent):
-            tensors = master.decode(blobs, worker, 1)
-            received.append(Received(worker, 1, worker, 0, 1, tensors))
+            tensors = master.decode(blobs, f"w{worker}", 1)
+            received.append(Received(f"w{worker}", 1, worker, 0, 1, tensors))
 
     timed("decode", decode)
     timed("merge", lambda: master.merge(received, 0))
     before = timed("requantize", master.requantize)
-    timed("digest", master.base_digest)
+    timed("digests", lambda: (master.base_digest(), master.master_digest()))
     changed = timed("pack", lambda: [change for _, change in master.changes_since(before)])
     share = sum(c.codes_changed for c in changed) / master.plan.num_adapted_parameters
     sizes = sum(c.codes.numel() + c.scales.numel() for c in changed)
@@ -109,7 +109,7 @@ def floors(n: int) -> dict[str, float]:
         "merge": product + n * 12 * a_byte,  # W read and written, the delta added
         "requantize": n * (4 + 0.5 + 0.5) * a_byte,
         "pack": n * 1.0 * a_byte,
-        "digest": n * 0.53 * a_byte,
+        "digests": n * 4.53 * a_byte,
     }
 
 
