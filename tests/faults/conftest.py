@@ -28,7 +28,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "train.batch_size": 4,
         "schedule.warmup_steps": 2,
         "server.checkpoint_every": 2,
-        "server.keep_checkpoints": 100,  # and with them the whole journal, for the audit
+        "server.keep_checkpoints": 1000,  # and with them the whole journal, for the audit
         "worker.heartbeat_s": 0.05,
         "eval.every": 0,
         "eval.final_tokens": 64,
