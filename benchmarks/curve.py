@@ -78,6 +78,7 @@ SETTINGS: dict[str, list[str]] = {
     "DiLoCo H=500 int4": diloco(500, "int4"),
     "LTE r=64 T=250 int2": lte(64, 250, "compress.factors=int2"),
     "LTE r=64 T=100 int2": lte(64, 100, "compress.factors=int2"),
+    "LTE r=32 T=250 int2": lte(32, 250, "compress.factors=int2"),
 }
 
 
