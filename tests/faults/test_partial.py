@@ -34,8 +34,10 @@ def test_a_worker_that_was_silent_for_too_long_says_hello_again(cluster: Cluster
     os.kill(b.pid, signal.SIGCONT)
     for process in (server, a, b):
         cluster.ended(process, 0)
-    assert [words.partition(":")[0] for words in cluster.events("left")] == ["b is gone"]
-    assert len(cluster.events("joined")) == 3
+    # On a busy machine a may be silent for so long, too, and is taken back all the same.
+    assert any(words.startswith("b is gone: no sign of life") for words in cluster.events("left"))
+    assert cluster.events("joined").count("b joined") >= 2
+    assert cluster.events("fenced") == []
     counts = merged(cluster)
     assert 2 in counts[counts.index(1) :], "b is back"
     audit(cluster.run, 200, {"a", "b"})
