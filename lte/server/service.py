@@ -900,6 +900,7 @@ class Server:
             self._journal.write(Gone(incarnation=member.incarnation))
         while True:
             try:
+                self._publish_if_durable()  # else the master would be ahead of the version it is saved as
                 self._journal.begin(self.version, config.to_dict(self.recipe))
                 self._write(replace(self._progress(), members=()), self.master.state())
             except OSError as error:

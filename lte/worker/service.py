@@ -111,7 +111,7 @@ class Worker:
             # Processes whose contributions are this one's: its own, and the one that it goes on from.
             self._incarnations = {welcome.incarnation}
             self._apply_s = self._waited_s = 0.0
-            if saved is not None and (saved.run_id, saved.slot) == (welcome.run_id, welcome.slot):
+            if saved is not None and saved.continues(welcome):
                 self._resume(saved)
             if self._trainer.merged_digest() != welcome.merged_digest and not self._pushed:
                 self._start_over()

@@ -39,6 +39,12 @@ class Saved:
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
 
+    def continues(self, welcome: wire.Welcome) -> bool:
+        """Whether it is of this run and place, and of no version that the server does not have: one
+        that lost its journal went back."""
+        same = (self.run_id, self.slot) == (welcome.run_id, welcome.slot)
+        return same and self.contribution.version <= welcome.version
+
 
 def save(folder: Path, saved: Saved) -> None:
     """Write `folder/state.safetensors`, durably, in place of an older one.

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from cluster import ROUNDS, Cluster, audit
+
+from lte.server import journal
+
+
+@dataclass(frozen=True)
+class FullWhenStopped:
+    """The disk is full when the third merge is to be written, and the server is told to stop; then
+    there is room."""
+
+    def install(self) -> None:
+        write, sync, merges = journal.Journal.write, journal.Journal.sync, 0
+
+        def counting(self: journal.Journal, record: journal.AnyRecord) -> None:
+            nonlocal merges
+            merges += isinstance(record, journal.Merged)
+            write(self, record)
+
+        def full(self: journal.Journal) -> None:
+            nonlocal merges
+            if merges == 3:
+                merges += 1
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(self)
+
+        journal.Journal.write, journal.Journal.sync = counting, full  # type: ignore[method-assign]
+
 
 Resize = Callable[[str], None]
 
@@ -47,4 +77,18 @@ def test_a_full_disk_is_waited_for(
     full, *others = cluster.events("disk")
     assert "has no room" in full
     assert "has room again" in others[-1]
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+def test_a_server_that_is_stopped_while_its_disk_is_full_saves_what_it_published(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    """A merge that waits for room is in the checkpoint and in the journal, or in neither."""
+    workers = [cluster.work(name) for name in ("a", "b")]
+    cluster.ended(cluster.serve(FullWhenStopped()), 3)
+    for worker in workers:
+        cluster.ended(worker, 1)
+    for process in (cluster.serve(), *(cluster.work(name) for name in ("a", "b"))):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
     audit(cluster.run, ROUNDS, {"a", "b"})
