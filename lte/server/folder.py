@@ -73,7 +73,7 @@ def _move_aside(folder: Path) -> None:
         path.rename(old / path.name)
 
 
-def _lock(folder: Path, *, take_over: bool = False) -> IO[str]:
+def _lock(folder: Path, *, take_over: bool) -> IO[str]:
     """Claim a run folder for this process, until the returned file is closed.
 
     Args:

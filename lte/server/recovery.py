@@ -87,7 +87,6 @@ class _Replay:
     def __init__(self, master: Master, found: Recovered, folder: Path) -> None:
         self._master, self._found, self._folder = master, found, folder
         self._kept: dict[int, journal.Kept] = {}
-        self._from = found.progress.version
 
     def take(self, record: journal.AnyRecord) -> None:
         progress = self._found.progress

@@ -10,11 +10,9 @@ import statistics
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -23,16 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from lte import config, schedule, transport, wire
-from lte.compress import CODES, KINDS, SCALES, changes, kind_of
+from lte.compress import changes
 from lte.config import Recipe
 from lte.errors import FencedError, WireError
 from lte.nn import difference
-from lte.quantize import Quantized
-from lte.server import checkpoint, folder, recovery, rounds
+from lte.server import folder, recovery, rounds
 from lte.server.admission import Complaints, vouched
 from lte.server.checkpoint import Progress
-from lte.server.journal import DISK_FULL, Admitted, Gone, Journal, Kept, Merged
+from lte.server.journal import Admitted, Gone, Kept, Merged
 from lte.server.master import Master, Received
+from lte.server.publisher import Publisher
+from lte.server.store import Store
 from lte.track import METRICS, Records, Tracker
 from lte.transport import Frames, Peer
 
@@ -42,6 +41,15 @@ Evaluate = Callable[[nn.Module, int], float | None]
 _WORKER_ID = re.compile(r"[\w.-]{0,64}", re.ASCII)
 _LONGEST_WAIT_S = 1.0
 """The service looks at clock and signals at least this often."""
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """A contribution as it came: what is in it, its message, and its bytes for the journal."""
+
+    received: Received
+    message: wire.Contribution
+    blobs: dict[str, Tensor]
 
 
 class Server:
@@ -111,34 +119,36 @@ class Server:
             (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
             tracker = Tracker(self.folder, recipe, version=found.progress.version, display=display)
             self._tracker = self._resources.enter_context(tracker)
-            self._journal = Journal(self.folder, self.generation)
-            self._resources.callback(self._journal.close)
-            self._saving: Future[None] | None = None
-            self._saver = ThreadPoolExecutor(1, thread_name_prefix="lte-checkpoint")
-            self._resources.callback(self._saver.shutdown)
+            self._store = Store(
+                self.folder,
+                self.generation,
+                config.to_dict(recipe),
+                keep=recipe.server.keep_checkpoints,
+                say=self._event,
+            )
+            self._resources.callback(self._store.close)
+            self._publisher = Publisher(
+                self._endpoint,
+                self.master,
+                recipe,
+                generation=self.generation,
+                version=found.progress.version,
+            )
             self._complain = Complaints(self._event)
             self._take_up(found)
         except BaseException:
             self._resources.close()
             raise
         self._peers: dict[str, Peer] = {}
-        # The contribution at hand, until the rounds say whether it is kept; and those kept.
-        self._offered: tuple[Received, wire.Contribution] | None = None
+        # The contribution at hand with its bytes, until the rounds say whether it is kept; those kept.
+        self._offered: _Offered | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
-        # The blobs of the contribution at hand, for the journal.
-        self._offered_blobs: dict[str, Tensor] = {}
         # A merge that is not in the journal yet, and so not published: what is left to do then.
         self._unpublished: Callable[[], None] | None = None
-        self._disk_is_full = False
-        # Of the open round: parts that have come of contributions, by worker_id; bytes, by kind.
+        # Of the open round: parts that have come of contributions, by worker_id.
         self._staged: dict[str, wire.Assembly] = {}
-        self._bytes, self._num_told, self._stream = _no_bytes(), 0, 0
         # worker_id -> the attempt at which its last welcome was sent.
         self._attempts: dict[str, int] = {}
-        self._accounted_bytes = (0, 0)
-        # The bytes of the last updates, each on the one before, for who is behind.
-        self._history: deque[dict[str, Tensor]] = deque()
-        self._whole_bytes = _size(self.master.snapshot())
         self._published_s = self._now_s()
         self._stop_reason: str | None = None
         self.stopped_by = 0
@@ -161,7 +171,7 @@ class Server:
                 lr = self._rate(int(line["version"] or 0))
                 self._tracker.record("round", **line, downlink_bytes=0, merge_s=0.0, wait_s=0.0, lr=lr)
         self._tokens = progress.tokens
-        self._base_digest, self._master_digest = self.master.base_digest(), self.master.master_digest()
+        self._master_digest = self.master.master_digest()
         # worker_id -> the version that its last merged contribution is in, and which incarnation's it was.
         self._merged_in = dict(progress.merged_in)
         members = {member.worker_id: _member(member, self._now_s()) for member in progress.members}
@@ -175,8 +185,7 @@ class Server:
             ),
             self._now_s(),
         )
-        self._write(self._progress(), self.master.state())
-        self._journal.begin(self.version, config.to_dict(recipe), found.follows)
+        self._store.begin(self._progress(), self.master.state(), found.follows)
 
     @property
     def version(self) -> int:
@@ -210,7 +219,7 @@ class Server:
         reason = "the server failed"
         try:
             while not self.finished and self._stop_reason is None:
-                self._journal.check_generation()
+                self._store.check_generation()
                 self._publish_if_durable()
                 self._say_waiting()
                 received = self._endpoint.receive(self._patience_s())
@@ -306,7 +315,7 @@ class Server:
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
                     said = f"{message.worker_id} starts over from what was merged of it"
                     self._event("recalled", said, worker_id=message.worker_id)
-                    self._send_factors(peer, message.worker_id)
+                    self._publisher.send_factors(peer, message.worker_id)
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
             case _:
@@ -368,49 +377,55 @@ class Server:
             most = self.master.max_contribution(member.heads)
             staged = self._staged[part.worker_id] = wire.Assembly(part.stream, part.version, most)
         if part.stream == staged.stream:
-            self._count("uplink", staged.add(part, frames, entries))
+            self._publisher.count("uplink", staged.add(part, frames, entries))
 
     def _hear_contribution(self, peer: Peer, message: wire.Contribution) -> None:
         if self._is_stale(peer, message.generation):
             return
         member = self._state.members.get(message.worker_id)
         self._offered = None
-        if member is not None and member.incarnation == message.incarnation:
-            assembly = self._staged.get(message.worker_id)
-            if assembly is None or assembly.stream != message.stream:
-                assembly = wire.Assembly(message.stream, message.version)
-            if message.version == self.version:
-                tensors: dict[str, Tensor] = {}
-                fault = self._fault_of(message, member)
-                if not fault:
-                    try:
-                        blobs = assembly.close(message.parts)
-                        if blobs is None:
-                            return  # parts were lost: without a receipt they come again
-                        self._staged.pop(message.worker_id, None)
-                        tensors = self.master.decode(blobs, message.worker_id, member.heads)
-                        self._offered_blobs = blobs
-                    except WireError as error:
-                        fault = str(error)
-                if fault:
-                    self._event("refused", f"a contribution of {message.worker_id} was refused: {fault}")
-                    self._receipt(peer, message.version, "refused", fault)
-                    return
-                received = Received(
-                    worker_id=message.worker_id,
-                    heads=member.heads,
-                    first_head=member.slot * member.heads,
-                    draw=message.draw,
-                    tokens=message.tokens,
-                    tensors=tensors,
-                )
-                self._offered = (received, message)
+        is_current = member is not None and member.incarnation == message.incarnation
+        # While a merge waits for the disk there is nothing to hold what comes against.
+        if is_current and message.version == self.version and self._state.phase != "merging":
+            assert member is not None
+            try:
+                self._offered = self._opened(message, member)
+            except WireError as error:
+                self._event("refused", f"a contribution of {message.worker_id} was refused: {error}")
+                self._receipt(peer, message.version, "refused", str(error))
+                return
+            if self._offered is None:
+                return  # parts were lost: without a receipt they come again
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
 
+    def _opened(self, message: wire.Contribution, member: rounds.Member) -> _Offered | None:
+        """A contribution to the open round with its tensors, or None where parts of it are missing.
+
+        Raises:
+            WireError: it cannot be merged.
+        """
+        if fault := self._fault_of(message, member):
+            raise WireError(fault)
+        assembly = self._staged.get(message.worker_id)
+        if assembly is None or assembly.stream != message.stream:
+            assembly = wire.Assembly(message.stream, message.version)
+        if (blobs := assembly.close(message.parts)) is None:
+            return None
+        self._staged.pop(message.worker_id, None)
+        received = Received(
+            worker_id=message.worker_id,
+            heads=member.heads,
+            first_head=member.slot * member.heads,
+            draw=message.draw,
+            tokens=message.tokens,
+            tensors=self.master.decode(blobs, message.worker_id, member.heads),
+        )
+        return _Offered(received, message, blobs)
+
     def _fault_of(self, message: wire.Contribution, member: rounds.Member) -> str:
         """What is wrong with a contribution before its tensors are looked at, or ''."""
-        if message.base_digest != self._base_digest:
+        if message.base_digest != self._publisher.base_digest:
             return f"its base is not bit for bit the published version {self.version}"
         if message.merged_digest != self.master.merged_digest(member.worker_id):
             return "it is encoded against merged factors that the server does not hold"
@@ -429,7 +444,7 @@ class Server:
         if generation == self.generation:
             return False
         if generation > self.generation:
-            self._journal.check_generation()
+            self._store.check_generation()
         self._send(peer, wire.HelloAgain(generation=self.generation))
         return True
 
@@ -448,9 +463,10 @@ class Server:
                 self._attempts[member.worker_id] = self._hello.attempt
                 self._pulse(peer, number=0)  # so that a slow link does not look like no server
                 if not again:
-                    self._journal.write(_admitted(member))
+                    self._store.write(_admitted(member))
                     self._event("joined", f"{member.worker_id} joined", worker_id=member.worker_id)
-                if self._is_durable("who joins is welcomed"):  # else it asks again
+                # Else it asks again.
+                if self._store.is_durable("who joins is welcomed") and not self._unpublished:
                     self._peers[member.worker_id] = peer
                     self._welcome(peer, member)
             case rounds.Open(worker_ids):
@@ -461,8 +477,7 @@ class Server:
             case rounds.Keep(worker_id):
                 assert peer is not None
                 assert self._offered is not None
-                self._held[worker_id] = self._offered
-                self._journal_kept(worker_id)
+                self._keep(self._offered)
                 self._receipt(peer, self.version, "held", "")
             case rounds.Answer(worker_id, status, reason):
                 assert peer is not None
@@ -480,7 +495,7 @@ class Server:
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
                 self._staged.pop(member.worker_id, None)
-                self._journal.write(Gone(incarnation=member.incarnation))
+                self._store.write(Gone(incarnation=member.incarnation))
                 if not self.finished:
                     self._event("left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id)
             case rounds.Merge(worker_ids, num_missing_heads):
@@ -498,8 +513,7 @@ class Server:
         merged_s = self._now_s()
         before = self.master.requantize()
         dense = self.master.publish_dense()
-        self._base_digest = self.master.base_digest()
-        self._master_digest = self.master.master_digest()
+        digests = self.master.base_digest(), self.master.master_digest()
         requantized_s = self._now_s()
         version = self.version + 1
         incarnations = [message.incarnation for _, message in held]
@@ -508,22 +522,24 @@ class Server:
         remain = sorted(absent.union(self._state.members))
         self.master.keep_only(remain)
         self._tokens += sum(message.tokens for _, message in held)
-        self._journal.write(
+        self._store.write(
             Merged(
                 version=version,
                 incarnations=tuple(incarnations),
                 num_missing_heads=num_missing_heads,
                 remain=tuple(remain),
                 tokens=self._tokens,
-                master_digest=self._master_digest,
-                base_digest=self._base_digest,
+                master_digest=digests[1],
+                base_digest=digests[0],
             )
         )
 
         def publish() -> None:
             journaled_s = self._now_s()
             self._merged_in |= {message.worker_id: (version, message.incarnation) for _, message in held}
-            changed = self._publish(version, before, dense, incarnations)
+            base_digest, self._master_digest = digests
+            peers = list(self._peers.values())
+            changed = self._publisher.publish(peers, before, dense, incarnations, base_digest)
             wait_s, self._published_s = closed_s - self._published_s, self._now_s()
             if self.recipe.compress.measure_entropy:
                 pairs = ((before[name], now) for name, now in self.master.base.items())
@@ -545,160 +561,31 @@ class Server:
 
     def _publish_if_durable(self) -> None:
         """Publish what was merged, if the journal holds it."""
-        if self._unpublished and self._is_durable(f"version {self.version + 1} is published"):
+        if self._unpublished and self._store.is_durable(f"version {self.version + 1} is published"):
             publish, self._unpublished = self._unpublished, None
             publish()
 
-    def _is_durable(self, what_next: str) -> bool:
-        """Whether all that the journal was told is on disk. A full disk is waited for, and said once."""
-        try:
-            self._journal.sync()
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            self._is_full(what_next)
-            return False
-        if self._disk_is_full:
-            self._disk_is_full = False
-            self._event("disk", f"{self._journal.folder} has room again")
-        return True
-
-    def _is_full(self, what_next: str) -> None:
-        if not self._disk_is_full:
-            self._disk_is_full = True
-            self._event("disk", f"{self._journal.folder} has no room: {what_next} once it has")
-
-    def _journal_kept(self, worker_id: str) -> None:
-        """Write the contribution at hand ahead: it counts once a merge of it is in the journal."""
-        received, message = self._held[worker_id]
-        self._journal.write(
+    def _keep(self, offered: _Offered) -> None:
+        """Hold a contribution, and write it ahead: it counts once a merge of it is in the journal."""
+        received, message = offered.received, offered.message
+        self._held[received.worker_id] = (received, message)
+        self._store.write(
             Kept(
                 version=message.version,
-                worker_id=worker_id,
+                worker_id=received.worker_id,
                 incarnation=message.incarnation,
                 heads=received.heads,
                 first_head=received.first_head,
                 draw=received.draw,
                 tokens=received.tokens,
                 loss=message.loss,
-                blobs={name: blob.numpy().tobytes() for name, blob in self._offered_blobs.items()},
+                blobs={name: blob.numpy().tobytes() for name, blob in offered.blobs.items()},
             )
         )
-        self._offered_blobs = {}
-
-    def _publish(
-        self, version: int, before: dict[str, Quantized], dense: dict[str, Tensor], merged: list[int]
-    ) -> dict[str, float]:
-        """Send a new version to all, each layer as soon as it is encoded, and remember its bytes.
-
-        Returns:
-            `codes_changed` and `scales_changed`, the shares that did; `changes_bytes` of their change.
-        """
-        blobs: dict[str, Tensor] = {}
-        codes = scales = num_bytes = 0
-
-        def encoded() -> Iterator[tuple[str, Tensor]]:
-            nonlocal codes, scales, num_bytes
-            for name, change in self.master.changes_since(before):
-                codes, scales = codes + change.codes_changed, scales + change.scales_changed
-                num_bytes += change.codes.numel() + change.scales.numel()
-                for ending, blob in ((CODES, change.codes), (SCALES, change.scales)):
-                    blobs[name + ending] = blob
-                    yield name + ending, blob
-            blobs.update(dense)
-            yield from dense.items()
-
-        self._num_told = len(self._peers)
-        self._send_update(list(self._peers.values()), version, self.version, encoded(), merged)
-        self._history.append(blobs)
-        # More of them would be no smaller than the whole model.
-        while sum(map(_size, self._history)) > self._whole_bytes:
-            self._history.popleft()
-        num_scales = sum(base.scales.numel() for base in self.master.base.values())
-        return {
-            "codes_changed": codes / max(self.master.plan.num_adapted_parameters, 1),
-            "scales_changed": scales / max(num_scales, 1),
-            "changes_bytes": num_bytes,
-        }
-
-    def _send_update(
-        self,
-        peers: Sequence[Peer],
-        version: int,
-        since: int | None,
-        blobs: Iterable[tuple[str, Tensor]],
-        merged: Sequence[int],
-    ) -> None:
-        """Send an update to these peers in parts, then the message that closes them."""
-
-        stream, num_parts = self._send_parts(peers, version, blobs)
-        update = wire.Update(
-            generation=self.generation,
-            version=version,
-            since=since,
-            stream=stream,
-            parts=num_parts,
-            merged=tuple(merged),
-            base_digest=self._base_digest,
-            last=version >= self.recipe.train.rounds,
-        )
-        for peer in peers:
-            self._send(peer, update)
-
-    def _send_factors(self, peer: Peer, worker_id: str) -> None:
-        """Send what is merged of a worker."""
-        merged = self.master.merged.get(worker_id, {})
-        blobs = ((name, tensor.reshape(-1).view(torch.uint8)) for name, tensor in merged.items())
-        stream, num_parts = self._send_parts([peer], self.version, blobs)
-        factors = wire.Factors(
-            generation=self.generation, version=self.version, stream=stream, parts=num_parts
-        )
-        self._send(peer, factors)
-
-    def _send_parts(
-        self, peers: Sequence[Peer], version: int, blobs: Iterable[tuple[str, Tensor]]
-    ) -> tuple[int, int]:
-        """Send named bytes in parts, each as soon as it is full. Returns the stream and how many."""
-        self._stream += 1
-        stream = self._stream
-
-        def part(index: int) -> wire.Part:
-            return wire.Part(
-                generation=self.generation,
-                worker_id="",
-                incarnation=0,
-                version=version,
-                stream=stream,
-                index=index,
-            )
-
-        num_parts = 0
-        for frames, sizes in wire.in_parts(blobs, self.recipe.compress.part_bytes, part):
-            num_parts += 1
-            for peer in peers:
-                sent_bytes = self._endpoint.sent_bytes
-                self._endpoint.send(peer, frames)
-                if self._endpoint.sent_bytes > sent_bytes:  # not to one that is gone
-                    self._count("downlink", sizes)
-        return stream, num_parts
-
-    def _count(self, direction: str, sizes: Mapping[str, int]) -> None:
-        """Add to the bytes of this round, by direction and kind. Factors that are recalled are control."""
-        for name, num_bytes in sizes.items():
-            if (kind := f"{direction}_{kind_of(name)}_bytes") in self._bytes:
-                self._bytes[kind] += num_bytes
 
     def _record_round(self, contributions: list[wire.Contribution], **measured: float) -> None:
         losses = [message.loss for message in contributions if message.loss is not None]
-        bytes_now = (self._endpoint.received_bytes, self._endpoint.sent_bytes)
-        uplink, downlink = (
-            now - before for now, before in zip(bytes_now, self._accounted_bytes, strict=True)
-        )
-        self._accounted_bytes = bytes_now
-        by_kind, self._bytes = self._bytes, _no_bytes()
-        for direction, total in (("uplink", uplink), ("downlink", downlink)):
-            known = sum(n for key, n in by_kind.items() if key.startswith(direction))
-            by_kind[f"{direction}_control_bytes"] = total - known
+        uplink, downlink, by_kind = self._publisher.close_round()
         bits = 8 / self.master.plan.num_parameters
         self._tracker.record(
             "round",
@@ -706,12 +593,12 @@ class Server:
             tokens=self._tokens,
             train_loss=sum(losses) / len(losses) if losses else None,
             num_merged=len(contributions),
-            num_told=self._num_told,
+            num_told=self._publisher.num_told,
             uplink_bytes=uplink,
             downlink_bytes=downlink,
             **by_kind,
             uplink_bits=uplink * bits / len(contributions),
-            downlink_bits=downlink * bits / max(self._num_told, 1),
+            downlink_bits=downlink * bits / max(self._publisher.num_told, 1),
             lost=max(message.lost for message in contributions),
             step_s=statistics.median(message.step_s for message in contributions),
             encode_s=statistics.median(message.encode_s for message in contributions),
@@ -724,7 +611,7 @@ class Server:
         if not self.finished and every and self.version % every == 0:
             self._measure(self.recipe.eval.tokens)
         if not self.finished and self.version % self.recipe.server.checkpoint_every == 0:
-            self._save_meanwhile()
+            self._store.save_meanwhile(self._progress(), self.master.state())
 
     def _rate(self, version: int) -> float:
         """Learning rate of the last local step before a version."""
@@ -775,42 +662,27 @@ class Server:
             version=self.version,
             settings=config.to_dict(self.recipe),
             model=self._described,
-            holds=(self._hello.version, self._hello.base_digest) == (self.version, self._base_digest),
+            holds=(self._hello.version, self._hello.base_digest)
+            == (self.version, self._publisher.base_digest),
             merged_digest=self.master.merged_digest(member.worker_id),
         )
         self._send(peer, welcome)
         if not welcome.holds:
             merged = self._merged_since(member.worker_id, self._hello.version)
-            self._send_update([peer], self.version, None, self.master.snapshot().items(), merged)
+            self._publisher.send_whole(peer, merged)
 
     def _bring_up(self, peer: Peer, worker_id: str, version: int) -> None:
-        """Send the published version to a worker that holds an older one and missed what came since:
-        the changes folded into one, or the whole model where that is smaller.
+        """Send the published version to a worker that holds an older one and missed what came since.
 
         Its contribution to the round on `version`, if that was merged, counts as merged in this update.
         """
-        behind = self.version - version
-        if behind <= 0:
-            return
-        blobs, since = self.master.snapshot(), None
-        if behind <= len(self._history):
-            folded = self._folded(behind)
-            if folded is not None and _size(folded) < _size(blobs):
-                blobs, since = folded, version
-        merged = self._merged_since(worker_id, version)
-        self._send_update([peer], self.version, since, blobs.items(), merged)
+        if version < self.version and not self._unpublished:
+            self._publisher.bring_up(peer, version, self._merged_since(worker_id, version))
 
     def _merged_since(self, worker_id: str, version: int) -> tuple[int, ...]:
         """The incarnation of the worker of which a contribution was merged last, if after this version."""
         merged_in, incarnation = self._merged_in.get(worker_id, (0, 0))
         return (incarnation,) if merged_in > version else ()
-
-    def _folded(self, behind: int) -> dict[str, Tensor] | None:
-        """The last changes as one, or None where one of them was so large that it came in full."""
-        try:
-            return self.master.folded(list(self._history)[-behind:])
-        except ValueError:
-            return None
 
     def _farewell(self, reason: str) -> wire.Farewell:
         return wire.Farewell(generation=self.generation, reason=reason, finished=self.finished)
@@ -864,8 +736,8 @@ class Server:
             said = f"waiting for workers: {members} of {needed}; {self._how_to_join()}"
         elif not members:
             said = f"all workers are gone; {self._how_to_join()} goes on"
-        if self._disk_is_full:
-            said = f"waiting for room in {self._journal.folder}"
+        if self._store.is_full:
+            said = f"waiting for room in {self.folder}"
         if said != self._said:
             self._said = said
             self._tracker.waiting(said)
@@ -882,7 +754,7 @@ class Server:
             version=self.version,
             tokens=self._tokens,
             master_digest=self._master_digest,
-            base_digest=self._base_digest,
+            base_digest=self._publisher.base_digest,
             members=tuple(_admitted(member) for member in self._state.members.values()),
             known=tuple(_admitted(member) for member in self._state.known.values()),
             next_incarnation=self._state.next_incarnation,
@@ -890,54 +762,24 @@ class Server:
         )
 
     def _save(self) -> None:
-        """Write a checkpoint of a run that ends, after the one that is being written. Its workers go.
+        """Write a checkpoint of a run that ends. Its workers go.
 
         A full disk is waited for, unless the server was told to stop: the journal holds what was merged.
         """
-        if self._saving is not None:
-            self._saving.exception()
         for member in self._state.members.values():
-            self._journal.write(Gone(incarnation=member.incarnation))
-        while True:
-            try:
-                self._publish_if_durable()  # else the master would be ahead of the version it is saved as
-                self._journal.begin(self.version, config.to_dict(self.recipe))
-                self._write(replace(self._progress(), members=()), self.master.state())
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise
-                if self._stop_reason is not None:
-                    self._event(
-                        "unsaved", f"no room for a last checkpoint in {self.folder}; free some and go on"
-                    )
-                    return
-                self._is_full("the last checkpoint is written")
-                self._endpoint.receive(_LONGEST_WAIT_S)
-            else:
-                self._is_durable("")
+            self._store.write(Gone(incarnation=member.incarnation))
+        while not self._is_saved():
+            if self._stop_reason is not None:
+                what = f"no room for a last checkpoint in {self.folder}; free some and go on"
+                self._event("unsaved", what)
                 return
+            self._endpoint.receive(_LONGEST_WAIT_S)
 
-    def _save_meanwhile(self) -> None:
-        """Have a checkpoint written while the rounds go on, unless one is being written. What comes
-        after it goes to a new segment of the journal."""
-        if self._saving is not None:
-            if not self._saving.done():
-                return
-            if error := self._saving.exception():
-                self._event("unsaved", f"the last checkpoint could not be written: {error}")
-        try:
-            self._journal.begin(self.version, config.to_dict(self.recipe))
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            self._is_full("the next checkpoint is written")
-            return
-        self._saving = self._saver.submit(self._write, self._progress(), self.master.state())
-
-    def _write(self, progress: Progress, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        saved = self.folder / "checkpoints"
-        checkpoint.save(saved, progress, state, keep=self.recipe.server.keep_checkpoints)
-        self._journal.prune(checkpoint.version_of(checkpoint.versions(saved)[0]))
+    def _is_saved(self) -> bool:
+        self._publish_if_durable()
+        if self._unpublished:  # the master is ahead of the version that it would be saved as
+            return False
+        return self._store.save(replace(self._progress(), members=()), self.master.state())
 
 
 def _member(admitted: Admitted, now_s: float) -> rounds.Member:
@@ -970,13 +812,3 @@ def _rules(recipe: Recipe) -> rounds.Rules:
         deadline_s=recipe.server.deadline_s,
         silence_s=recipe.server.silence_s,
     )
-
-
-def _size(blobs: Mapping[str, Tensor]) -> int:
-    return sum(blob.numel() for blob in blobs.values())
-
-
-def _no_bytes() -> dict[str, int]:
-    """Bytes by direction and kind, none yet."""
-    up, down = KINDS[:2], KINDS[1:]
-    return {f"uplink_{kind}_bytes": 0 for kind in up} | {f"downlink_{kind}_bytes": 0 for kind in down}

@@ -28,7 +28,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -
     """The folder of a run whose server was killed."""
     cluster = Cluster(tmp_path_factory.mktemp("killed"), settings)
     workers = [cluster.work(name) for name in ("a", "b")]
-    cluster.ended(cluster.serve(Fault("lte.server.service:Server._publish", call=MERGED)), -signal.SIGKILL)
+    cluster.ended(
+        cluster.serve(Fault("lte.server.publisher:Publisher.publish", call=MERGED)), -signal.SIGKILL
+    )
     for worker in workers:
         worker.kill()
     yield cluster.run

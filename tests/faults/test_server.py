@@ -8,15 +8,15 @@ import pytest
 from cluster import ROUNDS, Cluster, Fault, audit
 
 KILLED = {
-    "before the first contribution is kept": Fault("lte.server.service:Server._journal_kept", call=5),
-    "between two contributions": Fault("lte.server.service:Server._journal_kept", call=5, after=True),
+    "before the first contribution is kept": Fault("lte.server.service:Server._keep", call=5),
+    "between two contributions": Fault("lte.server.service:Server._keep", call=5, after=True),
     "before the merge is in the journal": Fault("lte.server.journal:Journal.write", call=3, given="Merged"),
     "in the journal, not yet on disk": Fault(
         "lte.server.journal:Journal.write", call=3, given="Merged", after=True
     ),
-    "between journal and publishing": Fault("lte.server.service:Server._publish", call=3),
-    "before one worker has the update": Fault("lte.server.service:Server._send", call=7, given="Update"),
-    "when the update is out": Fault("lte.server.service:Server._publish", call=3, after=True),
+    "between journal and publishing": Fault("lte.server.publisher:Publisher.publish", call=3),
+    "before one worker has the update": Fault("lte.server.publisher:Publisher._send", call=7, given="Update"),
+    "when the update is out": Fault("lte.server.publisher:Publisher.publish", call=3, after=True),
     "before a checkpoint": Fault("lte.server.checkpoint:save", call=2),
     "in a checkpoint": Fault("lte.server.checkpoint:save_file", call=8),
     "before a checkpoint has its name": Fault("lte.server.checkpoint:_name", call=2),
