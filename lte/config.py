@@ -250,7 +250,9 @@ class Server:
         "tcp://127.0.0.1:5555", "tcp://HOST:PORT (PORT * picks a free one), ipc://PATH, inprocess://NAME"
     )
     quorum: Count = _doc(1, "least contributions to merge a round")
-    grace_s: NonNegative = _doc(600.0, "seconds that a round waits for the rest once it has its quorum")
+    grace_s: Annotated[NonNegative | None, _OrNone] = _doc(
+        None, "seconds that a round waits for the rest once it has its quorum; none: until its deadline"
+    )
     deadline_s: Positive = _doc(600.0, "seconds after which a round with its quorum is merged anyway")
     silence_s: Positive = _doc(
         15.0, "seconds without a sign of life after which a worker is gone; more than one part takes"
@@ -278,8 +280,12 @@ class WorkerSettings:
     __pydantic_config__ = _STRICT
     device: Name = _doc("auto", "auto: a GPU if there is one; or cpu, cuda, cuda:1")
     num_threads: Count = _doc(1, "CPU threads of a worker")
-    heartbeat_s: Positive = _doc(1.0, "seconds between signs of life")
-    patience_s: Positive = _doc(60.0, "seconds without a word from the server after which a worker leaves")
+    heartbeat_s: Annotated[Positive | None, _OrNone] = _doc(
+        None, "seconds between signs of life; none: a tenth of server.silence_s, 1 at most"
+    )
+    patience_s: Positive = _doc(
+        600.0, "seconds that a worker waits for a server that is not heard: how long one may be gone"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +333,17 @@ class Recipe:
     def total_steps(self) -> int:
         """Local steps of a worker in the whole run."""
         return self.train.rounds * self.train.local_steps
+
+    @property
+    def grace_s(self) -> float:
+        """`server.grace_s`, or what it is derived from."""
+        return self.server.deadline_s if self.server.grace_s is None else self.server.grace_s
+
+    @property
+    def heartbeat_s(self) -> float:
+        """`worker.heartbeat_s`, or what it is derived from."""
+        said = self.worker.heartbeat_s
+        return min(1.0, self.server.silence_s / 10) if said is None else said
 
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -469,9 +486,19 @@ def check(recipe: Recipe) -> list[str]:
             f"server.quorum: {recipe.server.quorum} is more than train.workers ({train.workers})",
         ),
         (
-            recipe.worker.heartbeat_s * 3 <= recipe.server.silence_s,
+            recipe.grace_s <= recipe.server.deadline_s,
+            f"server.grace_s: {recipe.grace_s:g} s is more than server.deadline_s"
+            f" ({recipe.server.deadline_s:g} s), at which a round with its quorum closes anyway",
+        ),
+        (
+            recipe.heartbeat_s * 3 <= recipe.server.silence_s,
             f"server.silence_s: {recipe.server.silence_s:g} s must be at least 3 times"
-            f" worker.heartbeat_s ({recipe.worker.heartbeat_s:g} s)",
+            f" worker.heartbeat_s ({recipe.heartbeat_s:g} s)",
+        ),
+        (
+            recipe.server.silence_s <= recipe.worker.patience_s,
+            f"worker.patience_s: {recipe.worker.patience_s:g} s is less than server.silence_s"
+            f" ({recipe.server.silence_s:g} s): a pause that the server forgives would end a worker",
         ),
         (
             recipe.server.address.partition("://")[0] in ("tcp", "ipc", "inprocess"),

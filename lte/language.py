@@ -86,6 +86,7 @@ def work(
         wait_s=wait_s,
         key=key,
         server_key=server_key,
+        say=say,
     ) as session:
         welcome = session.welcome
         wanted, recipe = recipe, config.from_dict(welcome.settings)

@@ -252,11 +252,13 @@ class Leave(Message, frozen=True, kw_only=True):
 
 
 class Farewell(Message, frozen=True, kw_only=True):
-    """The server goes; `finished` if the run is complete."""
+    """The server goes; `finished` if the run is complete, `returns` if it is to be started again soon:
+    it was preempted, or failed."""
 
     generation: Whole
     reason: str
     finished: bool
+    returns: bool
 
 
 AnyMessage = (

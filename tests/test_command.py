@@ -692,7 +692,8 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
         assert hear(wire.Contribution)[1].version == 5
         assert hear(wire.Heartbeat)[1].version == 5
     finally:
-        endpoint.send(peer, wire.encode(wire.Farewell(generation=2, reason="enough", finished=False)))
+        farewell = wire.Farewell(generation=2, reason="enough", finished=False, returns=False)
+        endpoint.send(peer, wire.encode(farewell))
         worker.join()
         endpoint.close()
     assert [str(end) for end in ended] == ["enough"]

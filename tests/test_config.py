@@ -390,7 +390,9 @@ RULES = {
     "outer.lr, outer.momentum: need outer.name = sgd": {"outer.lr": 0.5},
     "outer.lr, outer.momentum: need": {"outer.momentum": 0.5},
     "server.quorum: 5 is more than train.workers (4)": {"server.quorum": 5},
+    "server.grace_s: 700 s is more than server.deadline_s (600 s)": {"server.grace_s": 700.0},
     "server.silence_s: 15 s must be at least 3 times worker.heartbeat_s (5.1 s)": {"worker.heartbeat_s": 5.1},
+    "worker.patience_s: 14 s is less than server.silence_s (15 s)": {"worker.patience_s": 14.0},
     "server.address: 'localhost:5555' must start with tcp://, ipc:// or inprocess://": {
         "server.address": "localhost:5555"
     },
@@ -415,6 +417,9 @@ def test_settings_that_contradict_each_other_are_one_line(line: str) -> None:
         {"outer.name": "sgd", "outer.lr": 0.5, "outer.momentum": 0.9},
         {"server.quorum": 4},
         {"worker.heartbeat_s": 5.0},
+        {"server.silence_s": 0.1, "worker.patience_s": 0.1},
+        {"server.deadline_s": 1.0},
+        {"server.grace_s": 600.0},
         {"model.num_attention_heads": 64},
         {"train.rounds": 1, "train.local_steps": 1},
     ],
@@ -492,6 +497,7 @@ def test_faults_of_one_setting_and_of_several_are_reported_together() -> None:
             {
                 "train": {"rouns": 3, "workers": "many"},
                 "server": {"quorum": 9, "silence_s": 1.0},
+                "worker": {"heartbeat_s": 1.0},
                 "model": {"num_attention_heads": 3},
                 "sever": {},
             }

@@ -267,7 +267,9 @@ def test_the_server_stays_until_its_workers_have_the_last_update(
     monkeypatch.setattr(
         Server,
         "_farewell",
-        lambda server, reason: left.append(len(server._state.members)) or farewell(server, reason),
+        lambda server, reason, **how: (
+            left.append(len(server._state.members)) or farewell(server, reason, **how)
+        ),
     )
     train()
     assert left == [0]
@@ -307,5 +309,6 @@ def test_no_round_waits_for_a_heartbeat(train: Train, monkeypatch: pytest.Monkey
         send(server, peer, frames)
 
     monkeypatch.setattr(InprocessServer, "send", counting)
-    train(**{"worker.heartbeat_s": 3600.0, "server.silence_s": 20000.0, "train.rounds": 30})
+    settings = {"worker.heartbeat_s": 3600.0, "server.silence_s": 20000.0, "worker.patience_s": 20000.0}
+    train(**settings, **{"train.rounds": 30})
     assert updates == 30 * 2, "an update goes to each worker once"

@@ -1,5 +1,6 @@
 """The worker's side of the protocol against a server that loses messages by script."""
 
+import queue
 import threading
 from collections.abc import Iterator
 from itertools import count
@@ -33,6 +34,11 @@ class Script:
         self.endpoint = endpoint
         self.session: Session | None = None
         self.errors: list[BaseException] = []
+        self.words: queue.Queue[str] = queue.Queue()
+
+    def until_said(self, words: str) -> None:
+        """Wait until the worker says this to a person."""
+        assert self.words.get(timeout=20) == words
 
     def hear(self, kind: type[wire.Message]) -> tuple[Peer, wire.Message]:
         while True:
@@ -51,7 +57,7 @@ class Script:
         joined = threading.Event()
 
         def work() -> None:
-            self.session = Session(self.endpoint.address)
+            self.session = Session(self.endpoint.address, say=self.words.put)
             joined.set()
 
         threading.Thread(target=work).start()
@@ -79,7 +85,7 @@ class Script:
         )
 
 
-FAREWELL = wire.Farewell(generation=1, reason="stopped", finished=False)
+FAREWELL = wire.Farewell(generation=1, reason="stopped", finished=False, returns=False)
 CONTRIBUTION = wire.Contribution(
     generation=1,
     worker_id="w0",
@@ -342,6 +348,47 @@ def test_a_server_that_falls_silent_is_left(
     thread, _ = in_thread(script.session, script)
     thread.join(20)
     assert "not heard for 0.05 s" in str(script.errors[0])
+    script.session.close("enough")
+
+
+def test_a_server_that_is_not_heard_is_waited_for_and_spoken_of(
+    endpoint: ServerEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lte.worker.session._LOOK_UP_S", 0.01)
+    monkeypatch.setattr("lte.worker.session._LONG_S", 0.0)
+    script = Script(endpoint)
+    peer = script.join()
+    assert script.session is not None
+    script.session._unheard_s = 0.05
+    thread, heard = in_thread(script.session, script)
+    script.until_said("the server is not heard; waiting for it, 600 s at most")
+    script.say(peer, wire.Pulse(generation=1, number=0, version=0))
+    script.until_said("the server is heard again, after 0 s")
+    script.until_said("still waiting for the others: the server lives, and has no new version yet")
+    script.say(peer, wire.Begin(generation=1, version=0))
+    thread.join(20)
+    assert heard == [wire.Begin(generation=1, version=0)]
+    assert script.words.empty(), "each is said once"
+    script.session.close("enough")
+
+
+def test_a_server_that_is_to_come_back_is_waited_for(endpoint: ServerEndpoint) -> None:
+    """It was preempted; the one after it has a generation of its own, and goes on with this worker."""
+    script = Script(endpoint)
+    peer = script.join()
+    assert script.session is not None
+    thread, heard = in_thread(script.session, script)
+    script.say(peer, msgspec.structs.replace(FAREWELL, returns=True))
+    script.until_said("the server went and is to come back (stopped)")
+    _, beat = script.hear(wire.Heartbeat)
+    assert beat.generation == 1
+    script.say(peer, wire.HelloAgain(generation=2))
+    _, hello = script.hear(wire.Hello)
+    assert (hello.worker_id, hello.incarnation, hello.version) == ("w0", 1, 0)
+    script.say(peer, msgspec.structs.replace(script.welcome, generation=2, holds=True))
+    script.say(peer, wire.Begin(generation=2, version=0))
+    thread.join(20)
+    assert heard == [wire.Begin(generation=2, version=0)]
     script.session.close("enough")
 
 

@@ -62,7 +62,7 @@ MESSAGES: list[wire.AnyMessage] = [
     wire.Recall(generation=1, worker_id="w0", incarnation=2),
     wire.Factors(generation=1, version=3, stream=1, parts=2),
     wire.Leave(generation=1, worker_id="w0", incarnation=2, reason="finished"),
-    wire.Farewell(generation=1, reason="done", finished=False),
+    wire.Farewell(generation=1, reason="done", finished=False, returns=True),
 ]
 HELLO = MESSAGES[0]
 

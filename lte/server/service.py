@@ -216,7 +216,7 @@ class Server:
         if self.finished:  # ended after its last merge and before its last line
             self._finish()
             return True
-        reason = "the server failed"
+        reason, returns = "the server failed", True
         try:
             while not self.finished and self._stop_reason is None:
                 self._store.check_generation()
@@ -230,18 +230,18 @@ class Server:
                     self._complain("admission", notice)
                 self._happened(rounds.Ticked())
             self._see_off()
-            reason = self._stop_reason or "the run is finished"
+            reason, returns = self._stop_reason or "the run is finished", self.stopped_by == signal.SIGUSR1
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             # Whoever read the progress has gone (a pipe's reader, a terminal): as if by SIGPIPE, in order.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            reason, self.stopped_by = "its output was closed", signal.SIGPIPE
+            reason, returns, self.stopped_by = "its output was closed", False, signal.SIGPIPE
         except FencedError:
             self._peers = {}  # they are another server's now
             raise
         finally:
-            self._broadcast(wire.encode(self._farewell(reason)))
+            self._broadcast(wire.encode(self._farewell(reason, returns=returns)))
         self._save()
         if self.finished:
             self._finish()
@@ -684,8 +684,10 @@ class Server:
         merged_in, incarnation = self._merged_in.get(worker_id, (0, 0))
         return (incarnation,) if merged_in > version else ()
 
-    def _farewell(self, reason: str) -> wire.Farewell:
-        return wire.Farewell(generation=self.generation, reason=reason, finished=self.finished)
+    def _farewell(self, reason: str, *, returns: bool = False) -> wire.Farewell:
+        return wire.Farewell(
+            generation=self.generation, reason=reason, finished=self.finished, returns=returns
+        )
 
     def _pulse(self, peer: Peer, number: int) -> None:
         self._send(peer, wire.Pulse(generation=self.generation, number=number, version=self.version))
@@ -736,6 +738,9 @@ class Server:
             said = f"waiting for workers: {members} of {needed}; {self._how_to_join()}"
         elif not members:
             said = f"all workers are gone; {self._how_to_join()} goes on"
+        elif self._state.held == self._state.expected and self._state.phase == "collecting":
+            held, quorum = len(self._state.held), self._state.rules.quorum
+            said = f"{held} of a quorum of {quorum} contributions, and no more to come; {self._how_to_join()}"
         if self._store.is_full:
             said = f"waiting for room in {self.folder}"
         if said != self._said:
@@ -808,7 +813,7 @@ def _rules(recipe: Recipe) -> rounds.Rules:
         workers=recipe.train.workers,
         rounds=recipe.train.rounds,
         quorum=recipe.server.quorum,
-        grace_s=recipe.server.grace_s,
+        grace_s=recipe.grace_s,
         deadline_s=recipe.server.deadline_s,
         silence_s=recipe.server.silence_s,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lte.errors import RunError
 from lte.server import checkpoint
 from lte.server.checkpoint import Progress
 from lte.server.journal import DISK_FULL, AnyRecord, Journal
@@ -63,7 +64,7 @@ class Store:
             what_next: waits for it, in words.
 
         Raises:
-            FencedError: a newer server has taken the run over.
+            FencedError: a newer server has taken the run over. RunError: the disk fails.
         """
         return self._has_room(self._journal.sync, what_next)
 
@@ -110,7 +111,10 @@ class Store:
             write()
         except OSError as error:
             if error.errno not in DISK_FULL:
-                raise
+                raise RunError(
+                    f"{self.folder}: cannot be written ({error.strerror}); what was published is safe: mend"
+                    " the disk and start the server again"
+                ) from error
             if not self.is_full:
                 self.is_full = True
                 self._say("disk", f"{self._journal.folder} has no room: {what_next} once it has")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -54,6 +55,7 @@ class Worker:
         wait_s: float = 30.0,
         key: str | Path | None = None,
         server_key: str | Path | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Join a server.
 
@@ -68,6 +70,7 @@ class Worker:
                 bit. None: it starts over from what the server has merged of this worker.
             key: file of this worker's secret key, server_key: of the server's public one, both from
                 `lte keys new`, for a server that has keys.
+            say: told, in a line, when the server is not heard for long, and when it is again.
 
         Raises:
             ConnectError: no server answers, or keys do not fit. KeysError: the files of keys cannot be
@@ -88,6 +91,7 @@ class Worker:
                 wait_s=wait_s,
                 key=key,
                 server_key=server_key,
+                say=say,
             )
         self._session = server
         try:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 from torch import Tensor
 
-from lte import transport, wire
+from lte import config, transport, wire
 from lte.errors import ConnectError, RefusedError, RunEnded, WireError
 
 _ASK_AGAIN_S = 3.0
@@ -24,6 +24,10 @@ _WELCOME_S = 600.0
 """How long a welcome, which holds the model, may take to arrive once the server was heard."""
 _LOOK_UP_S = 1.0
 """How often a waiting worker looks whether its patience is at its end."""
+_UNHEARD_S = 5.0
+"""A server that is not heard for so long is spoken of; three heartbeats at least, which it answers."""
+_LONG_S = 60.0
+"""A wait for others, who make no version, that is spoken of."""
 
 Named = TypeVar("Named", wire.Heartbeat, wire.Part, wire.Behind, wire.Recall, wire.Leave)
 Step = wire.Begin | wire.Update | wire.Receipt | wire.Factors
@@ -35,6 +39,42 @@ def parting_words(kind: type[BaseException] | None, error: BaseException | None)
     if kind is None:
         return "finished"
     return "interrupted" if issubclass(kind, KeyboardInterrupt) else f"{kind.__name__}: {error}"
+
+
+class _Patience:
+    """How long one wait may take, and what a person is told meanwhile."""
+
+    def __init__(self, patience_s: float, unheard_s: float, say: Callable[[str], None]) -> None:
+        """Begin to wait.
+
+        Args:
+            patience_s: for a server that is not heard. unheard_s: after which that is said.
+        """
+        self._patience_s, self._unheard_s, self._say = patience_s, unheard_s, say
+        self._began_s = self._heard_s = time.monotonic()
+        self._is_unheard = self._is_long = False
+
+    def heard(self) -> None:
+        now_s = time.monotonic()
+        if self._is_unheard:
+            self._say(f"the server is heard again, after {now_s - self._heard_s:.0f} s")
+        if now_s - self._began_s > _LONG_S and not self._is_long:
+            self._say("still waiting for the others: the server lives, and has no new version yet")
+            self._is_long = True
+        self._heard_s, self._is_unheard = now_s, False
+
+    def not_heard(self) -> None:
+        """Nothing has come.
+
+        Raises:
+            RunEnded: for too long.
+        """
+        silent_s = time.monotonic() - self._heard_s
+        if silent_s > self._patience_s:
+            raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
+        if silent_s > self._unheard_s and not self._is_unheard:
+            self._is_unheard = True
+            self._say(f"the server is not heard; waiting for it, {self._patience_s:g} s at most")
 
 
 class Session:
@@ -59,6 +99,7 @@ class Session:
         wait_s: float = 30.0,
         key: str | Path | None = None,
         server_key: str | Path | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Join. Blocks until the server welcomed or refused this worker.
 
@@ -68,6 +109,7 @@ class Session:
             version: that an earlier process of this worker had pushed a contribution to.
             wait_s: how long to look for a server.
             key, server_key: files of keys, for a server that has some (see `transport.connect`).
+            say: told, in a line, when the server is not heard for long, and when it is again.
 
         Raises:
             ConnectError: no server answered within `wait_s`, or keys do not fit. KeysError: the files
@@ -75,7 +117,7 @@ class Session:
             RefusedError: the server refused this worker.
         """
         self._endpoint = transport.connect(address, key=key, server_key=server_key)
-        self._address = address
+        self._address, self._say = address, say
         self._progress = (0, 0)
         # A contribution until a version that follows it: its blobs and the message that closes them;
         # whether its receipt is due, and the last heartbeat that was sent before it.
@@ -106,8 +148,9 @@ class Session:
         except BaseException:
             self._endpoint.close()
             raise
-        self._patience_s = float(self.welcome.settings["worker"]["patience_s"])
-        interval_s = float(self.welcome.settings["worker"]["heartbeat_s"])
+        recipe = config.from_dict(self.welcome.settings)
+        interval_s, self._patience_s = recipe.heartbeat_s, recipe.worker.patience_s
+        self._unheard_s = max(_UNHEARD_S, 3 * interval_s)
         self._heartbeats = threading.Thread(
             target=self._beat, args=(interval_s,), name="lte-heartbeat", daemon=True
         )
@@ -199,16 +242,15 @@ class Session:
             ConnectError: the connection broke, and its key is not admitted any more.
             RunEnded: the server went, or is not heard any more.
         """
-        heard_s, begin = time.monotonic(), None
+        patience, begin = _Patience(self._patience_s, self._unheard_s, self._say), None
         while begin is None or self._endpoint.pending():
             if self._asked_s is not None and time.monotonic() - self._asked_s >= _ASK_AGAIN_S:
                 self._say_hello()
             frames = self._endpoint.receive(_LOOK_UP_S)
             if frames is None:
-                if time.monotonic() - heard_s > self._patience_s:
-                    raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
+                patience.not_heard()
                 continue
-            heard_s = time.monotonic()
+            patience.heard()
             message, entries = self._decoded(frames)
             if message is None or self._is_stale(message):
                 continue
@@ -218,6 +260,8 @@ class Session:
                 case wire.HelloAgain():
                     if self._asked_s is None:
                         self._say_hello()
+                case wire.Farewell(returns=True):
+                    self._say(f"the server went and is to come back ({message.reason})")
                 case wire.Farewell():
                     raise RunEnded(message.reason, finished=message.finished)
                 case wire.Welcome() if self._asked_s is not None:
@@ -310,6 +354,8 @@ class Session:
             match message:
                 case wire.Refusal(reason=reason, cure=cure):
                     raise RefusedError(reason, cure)
+                case wire.Farewell(returns=True):
+                    pass  # it may be there again in time
                 case wire.Farewell(reason=reason, finished=finished):
                     raise RunEnded(reason, finished=finished)
                 case wire.Pulse():  # it is there; the model that comes next may be large

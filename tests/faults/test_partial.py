@@ -13,7 +13,7 @@ STOP = signal.SIGSTOP
 
 def test_a_straggler_past_the_deadline_is_left_out_and_takes_part_again(cluster: Cluster) -> None:
     """b stops in its third round. The others' merge without it; when it wakes, what it had is owed still."""
-    server = cluster.serve(server__grace_s=1.0, server__silence_s=1000.0, train__rounds=20)
+    server = cluster.serve(server__grace_s=1.0, server__silence_s=600.0, train__rounds=20)
     a, b = cluster.work("a"), cluster.work("b", Fault(STEP, call=5, number=STOP))
     cluster.until(lambda: 1 in merged(cluster), "round without b")
     assert b.pid is not None
