@@ -154,6 +154,17 @@ class Cluster:
             assert time.monotonic() < deadline_s, f"no {what}:\n{self.logs()}"
             wait([process.sentinel for process in self.processes if process.is_alive()], 0.02)
 
+    def stopped(self, process: BaseProcess) -> None:
+        """Wait until a process has stopped itself."""
+        stat = Path(f"/proc/{process.pid}/stat")
+        self.until(lambda: stat.read_text().rpartition(") ")[2].startswith("T"), "process that stopped")
+
+    def wake(self, process: BaseProcess) -> None:
+        """Have a process that stops itself go on, but not before it has."""
+        self.stopped(process)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGCONT)
+
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("*.log")))
 

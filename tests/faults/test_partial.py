@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 from cluster import ROUNDS, Cluster, Fault, audit
@@ -15,9 +14,8 @@ def test_a_straggler_past_the_deadline_is_left_out_and_takes_part_again(cluster:
     """b stops in its third round. The others' merge without it; when it wakes, what it had is owed still."""
     server = cluster.serve(server__grace_s=1.0, server__silence_s=600.0, train__rounds=20)
     a, b = cluster.work("a"), cluster.work("b", Fault(STEP, call=5, number=STOP))
-    cluster.until(lambda: 1 in merged(cluster), "round without b")
-    assert b.pid is not None
-    os.kill(b.pid, signal.SIGCONT)
+    cluster.until(lambda: 1 in merged(cluster)[2:], "round without b")
+    cluster.wake(b)
     for process in (server, a, b):
         cluster.ended(process, 0)
     counts = merged(cluster)
@@ -30,8 +28,7 @@ def test_a_worker_that_was_silent_for_too_long_says_hello_again(cluster: Cluster
     server = cluster.serve(server__silence_s=4.0, train__rounds=200)
     a, b = cluster.work("a"), cluster.work("b", Fault(STEP, call=5, number=STOP))
     cluster.until(lambda: cluster.events("left"), "word that b is gone")
-    assert b.pid is not None
-    os.kill(b.pid, signal.SIGCONT)
+    cluster.wake(b)
     for process in (server, a, b):
         cluster.ended(process, 0)
     # On a busy machine a may be silent for so long, too, and is taken back all the same.
@@ -46,15 +43,13 @@ def test_a_worker_that_was_silent_for_too_long_says_hello_again(cluster: Cluster
 def test_a_ghost_of_a_worker_is_fenced_when_it_wakes(cluster: Cluster, undisturbed: str) -> None:
     server, a = cluster.serve(), cluster.work("a")
     ghost = cluster.work("b", Fault(STEP, call=5, number=STOP))
-    cluster.until(lambda: len(merged(cluster)) == 2, "round before b stops")
-    again = cluster.work("b", Fault(STEP, call=7, number=STOP))
+    cluster.stopped(ghost)
+    again = cluster.work("b", Fault(STEP, call=5, number=STOP))
     cluster.until(lambda: cluster.events("left"), "word that the ghost is replaced")
-    assert ghost.pid is not None
-    assert again.pid is not None
-    os.kill(ghost.pid, signal.SIGCONT)
+    cluster.wake(ghost)
     cluster.ended(ghost, 1)
     assert "b was replaced by a newer process" in cluster.logs()
-    os.kill(again.pid, signal.SIGCONT)
+    cluster.wake(again)
     for process in (server, a, again):
         cluster.ended(process, 0)
     assert cluster.master_digest() == undisturbed
@@ -65,7 +60,7 @@ def test_a_ghost_of_a_server_neither_writes_nor_moves_anybody(cluster: Cluster, 
     """It hangs with a merge that it has not journaled; its run is taken over and finished; it wakes."""
     ghost = cluster.serve(Fault("lte.server.journal:Journal.write", call=3, given="Merged", number=STOP))
     with_ghost = [cluster.work(name) for name in ("a", "b")]
-    cluster.until(lambda: len(merged(cluster)) == 2, "round before the server hangs")
+    cluster.stopped(ghost)
     refused = cluster.serve()
     cluster.ended(refused, 1)
     assert "in use by another server" in cluster.logs()
@@ -78,8 +73,7 @@ def test_a_ghost_of_a_server_neither_writes_nor_moves_anybody(cluster: Cluster, 
         cluster.ended(process, 0)
     assert cluster.master_digest() == undisturbed
     written = {path: path.read_bytes() for path in cluster.run.rglob("*") if path.is_file()}
-    assert ghost.pid is not None
-    os.kill(ghost.pid, signal.SIGCONT)
+    cluster.wake(ghost)
     cluster.ended(ghost, 1)
     assert "generation 2 of the server has taken this run over" in cluster.logs()
     audit(cluster.run, ROUNDS, {"a", "b"})
