@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that pass when somebody makes room."""
 
 
 def sync(path: Path) -> None:
@@ -20,3 +30,18 @@ def name(partial: Path, final: Path) -> None:
     sync(partial)
     partial.replace(final)
     sync(final.parent)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, described: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, with these words at their head.
+
+    Raises:
+        OSError: the disk is full, say. The library itself tells of that in words alone.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, described)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise

@@ -40,6 +40,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lte.config import Recipe, to_dict
+from lte.durable import DISK_FULL
 from lte.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ _WANDB_FINISH_S = 60.0
 class Records:
     """The lines of one metrics.jsonl, open for append. One process writes; any number may read.
 
+    While the disk is full, lines wait until there is room.
+
     Args:
         path: the file; made if missing.
         version: the version that the run goes on from. What older attempts wrote beyond it is
@@ -77,7 +80,8 @@ class Records:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -99,12 +103,26 @@ class Records:
     def append(self, kind: Kind, **fields: Any) -> dict[str, Any]:
         """Write one line, at once visible to readers, and return it."""
         line: dict[str, Any] = _strict({"kind": kind, **fields})
-        self._file.write(_json(line))
-        self._file.flush()
+        self._waiting += _json(line).encode()
+        try:
+            self._flush()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
         return line
 
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
     def close(self) -> None:
-        self._file.close()
+        """Write what waits, and close.
+
+        Raises:
+            OSError: the disk is still full: the last lines are lost.
+        """
+        with self._file:
+            self._flush()
 
     def __enter__(self) -> Self:
         return self

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import msgspec
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lte import quantize
-from lte.durable import sync
+from lte.durable import save_tensors, sync
 from lte.errors import RunError
 from lte.server.journal import Admitted
 
@@ -59,6 +59,9 @@ def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tens
 
     Args:
         state: groups of tensors; each becomes a file GROUP.safetensors.
+
+    Raises:
+        OSError: the disk; what was written is gone again.
     """
     digests = {group: quantize.digest(sorted(tensors.items())) for group, tensors in state.items()}
     described = _JSON.encode(_Described(format=FORMAT, progress=progress, digests=digests))
@@ -70,11 +73,15 @@ def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tens
         shutil.rmtree(stale)
     partial = folder / f".partial-{progress.version:08d}"
     partial.mkdir()
-    for group, tensors in state.items():
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial / f"{group}.safetensors")
-    (partial / "progress.json").write_bytes(described)
-    for path in [*partial.iterdir(), partial]:
-        sync(path)
+    try:
+        for group, tensors in state.items():
+            save_tensors(tensors, partial / f"{group}.safetensors")
+        (partial / "progress.json").write_bytes(described)
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+    except OSError:
+        shutil.rmtree(partial)  # the journal may need the room
+        raise
     _name(partial, final)
     for old in versions(folder)[:-keep]:
         shutil.rmtree(old)

@@ -23,12 +23,11 @@ from typing import Any
 
 import msgspec
 
-from lte.durable import sync
+from lte.durable import DISK_FULL, sync
 from lte.errors import FencedError
 
 GENERATION = "generation"
 """Name of the file in a run's folder that holds the generation of its newest server."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEADER_BYTES = 8
 _ENDING = ".log"
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lte.durable import DISK_FULL
 from lte.errors import RunError
 from lte.server import checkpoint
 from lte.server.checkpoint import Progress
-from lte.server.journal import DISK_FULL, AnyRecord, Journal
+from lte.server.journal import AnyRecord, Journal
 
 State = Mapping[str, Mapping[str, Tensor]]
 """Groups of tensors, as `Master.state` gives them; they must not change afterwards."""

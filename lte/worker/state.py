@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lte import durable, quantize, wire
@@ -64,7 +63,7 @@ def save(folder: Path, saved: Saved) -> None:
         "digest": quantize.digest(sorted(tensors.items())),
     }
     final, partial = folder / NAME, folder / f".{NAME}"
-    save_file(tensors, partial, described)
+    durable.save_tensors(tensors, partial, described)
     durable.name(partial, final)
 
 

@@ -43,11 +43,14 @@ class FullWhenStopped:
 Resize = Callable[[str], None]
 
 
-@pytest.fixture(params=["24k", "48k"], ids=["in the middle of the run", "at its end"])
+@pytest.fixture(
+    params=[("journal", "24k"), ("journal", "48k"), ("", "400k"), ("", "700k")],
+    ids=["in the middle of the run", "at its end", "of the whole run", "of the whole run, later"],
+)
 def resize(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Resize]:
-    """A small disk where the journal will be; gives it another size."""
-    size = request.param
-    place = cluster.run / "journal"
+    """A small disk where the journal, or all that the server writes, will be; gives it another size."""
+    inside, size = request.param
+    place = cluster.run / inside
     place.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o"]
     if (
@@ -68,7 +71,7 @@ def test_a_full_disk_is_waited_for(
     cluster: Cluster, undisturbed: str, resize: Resize, tmp_path: Path
 ) -> None:
     processes = [cluster.serve(), *(cluster.work(name) for name in ("a", "b"))]
-    cluster.until(lambda: cluster.events("disk"), "word that the disk is full")
+    cluster.until(lambda: "has no room" in cluster.logs(), "word that the disk is full")
     assert not cluster.lines("done")
     resize("4m")
     for process in processes:
