@@ -16,30 +16,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from forks import fork_python, start_server
+
 from lte.track import METRICS, Records
 
 DEADLINE_S = 50.0
 """For whatever must happen; generous, as other jobs may share the machine."""
 _LOOK_EVERY_S = 0.01
-_MARK = "LTE_TEST_FAMILY"
 
 Line = dict[str, Any]
 Found = TypeVar("Found")
 
 
 class Command:
-    """A running `lte` command. Its output goes to files in a folder of the test's."""
+    """A running command. Its output goes to files in a folder of the test's."""
 
-    def __init__(self, arguments: Sequence[str | Path], folder: Path, mark: str, **options: Any) -> None:
-        name = f"{arguments[0]}-{uuid.uuid4().hex[:6]}"
-        self.stdout, self.stderr = folder / f"{name}.out", folder / f"{name}.err"
-        with self.stdout.open("wb") as out, self.stderr.open("wb") as err, _ctrl_c_arrives():
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                [*options.pop("before", []), sys.executable, "-m", "lte", *map(str, arguments)],
-                cwd=folder,
-                env={**os.environ, _MARK: mark},
-                **{"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **options},
-            )
+    def __init__(
+        self, pid: int, code_within: Callable[[float], int | None], stdout: Path, stderr: Path
+    ) -> None:
+        self.pid, self._code_within = pid, code_within
+        self.stdout, self.stderr = stdout, stderr
 
     @property
     def out(self) -> str:
@@ -54,17 +50,17 @@ class Command:
         return self.err.splitlines()
 
     def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+        if self._code_within(0) is None:
+            os.kill(self.pid, number)
 
     def until(self, look: Callable[[], Found | None], what: str) -> Found:
         """Wait until `look` finds something, for as long as the command runs."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_LOOK_EVERY_S)
+            code = self._code_within(_LOOK_EVERY_S)
             if (found := look()) is not None:
                 return found
-            assert self.process.returncode is None, f"ended before {what}:\n{self.out}\n{self.err}"
+            assert code is None, f"ended before {what}:\n{self.out}\n{self.err}"
             assert time.monotonic() < deadline, f"no {what} in {DEADLINE_S:g} s:\n{self.out}\n{self.err}"
 
     def until_said(self, pattern: str) -> re.Match[str]:
@@ -77,22 +73,61 @@ class Command:
 
     def ended(self, within_s: float = DEADLINE_S) -> int:
         """Wait for the end; returns the exit code."""
-        try:
-            return self.process.wait(within_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs after {within_s:g} s:\n{self.out}\n{self.err}") from None
+        code = self._code_within(within_s)
+        assert code is not None, f"still runs after {within_s:g} s:\n{self.out}\n{self.err}"
+        return code
 
 
 class Family:
-    """All commands that a test starts, and all that these start: found by a mark in their environment."""
+    """All commands that a test starts in a folder, and all that these start: found by where they stand."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._mark = folder, uuid.uuid4().hex
+        start_server()
+        self.folder = folder
         self._commands: list[Command] = []
 
-    def start(self, *arguments: str | Path, **options: Any) -> Command:
-        """Start `lte ARGUMENTS` in the folder; options are Popen's, and `before`: words before python."""
-        command = Command(arguments, self.folder, self._mark, **options)
+    def start(self, *arguments: str | Path, **environment: str) -> Command:
+        """Start `lte ARGUMENTS`, forked, as are the commands that it starts; with more environment."""
+        return self.start_python("-m", "lte", *arguments, **environment)
+
+    def start_python(self, *words: str | Path, **environment: str) -> Command:
+        """Start `python WORDS`, forked."""
+        given, files = [str(word) for word in words], self._output()
+        process = fork_python(given, self.folder, {**os.environ, **environment}, *files)
+
+        def code_within(seconds: float) -> int | None:
+            process.join(seconds)
+            return process.exitcode
+
+        assert process.pid is not None
+        return self._add(Command(process.pid, code_within, *files))
+
+    def execute(self, *arguments: str | Path, before: Sequence[str] = (), **options: Any) -> Command:
+        """Start `lte ARGUMENTS` as a user does, by a new Python; options are Popen's, and `before`: words
+        before python. For claims about what precedes `main`, or about what a process inherits."""
+        stdout, stderr = files = self._output()
+        with stdout.open("wb") as out, stderr.open("wb") as err, _ctrl_c_arrives():
+            process: subprocess.Popen[bytes] = subprocess.Popen(
+                [*before, sys.executable, "-m", "lte", *map(str, arguments)],
+                cwd=self.folder,
+                **{"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **options},
+            )
+
+        def code_within(seconds: float) -> int | None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            return process.returncode
+
+        return self._add(Command(process.pid, code_within, *files))
+
+    def _output(self) -> tuple[Path, Path]:
+        name = uuid.uuid4().hex[:6]
+        files = self.folder / f"{name}.out", self.folder / f"{name}.err"
+        for path in files:
+            path.touch()
+        return files
+
+    def _add(self, command: Command) -> Command:
         self._commands.append(command)
         return command
 
@@ -101,12 +136,12 @@ class Family:
         found = []
         for entry in Path("/proc").iterdir():
             with suppress(OSError):  # it has ended, or is another user's
-                if not entry.name.isdecimal() or self._mark.encode() not in (entry / "environ").read_bytes():
+                if not entry.name.isdecimal() or not (entry / "cwd").samefile(self.folder):
                     continue
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if not role or words[2:4] == [b"lte", role.encode()]:
+                words, name = (entry / "cmdline").read_bytes().split(b"\0"), (entry / "comm").read_text()
+                if not role or words[2:4] == [b"lte", role.encode()] or name == f"lte {role}\n":
                     found.append(int(entry.name))
-        return sorted(found)
+        return sorted(set(found) - {os.getpid()})
 
     def kill(self, *pids: int) -> None:
         for pid in pids:
@@ -127,6 +162,7 @@ class Family:
         left = self.members()
         self.kill(*left)
         for command in self._commands:
+            command.signal(signal.SIGKILL)  # one that was still on its way into the folder
             command.ended()
         assert left == []
         for path in [*self.folder.rglob("*.log"), *self.folder.rglob("*.out"), *self.folder.rglob("*.err")]:

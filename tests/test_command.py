@@ -455,7 +455,7 @@ def test_workers_that_cannot_start_end_the_run_with_their_reason(family: Family,
 
 def test_nobody_outlives_a_launcher_that_was_killed(lte: Lte, family: Family, folder: Path) -> None:
     command = start_long_run(family, folder)
-    family.kill(command.process.pid)
+    family.kill(command.pid)
 
     family.until_all_ended(ENDS_WITHIN_S)
     version = versions(folder / "run")[-1]
@@ -491,7 +491,7 @@ class Terminal:
         self.shown = b""
         self._keys, screen = os.openpty()
         try:
-            self.command = family.start(*arguments, before=self.LOGIN, stdin=screen)
+            self.command = family.execute(*arguments, before=self.LOGIN, stdin=screen)
         finally:
             os.close(screen)
         self._reader = threading.Thread(target=self._read)
@@ -907,7 +907,7 @@ def test_train_help_documents_every_setting(lte: Lte) -> None:
 def test_the_reader_of_a_pipe_may_leave(family: Family, folder: Path) -> None:
     def start(*arguments: str | Path) -> tuple[Command, int]:
         reading, writing = os.pipe()
-        command = family.start(*arguments, stdout=writing)
+        command = family.execute(*arguments, stdout=writing)
         os.close(writing)
         return command, reading
 

@@ -983,12 +983,8 @@ def test_server_and_workers_by_the_commands(run: Run, family: Family, tmp_path: 
         assert err.count("\n") == 1
         assert says in err
     bob = {"LTE_KEY": "keys/bob.secret", "LTE_SERVER_KEY": "keys/server.public"}
-    alice = family.start(
-        *to_server, "--key", "keys/alice.secret", before=["env", "LTE_KEY=keys/mallory.secret"]
-    )
-    by_environment = family.start(
-        "worker", "--server", joining[1], before=["env", *(f"{name}={value}" for name, value in bob.items())]
-    )
+    alice = family.start(*to_server, "--key", "keys/alice.secret", LTE_KEY="keys/mallory.secret")
+    by_environment = family.start("worker", "--server", joining[1], **bob)
     assert (alice.ended(), by_environment.ended(), server.ended()) == (0, 0, 0)
     assert "alice joined" in alice.out, "the argument is stronger than the environment"
     assert "bob joined" in by_environment.out
@@ -1010,13 +1006,13 @@ def test_train_tells_that_its_workers_have_no_keys(run: Run, tmp_path: Path) -> 
 
 
 def test_train_is_not_disturbed_by_keys_in_the_environment(family: Family, tmp_path: Path) -> None:
-    keys_ = ["LTE_KEY=keys/bob.secret", "LTE_SERVER_KEY=keys/server.public"]
+    keys_ = {"LTE_KEY": "keys/bob.secret", "LTE_SERVER_KEY": "keys/server.public"}
     train = family.start(
         "train",
         write_recipe(tmp_path, key="x", allow="y"),
         "server.key=none",
         "server.allow=none",
-        before=["env", *keys_],
+        **keys_,
     )
     assert train.ended() == 0, train.err
     assert done(tmp_path / "run")["rounds"] == 3

@@ -8,7 +8,6 @@ signal. So nothing is timed and nothing is awaited but ends.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import signal
 import time
@@ -20,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+from forks import fork
+
 from lte import config
 from lte.config import Recipe
 from lte.data import pack
@@ -29,8 +30,6 @@ from lte.track import METRICS, Records
 ROUNDS = 6
 """Of the run that is disturbed."""
 ENDS_WITHIN_S = 50.0
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lte.language", "cluster"])
 
 
 class Script(Protocol):
@@ -127,8 +126,7 @@ class Cluster:
         return self.folder / "workers" / worker_id
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> BaseProcess:
-        process = CONTEXT.Process(target=target, args=arguments)
-        process.start()
+        process = fork(target, *arguments)
         self.processes.append(process)
         return process
 
