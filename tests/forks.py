@@ -126,6 +126,5 @@ def _run(words: list[str]) -> int:
         else:
             runpy.run_path(name, run_name="__main__")
     except SystemExit as end:
-        assert end.code is None or isinstance(end.code, int)
-        return end.code or 0
+        return 1 if isinstance(end.code, str) else end.code or 0
     return 0

@@ -2,13 +2,9 @@
 
 import gc
 import logging
+from importlib import import_module
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional package
-
-import bitsandbytes  # noqa: F401
-import matplotlib.figure  # noqa: F401
-import torch._dynamo  # by any optimizer's first step
-
-import lte.cli  # noqa: F401
-
+for name in ("lte.cli", "bitsandbytes", "torch._dynamo", "matplotlib.figure"):
+    import_module(name)
 gc.freeze()  # a collection would write to, and so copy, all that the forks share

@@ -4,17 +4,19 @@ The runs are made small by overrides added to `lte train` and `lte server`, port
 runs go to a folder of the test. Nothing else is changed.
 """
 
-import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import Command, Family
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+ADDRESS, ANY_PORT = "tcp://127.0.0.1:5555", "tcp://127.0.0.1:*"
 SMALL = [
     "train.rounds=2",
     "train.local_steps=2",
@@ -38,12 +40,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: str, folder: Path, *more: str) -> str:
+@pytest.fixture
+def family(folder: Path) -> Iterator[Family]:
+    family = Family(folder)
+    yield family
+    family.close()
+
+
+def run(command: str, family: Family, *more: str) -> str:
     """Run a command line of the README; returns what it printed."""
-    words = [sys.executable, "-m", *shlex.split(command), *more]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    started = start(command, family, *more)
+    assert started.ended() == 0, started.err
+    return started.out
+
+
+def start(command: str, family: Family, *more: str) -> Command:
+    tool, *words = shlex.split(command)
+    assert tool == "lte"
+    return family.start(*words, *more)
 
 
 def test_the_shell_blocks_are_the_ones_tested_here() -> None:
@@ -69,8 +83,8 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
 
 
 def test_make_train_trains_the_quickstart(tmp_path: Path) -> None:
-    """With this environment in place of .venv, and shards of its own."""
-    arguments = f"{' '.join(SMALL)} run.dir={tmp_path / 'run'} data.shards={tmp_path / 'shards'}"
+    """With this environment in place of .venv, shards of its own, and two workers of the four."""
+    arguments = f"{' '.join(SMALL)} train.workers=2 run.dir={tmp_path / 'run'} data.shards={tmp_path / 'shards'}"
     installed = Path(sys.prefix) / ".installed"
     command = ["make", "train", f"VENV={sys.prefix}", f"SHARDS={tmp_path / 'shards'}", f"ARGS={arguments}"]
     command += ["-o", str(installed)]  # already installed
@@ -85,91 +99,63 @@ def test_make_test_runs_these_tests() -> None:
     assert "bin/pytest" in planned.stdout
 
 
-def test_own_text(folder: Path) -> None:
+def test_own_text(folder: Path, family: Family) -> None:
     pack, train, generate, evaluate = blocks("sh")[2].splitlines()
-    assert "training" in run(pack, folder)
-    assert "finished at round 2 of 2" in run(train, folder, *SMALL)
-    assert run(generate, folder).startswith("Once upon a time")
-    assert "validation loss" in run(evaluate, folder)
+    assert "training" in run(pack, family)
+    assert "finished at round 2 of 2" in run(train, family, *SMALL)
+    assert run(generate, family).startswith("Once upon a time")
+    assert "validation loss" in run(evaluate, family)
     (tmp,) = (folder / "runs").iterdir()
     assert tmp.name == "book"
 
 
-def test_server_and_workers_by_hand(folder: Path) -> None:
-    run(blocks("sh")[2].splitlines()[0], folder)
+def test_server_and_workers_by_hand(family: Family) -> None:
+    run(blocks("sh")[2].splitlines()[0], family)
     server, worker = blocks("sh")[3].strip(), blocks("sh")[4].strip()
-    server = server.replace("tcp://127.0.0.1:5555", "tcp://127.0.0.1:*")
-    words = [sys.executable, "-m", *shlex.split(server), *SMALL, "data.shards=data/book"]
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True, env=plain()) as process:
-        assert process.stdout is not None
-        address = next(
-            match[0] for line in process.stdout if (match := re.search(r"tcp://127\.0\.0\.1:\d+", line))
-        )
-        join = [sys.executable, "-m", *shlex.split(worker.replace("tcp://127.0.0.1:5555", address))]
-        workers = [subprocess.Popen(join, cwd=folder, stdout=subprocess.DEVNULL) for _ in range(4)]
-        rest = process.stdout.read()
-        codes = [one.wait(timeout=60) for one in workers]
-    assert codes == [0] * 4
-    assert process.returncode == 0
-    assert "finished at round 2 of 2" in rest
+    serving = start(server.replace(ADDRESS, ANY_PORT), family, *SMALL, "data.shards=data/book")
+    address = serving.until_said(r"tcp://127\.0\.0\.1:\d+")[0]
+    workers = [start(worker.replace(ADDRESS, address), family) for _ in range(4)]
+    assert [one.ended() for one in (*workers, serving)] == [0] * 5
+    assert "finished at round 2 of 2" in serving.out
 
 
-def test_keys(folder: Path) -> None:
+def test_keys(folder: Path, family: Family) -> None:
     """As alice's run alone, with a second worker whose key is not on the list."""
-    run(blocks("sh")[2].splitlines()[0], folder)
+    run(blocks("sh")[2].splitlines()[0], family)
     new_server, new_alice, allow, server = blocks("sh")[5].splitlines()
     worker = blocks("sh")[6].strip()
     for command in (new_server, new_alice, new_alice.replace("alice", "mallory")):
-        run(command, folder)
+        run(command, family)
     subprocess.run(allow, shell=True, cwd=folder, check=True)
     server = server.replace("tcp://*:5555", "tcp://*:*")
-    words = [sys.executable, "-m", *shlex.split(server), *SMALL, "data.shards=data/book", "train.workers=1"]
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True, env=plain()) as process:
-        assert process.stdout is not None
-        port = next(match[1] for line in process.stdout if (match := re.search(r"tcp://[\d.]+:(\d+)", line)))
-        worker = worker.replace("HOST:5555", f"127.0.0.1:{port}")
-        stranger = [sys.executable, "-m", *shlex.split(worker.replace("alice", "mallory"))]
-        refused = subprocess.run(stranger, cwd=folder, capture_output=True, text=True, timeout=60)
-        joined = run(worker, folder)
-        rest = process.stdout.read()
-    assert (refused.returncode, process.returncode) == (2, 0)
-    assert "does not admit this key" in refused.stderr
-    assert "alice joined" in joined
-    assert "finished at round 2 of 2" in rest
+    serving = start(server, family, *SMALL, "data.shards=data/book", "train.workers=1")
+    port = serving.until_said(r"tcp://[\d.]+:(\d+)")[1]
+    worker = worker.replace("HOST:5555", f"127.0.0.1:{port}")
+    refused = start(worker.replace("alice", "mallory"), family)
+    assert refused.ended() == 2
+    assert "does not admit this key" in refused.err
+    assert "alice joined" in run(worker, family)
+    assert serving.ended() == 0
+    assert "finished at round 2 of 2" in serving.out
 
 
-def test_plans(folder: Path) -> None:
+def test_plans(family: Family) -> None:
     for command in blocks("sh")[7].splitlines():
-        planned = run(command, folder)
+        planned = run(command, family)
         assert "DDP" in planned
         assert "DiLoCo" in planned
 
 
-def test_own_model(folder: Path) -> None:
+def test_own_model(folder: Path, family: Family) -> None:
     """The Python snippet, as a file of its own: one server, two workers; it learns."""
     (script,) = blocks("python")
     (folder / "own.py").write_text(script)
-    command = [sys.executable, "own.py"]
-    server = subprocess.Popen(
-        [*command, "server", "tcp://127.0.0.1:*"], cwd=folder, stdout=subprocess.PIPE, text=True, env=plain()
-    )
-    with server:
-        assert server.stdout is not None
-        address = next(
-            match[0] for line in server.stdout if (match := re.search(r"tcp://127\.0\.0\.1:\d+", line))
-        )
-        workers = [subprocess.Popen([*command, "worker", address], cwd=folder) for _ in range(2)]
-        rest = server.stdout.read()
-        codes = [one.wait(timeout=60) for one in workers]
-    assert codes == [0, 0]
-    assert server.returncode == 0
-    first, *_, last = re.findall(r"eval .*valid (\d\.\d+)", rest)
+    server = family.start_python("own.py", "server", ANY_PORT)
+    address = server.until_said(r"tcp://127\.0\.0\.1:\d+")[0]
+    workers = [family.start_python("own.py", "worker", address) for _ in range(2)]
+    assert [one.ended() for one in (*workers, server)] == [0] * 3
+    first, *_, last = re.findall(r"eval .*valid (\d\.\d+)", server.out)
     assert float(last) < 0.75 * float(first)
-
-
-def plain() -> dict[str, str]:
-    """Output as into a pipe, line by line."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def test_the_files_that_the_readme_shows_are_there() -> None:
