@@ -1,11 +1,12 @@
 # make train   install, pack the text that ships with the project, train the quickstart recipe
-# make test    install, run the tests
+# make test    install, run the tests: JOBS of them at a time (2)
 # make setup   install alone;  make check: lint and types
 # PYTHON=python3.12 chooses the interpreter, RECIPE=... what `make train` trains, ARGS="key=value ..."
 
 PYTHON ?= python3
 RECIPE ?= configs/quickstart.yaml
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 SHARDS ?= data/tinyshakespeare/shards
 
@@ -15,7 +16,7 @@ train: setup $(SHARDS)/index.json
 	@$(VENV)/bin/lte train $(RECIPE) $(ARGS)
 
 test: setup
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -7,6 +7,7 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def sources() -> dict[str, str]:
     return found
 
 
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    """All of a source's syntax."""
+    return list(ast.walk(ast.parse(text)))
+
+
 def floor_of(module: str) -> str:
     package, *below = module.split(".")
     if package == "launch":
@@ -63,7 +70,7 @@ def imports(module: str, text: str, modules: Mapping[str, str]) -> Iterator[tupl
 
     `from lte import wire` imports the module lte.wire, not a name of lte.
     """
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, "", node
@@ -83,10 +90,9 @@ def faults(modules: Mapping[str, str]) -> list[str]:
     found = []
     graph: dict[str, set[str]] = {}
     for module, text in modules.items():
-        tree = ast.parse(text)
         within = [
             node
-            for function in ast.walk(tree)
+            for function in nodes(text)
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             for node in ast.walk(function)
         ]
@@ -108,7 +114,7 @@ def faults(modules: Mapping[str, str]) -> list[str]:
             graph.setdefault(module, set()).add(target)
         found += [
             f"{module} uses {node.attr} of {taken[node.value.id]}"
-            for node in ast.walk(tree)
+            for node in nodes(text)
             if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)
             and node.value.id in taken
