@@ -25,19 +25,22 @@ def test_a_straggler_past_the_deadline_is_left_out_and_takes_part_again(cluster:
 
 
 def test_a_worker_that_was_silent_for_too_long_says_hello_again(cluster: Cluster) -> None:
-    server = cluster.serve(server__silence_s=4.0, train__rounds=200)
-    a, b = cluster.work("a"), cluster.work("b", Fault(STEP, call=5, number=STOP))
-    cluster.until(lambda: cluster.events("left"), "word that b is gone")
+    """b stops in its third round, and a in its fifth, lest it finish the run before b is back."""
+    server = cluster.serve(server__silence_s=4.0, train__rounds=40)
+    a = cluster.work("a", Fault(STEP, call=9, number=STOP))
+    b = cluster.work("b", Fault(STEP, call=5, number=STOP))
+    cluster.until(lambda: "b is gone" in str(cluster.events("left")), "word that b is gone")
     cluster.wake(b)
+    cluster.until(lambda: cluster.events("joined").count("b joined") >= 2, "word that b is back")
+    cluster.wake(a)
     for process in (server, a, b):
         cluster.ended(process, 0)
     # On a busy machine a may be silent for so long, too, and is taken back all the same.
     assert any(words.startswith("b is gone: no sign of life") for words in cluster.events("left"))
-    assert cluster.events("joined").count("b joined") >= 2
     assert cluster.events("fenced") == []
     counts = merged(cluster)
     assert 2 in counts[counts.index(1) :], "b is back"
-    audit(cluster.run, 200, {"a", "b"})
+    audit(cluster.run, 40, {"a", "b"})
 
 
 def test_a_ghost_of_a_worker_is_fenced_when_it_wakes(cluster: Cluster, undisturbed: str) -> None:
