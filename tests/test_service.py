@@ -112,7 +112,7 @@ def test_a_lost_message_changes_no_bit(
 def test_an_evaluation_longer_than_the_silence_costs_no_worker(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What has come is heard before anybody is called silent. The clock jumps at each evaluation."""
+    """While the server is busy nobody is silent. The clock jumps at each evaluation."""
     undisturbed = train(**{"eval.every": 1})
     ahead_s = 0.0
     measure, now = Server._measure, Server._now_s
@@ -121,15 +121,12 @@ def test_an_evaluation_longer_than_the_silence_costs_no_worker(
         nonlocal ahead_s
         measured = measure(server, max_tokens)
         if not server.finished:
-            while server._endpoint.inbox.qsize() < 4:  # type: ignore[attr-defined]
-                pass  # until signs of life of both workers wait
             ahead_s += 1000.0
         return measured
 
     monkeypatch.setattr(Server, "_measure", slow)
     monkeypatch.setattr(Server, "_now_s", lambda server: now(server) + ahead_s)
-    settings = {"eval.every": 1, "server.deadline_s": 1e9, "server.grace_s": 1e9, "train.rounds": 5}
-    assert train(**settings) == undisturbed
+    assert train(**{"eval.every": 1}) == undisturbed
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lte import config, schedule, transport, wire
+from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
 from lte.errors import FencedError, WireError
@@ -135,6 +136,8 @@ class Server:
                 version=found.progress.version,
             )
             self._complain = Complaints(self._event)
+            # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
+            self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
             self._take_up(found)
         except BaseException:
             self._resources.close()
@@ -174,16 +177,16 @@ class Server:
         self._master_digest = self.master.master_digest()
         # worker_id -> the version that its last merged contribution is in, and which incarnation's it was.
         self._merged_in = dict(progress.merged_in)
-        members = {member.worker_id: _member(member, self._now_s()) for member in progress.members}
+        members = {member.worker_id: _member(member, self._watch.now_s()) for member in progress.members}
         self._state = rounds.resumed(
             rounds.State(
                 rules=_rules(recipe),
                 version=progress.version,
                 members=members,
-                known={member.worker_id: _member(member, self._now_s()) for member in progress.known},
+                known={member.worker_id: _member(member, self._watch.now_s()) for member in progress.known},
                 next_incarnation=progress.next_incarnation,
             ),
-            self._now_s(),
+            self._watch.now_s(),
         )
         self._store.begin(self._progress(), self.master.state(), found.follows)
 
@@ -449,7 +452,7 @@ class Server:
         return True
 
     def _happened(self, event: rounds.Event, peer: Peer | None = None) -> None:
-        self._state, actions = rounds.step(self._state, event, self._now_s())
+        self._state, actions = rounds.step(self._state, event, self._watch.now_s())
         for action in actions:
             self._act(action, peer)
 
@@ -725,8 +728,8 @@ class Server:
     def _patience_s(self) -> float:
         deadline_s = rounds.next_deadline(self._state)
         if deadline_s is None:
-            return _LONGEST_WAIT_S
-        return min(_LONGEST_WAIT_S, max(0.0, deadline_s - self._now_s()))
+            return self._watch.most_s
+        return min(self._watch.most_s, max(0.0, deadline_s - self._watch.now_s()))
 
     def _now_s(self) -> float:
         return time.monotonic()

@@ -14,6 +14,7 @@ import msgspec
 from torch import Tensor
 
 from lte import config, transport, wire
+from lte.clock import Watch
 from lte.errors import ConnectError, RefusedError, RunEnded, WireError
 
 _ASK_AGAIN_S = 3.0
@@ -51,11 +52,12 @@ class _Patience:
             patience_s: for a server that is not heard. unheard_s: after which that is said.
         """
         self._patience_s, self._unheard_s, self._say = patience_s, unheard_s, say
-        self._began_s = self._heard_s = time.monotonic()
+        self._watch = Watch(_LOOK_UP_S)
+        self._began_s = self._heard_s = self._watch.now_s()
         self._is_unheard = self._is_long = False
 
     def heard(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._watch.now_s()
         if self._is_unheard:
             self._say(f"the server is heard again, after {now_s - self._heard_s:.0f} s")
         if now_s - self._began_s > _LONG_S and not self._is_long:
@@ -69,7 +71,7 @@ class _Patience:
         Raises:
             RunEnded: for too long.
         """
-        silent_s = time.monotonic() - self._heard_s
+        silent_s = self._watch.now_s() - self._heard_s
         if silent_s > self._patience_s:
             raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
         if silent_s > self._unheard_s and not self._is_unheard:
@@ -336,17 +338,19 @@ class Session:
 
     def _join(self, wait_s: float) -> None:
         """Say Hello until a whole welcome has come."""
-        deadline, is_welcome = time.monotonic() + wait_s, False
+        watch = Watch(_LOOK_UP_S)
+        deadline, is_welcome = wait_s, False
         asked_s = -float("inf")
         heard_s, hello = float("inf"), self._hello
-        while (now := time.monotonic()) < deadline:
+        while (now := watch.now_s()) < deadline:
             if now - heard_s >= _STALLED_S:  # a part of its answer was lost
                 hello = msgspec.structs.replace(hello, attempt=hello.attempt + 1)
                 heard_s, asked_s, is_welcome, self._assembly = now, -float("inf"), False, None
             if now - asked_s >= _ASK_AGAIN_S:
                 self._endpoint.send(wire.encode(hello))
                 asked_s = now
-            frames = self._endpoint.receive(max(0.0, min(asked_s + _ASK_AGAIN_S, deadline) - now))
+            wait_until = min(asked_s + _ASK_AGAIN_S, deadline, now + _LOOK_UP_S)
+            frames = self._endpoint.receive(max(0.0, wait_until - now))
             if frames is None:
                 continue
             message, entries = self._decoded(frames)

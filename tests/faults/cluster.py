@@ -2,14 +2,16 @@
 
 Processes are forked from one that has torch loaded, which saves seconds each. A fault is told to the
 process that meets it: at the n-th call of a function, before or after it, the process sends itself a
-signal. So nothing is timed and nothing is awaited but ends.
+signal, say. So nothing is timed and nothing is awaited but facts.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,10 +23,11 @@ from typing import Any, Protocol
 
 from forks import fork
 
-from lte import config
+from lte import config, language
 from lte.config import Recipe
 from lte.data import pack
-from lte.server import journal
+from lte.server import journal, recovery
+from lte.server.master import Master
 from lte.track import METRICS, Records
 
 ROUNDS = 6
@@ -39,15 +42,17 @@ class Script(Protocol):
 
 
 @dataclass(frozen=True)
-class Fault:
-    """At the n-th call of `function` ("module:Class.name") whose arguments hold a value of the type named
-    `given`, if any, raise `number` in this process, before or after the call."""
+class Scripted:
+    """Something that happens at the n-th call of `function` ("module:Class.name") whose arguments hold a
+    value of the type named `given`, if any, before or after the call."""
 
     function: str
     call: int = 1
     given: str = ""
     after: bool = False
-    number: int = signal.SIGKILL
+
+    def happen(self) -> None:
+        raise NotImplementedError
 
     def install(self) -> None:
         module, _, path = self.function.partition(":")
@@ -63,19 +68,61 @@ class Fault:
             calls += not self.given or any(type(value).__name__ == self.given for value in given)
             due = calls == self.call and (not self.given or self.given in {type(v).__name__ for v in given})
             if due and not self.after:
-                os.kill(os.getpid(), self.number)
+                self.happen()
             result = original(*arguments, **named)
             if due and self.after:
-                os.kill(os.getpid(), self.number)
+                self.happen()
             return result
 
         setattr(owner, name, faulty)
 
 
+@dataclass(frozen=True)
+class Fault(Scripted):
+    """The process sends itself a signal."""
+
+    number: int = signal.SIGKILL
+
+    def happen(self) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class Run(Scripted):
+    """The process runs commands."""
+
+    commands: Sequence[Sequence[str]] = ()
+
+    def happen(self) -> None:
+        for command in self.commands:
+            subprocess.run(command, check=True)
+
+
+@dataclass(frozen=True)
+class Wait(Scripted):
+    """The process waits until the test opens this gate."""
+
+    gate: Path = Path()
+
+    def happen(self) -> None:
+        with self.gate.open("rb"):
+            pass
+
+
+def gate(path: Path) -> Path:
+    """Make a gate, which is shut."""
+    os.mkfifo(path)
+    return path
+
+
+def let_through(gate: Path) -> None:
+    """Open a gate, once somebody waits before it."""
+    with gate.open("wb"):
+        pass
+
+
 def _serve(settings: Mapping[str, Any], take_over: bool, faults: Sequence[Script], log: Path) -> None:
     _begin(faults, log)
-    from lte import language
-
     with language.make_server(config.replace(Recipe(), **settings), take_over=take_over) as server:
         server.stop_on_signals()
         raise SystemExit(0 if server.serve() else 3)
@@ -83,8 +130,6 @@ def _serve(settings: Mapping[str, Any], take_over: bool, faults: Sequence[Script
 
 def _work(address: str, worker_id: str, folder: Path, faults: Sequence[Script], log: Path) -> None:
     _begin(faults, log)
-    from lte import language
-
     language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S)
 
 
@@ -203,6 +248,18 @@ def audit(run: Path, num_rounds: int, workers: set[str]) -> None:
         names = Counter(kept[version - 1, incarnation].worker_id for incarnation in record.incarnations)
         assert names.keys() <= workers
         assert set(names.values()) == {1}, f"version {version} holds a worker twice: {names}"
+
+
+def replayed(run: Path) -> str:
+    """Digest of the master to which the journal leads from the initial weights, each version's checked."""
+    copy = run.with_name("replayed")
+    later = shutil.ignore_patterns("version-*[1-9]*")
+    shutil.copytree(run, copy, ignore=later)
+    recipe = config.load(copy / "config.yaml")
+    master = Master(language.initial_model(recipe), recipe)
+    found = recovery.recover(copy, master)
+    assert found.faults == []
+    return master.master_digest()
 
 
 def shards(folder: Path) -> Path:
