@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from namespaces import HUB_ADDRESS, Network, star
 
 from lte.data import pack
 from lte.track import METRICS, Records
-
-ADDRESS = "10.213.7.1"
-NAMES = (f"lte-t{os.getpid()}a", f"lte-t{os.getpid()}b")
 
 WORKER = '''
 """A worker that prints what the kernel counted on its connection and interface before it leaves."""
@@ -55,41 +51,14 @@ language.work(f"tcp://{sys.argv[1]}:5555", wait_s=60, say=lambda line: None)
 '''
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
 @pytest.fixture
-def namespaces() -> Iterator[tuple[str, str]]:
-    """Two namespaces with a cable between them."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root and iproute2")
-    try:
-        try:
-            for name in NAMES:
-                ip("netns", "add", name)
-            ip("link", "add", "eth0", "netns", NAMES[0], "type", "veth", "peer", "eth0", "netns", NAMES[1])
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-        for name, end in zip(NAMES, (ADDRESS, "10.213.7.2"), strict=True):
-            ip("-n", name, "addr", "add", f"{end}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            if shutil.which("ethtool"):  # frames as they would be on a wire
-                subprocess.run(
-                    ["ip", "netns", "exec", name, "ethtool", "-K", "eth0", "tso", "off", "gso", "off"],
-                    check=False,
-                    capture_output=True,
-                )
-        yield NAMES
-    finally:
-        for name in NAMES:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+def network() -> Iterator[Network]:
+    """Two machines with a cable between them."""
+    with star(num_leaves=1) as network:
+        yield network
 
 
-def test_recorded_bytes_are_what_tcp_and_the_interface_carried(
-    namespaces: tuple[str, str], tmp_path: Path
-) -> None:
+def test_recorded_bytes_are_what_tcp_and_the_interface_carried(network: Network, tmp_path: Path) -> None:
     """Within 2 % of TCP's bytes and 8 % of the interface's, each way."""
     (tmp_path / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(900)))
     pack([tmp_path / "text.txt"], tmp_path / "shards", num_shards=1)
@@ -104,7 +73,7 @@ def test_recorded_bytes_are_what_tcp_and_the_interface_carried(
         "train.rounds": 8,
         "train.local_steps": 1,
         "train.batch_size": 1,
-        "server.address": f"tcp://{ADDRESS}:5555",
+        "server.address": f"tcp://{HUB_ADDRESS}:5555",
         "server.insecure": True,
         "eval.every": 0,
         "eval.final_tokens": 512,
@@ -114,13 +83,13 @@ def test_recorded_bytes_are_what_tcp_and_the_interface_carried(
     overrides = [f"{key}={value}" for key, value in settings.items()]
     inside = ["ip", "netns", "exec"]
     server = subprocess.Popen(
-        [*inside, namespaces[0], sys.executable, "-m", "lte", "server", tmp_path / "recipe.yaml", *overrides],
+        [*inside, network.hub, sys.executable, "-m", "lte", "server", tmp_path / "recipe.yaml", *overrides],
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         worker = subprocess.run(
-            [*inside, namespaces[1], sys.executable, "-c", WORKER, ADDRESS],
+            [*inside, network.leaves[0], sys.executable, "-c", WORKER, HUB_ADDRESS],
             stdout=subprocess.PIPE,
             text=True,
             timeout=100,
