@@ -80,6 +80,7 @@ class Worker:
         described = describe(model)
         self._folder = None if folder is None else Path(folder)
         saved = None if self._folder is None else state.load(self._folder)
+        self._replaces = saved.contribution.incarnation if saved else 0
         if isinstance(server, str):
             heads = next((m.heads for _, m in adapted_modules(model)), 1)
             server = Session(
@@ -218,7 +219,7 @@ class Worker:
                     tensors=tensors,
                     numbers=numbers,
                 )
-                state.save(self._folder, saved)
+                state.save(self._folder, saved, self._replaces)
             return contribution
 
         self._session.push(trainer.version, trainer.contribution(), close)

@@ -1,4 +1,8 @@
-"""A worker's state on its own disk: one file, written whole or not at all, each time before a push."""
+"""A worker's state on its own disk: one file, written whole or not at all, each time before a push.
+
+Each process of a worker writes a file of its own, named by its incarnation, so that two in one folder do not
+spoil each other's, and one that was replaced and wakes up does not hide its successor's.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lte import durable, quantize, wire
-from lte.errors import RunError
+from lte.errors import FencedError, RunError
 
 FORMAT = "1"
-NAME = "state.safetensors"
+_NAMES = "state-*.safetensors"
 _BLOB = "blob/"
 
 
@@ -45,12 +49,17 @@ class Saved:
         return same and self.contribution.version <= welcome.version
 
 
-def save(folder: Path, saved: Saved) -> None:
-    """Write `folder/state.safetensors`, durably, in place of an older one.
+def save(folder: Path, saved: Saved, replaces: int = 0) -> None:
+    """Write `folder/state-INCARNATION.safetensors`, durably, in place of older ones.
+
+    Args:
+        replaces: incarnation of the state that this process found, whose file goes, too: after a server
+            went back, or in another run, it may be a later one.
 
     Raises:
-        OSError: the disk; the older one is still there.
+        OSError: the disk; the older one is still there. FencedError: a newer process saved its state.
     """
+    own = saved.contribution.incarnation
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
     tensors |= {_BLOB + name: blob for name, blob in saved.blobs.items()}
@@ -62,25 +71,34 @@ def save(folder: Path, saved: Saved) -> None:
         "numbers": json.dumps(saved.numbers),
         "digest": quantize.digest(sorted(tensors.items())),
     }
-    final, partial = folder / NAME, folder / f".{NAME}"
+    final = folder / _NAMES.replace("*", f"{own:08d}")
+    partial = final.with_name(f".{final.name}")
     durable.save_tensors(tensors, partial, described)
-    durable.name(partial, final)
+    try:
+        durable.name(partial, final)
+    except FileNotFoundError:
+        raise FencedError(f"a newer process of this worker goes on in {folder}") from None
+    for path in (*folder.glob(_NAMES), *folder.glob(f".{_NAMES}")):
+        if _incarnation(path) < own or own != _incarnation(path) == replaces:
+            path.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> Saved | None:
-    """The state in a folder; None where there is none.
+    """The state in a folder, of the newest process that saved one; None where there is none.
 
     Raises:
         RunError: it is damaged, or of another version of lte.
     """
-    path = folder / NAME
-    if not path.exists():
+    path = max(folder.glob(_NAMES), key=_incarnation, default=None)
+    if path is None:
         return None
     try:
         with safe_open(path, "pt") as file:
             described = file.metadata() or {}
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError:  # another process has saved a newer one meanwhile
+        return load(folder)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: damaged ({error}); delete it, and this worker starts over") from None
     if described.get("format") != FORMAT:
@@ -95,3 +113,7 @@ def load(folder: Path) -> Saved | None:
         tensors={name: tensor for name, tensor in tensors.items() if not name.startswith(_BLOB)},
         numbers=json.loads(described["numbers"]),
     )
+
+
+def _incarnation(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])

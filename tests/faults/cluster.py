@@ -100,25 +100,28 @@ class Run(Scripted):
 
 @dataclass(frozen=True)
 class Wait(Scripted):
-    """The process waits until the test opens this gate."""
+    """The process waits before a gate until the test opens it."""
 
-    gate: Path = Path()
+    gate: Gate | None = None
 
     def happen(self) -> None:
-        with self.gate.open("rb"):
+        assert self.gate is not None
+        self.gate.reached.touch()
+        with self.gate.path.open("rb"):
             pass
 
 
-def gate(path: Path) -> Path:
-    """Make a gate, which is shut."""
-    os.mkfifo(path)
-    return path
+class Gate:
+    """Shut at first, for one process. `reached` is a file that is there when it waits."""
 
+    def __init__(self, path: Path) -> None:
+        self.path, self.reached = path, path.with_name(f"{path.name}-reached")
+        os.mkfifo(path)
 
-def let_through(gate: Path) -> None:
-    """Open a gate, once somebody waits before it."""
-    with gate.open("wb"):
-        pass
+    def open(self) -> None:
+        """Let who waits through, or who will come."""
+        with self.path.open("wb"):
+            pass
 
 
 def _serve(settings: Mapping[str, Any], take_over: bool, faults: Sequence[Script], log: Path) -> None:
@@ -128,9 +131,11 @@ def _serve(settings: Mapping[str, Any], take_over: bool, faults: Sequence[Script
         raise SystemExit(0 if server.serve() else 3)
 
 
-def _work(address: str, worker_id: str, folder: Path, faults: Sequence[Script], log: Path) -> None:
+def _work(
+    address: str, worker_id: str, keys: Mapping[str, Path], folder: Path, faults: Sequence[Script], log: Path
+) -> None:
     _begin(faults, log)
-    language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S)
+    language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S, **keys)
 
 
 def _begin(faults: Iterable[Script], log: Path) -> None:
@@ -162,9 +167,9 @@ class Cluster:
         settings = self.settings | own | {key.replace("__", "."): value for key, value in settings.items()}
         return self._start(_serve, settings, take_over, faults, self.folder / "server.log")
 
-    def work(self, worker_id: str, *faults: Script, address: str = "") -> BaseProcess:
-        log = self.folder / f"{worker_id}.log"
-        return self._start(_work, address or self.address, worker_id, self.state_of(worker_id), faults, log)
+    def work(self, worker_id: str, *faults: Script, address: str = "", **keys: Path) -> BaseProcess:
+        log, state = self.folder / f"{worker_id}.log", self.state_of(worker_id)
+        return self._start(_work, address or self.address, worker_id, keys, state, faults, log)
 
     def state_of(self, worker_id: str) -> Path:
         """Where a worker keeps its state."""

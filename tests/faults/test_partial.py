@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
+from pathlib import Path
 
-from cluster import ROUNDS, Cluster, Fault, audit
+import pytest
+from cluster import ROUNDS, Cluster, Fault, Gate, Wait, audit
+
+from lte.transport import keys
 
 STEP = "lte.worker.trainer:Trainer.step"
 STOP = signal.SIGSTOP
@@ -83,6 +88,102 @@ def test_a_ghost_of_a_server_neither_writes_nor_moves_anybody(cluster: Cluster, 
     now = {path: path.read_bytes() for path in cluster.run.rglob("*") if path.is_file()}
     changed = {path.parent.name for path in now if now[path] != written.get(path)}
     assert changed <= {"journal"}, "at most what no later server reads"
+
+
+@pytest.mark.parametrize("with_keys", [False, True], ids=["without keys", "with one key"])
+def test_of_two_workers_with_one_id_the_newer_goes_on(
+    cluster: Cluster, undisturbed: str, tmp_path: Path, with_keys: bool
+) -> None:
+    """Both are started at once, with one folder for their state."""
+    of_server, of_worker = {}, dict[str, dict[str, Path]]()
+    if with_keys:
+        public = {name: keys.create(tmp_path / name).public for name in ("server", "a", "b")}
+        (tmp_path / "allow").write_text("".join(f"{name} {public[name]}\n" for name in ("a", "b")))
+        of_server = {"server__key": str(tmp_path / "server.secret"), "server__allow": str(tmp_path / "allow")}
+        of_server["server__address"] = "tcp://127.0.0.1:*"
+        known = {"server_key": tmp_path / "server.public"}
+        of_worker = {name: {"key": tmp_path / f"{name}.secret", **known} for name in ("a", "b")}
+    gate = Gate(tmp_path / "gate")
+    server = cluster.serve(**of_server)
+    cluster.until(lambda: cluster.events("started"), "server")
+    address = cluster.events("started")[0].rpartition(" ")[2]
+    a = cluster.work("a", Wait(STEP, call=5, gate=gate), address=address, **of_worker.get("a", {}))
+    both = [cluster.work("b", address=address, **of_worker.get("b", {})) for _ in range(2)]
+    fenced = cluster.first_ended(both)
+    cluster.ended(fenced, 1)
+    assert logged(cluster, "b").count("b was replaced by a newer process") == 1
+    gate.open()
+    for process in {server, a, *both} - {fenced}:
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("lte.worker.state:save", "b was replaced by a newer process"),
+        ("lte.durable:name", "a newer process of this worker goes on"),
+    ],
+    ids=["before it saves its state", "before its state has its name"],
+)
+def test_a_ghost_of_a_worker_does_not_spoil_the_state_of_its_successor(
+    cluster: Cluster, undisturbed: str, where: str, words: str
+) -> None:
+    """It wakes when its successor was killed after a state of its own."""
+    server, a = cluster.serve(), cluster.work("a")
+    ghost = cluster.work("b", Fault(where, call=3, number=STOP))
+    cluster.until(lambda: len(merged(cluster)) == 2, "round before b stops")
+    successor = cluster.work("b", Fault("lte.worker.session:Session.push", call=1, after=True))
+    cluster.ended(successor, -signal.SIGKILL)
+    assert ghost.pid is not None
+    os.kill(ghost.pid, signal.SIGCONT)
+    cluster.ended(ghost, 1)
+    assert words in logged(cluster, "b")
+    for process in (server, a, cluster.work("b")):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    assert cluster.events("recalled") == []
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+STARTS = {
+    "when it has read the generation": Wait("lte.server.folder:read_generation", after=True),
+    "before it rewrites the records": Wait("lte.track:Records.__init__"),
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+def test_of_two_servers_that_take_a_run_over_at_once_one_is_refused(
+    cluster: Cluster, undisturbed: str, tmp_path: Path, start: Wait
+) -> None:
+    """And one that comes later fences the first."""
+    replaced = cluster.serve(server__silence_s=1000.0)
+    stopped = [cluster.work(name, Fault(STEP, call=5, number=STOP)) for name in ("a", "b")]
+    cluster.until(lambda: len(merged(cluster)) == 2, "round before the workers stop")
+    gate = Gate(tmp_path / "gate")
+    address = {number: f"{cluster.address}-{number}" for number in (1, 2, 3)}
+    first = cluster.serve(replace(start, gate=gate), take_over=True, server__address=address[1])
+    cluster.until(gate.reached.exists, "server that starts")
+    cluster.ended(cluster.serve(take_over=True, server__address=address[2]), 1)
+    assert "another server is starting on it; wait for it, or end it" in logged(cluster, "server")
+    gate.open()
+    cluster.ended(replaced, 1)
+    cluster.until(lambda: len(cluster.events("started")) == 2, "server that has started")
+    third = cluster.serve(take_over=True, server__address=address[3])
+    cluster.ended(first, 1)
+    assert "generation 3 of the server has taken this run over from generation 2" in logged(cluster, "server")
+    for worker in stopped:
+        worker.kill()
+    for process in (third, *(cluster.work(name, address=address[3]) for name in ("a", "b"))):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    assert [line["version"] for line in cluster.lines("round")] == list(range(1, ROUNDS + 1))
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+def logged(cluster: Cluster, name: str) -> str:
+    return (cluster.folder / f"{name}.log").read_text()
 
 
 def merged(cluster: Cluster) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import ROUNDS, Cluster, Fault, Run, Scripted, Wait, audit, gate, let_through, replayed
+from cluster import ROUNDS, Cluster, Fault, Gate, Run, Scripted, Wait, audit, replayed
 from namespaces import HUB_ADDRESS, Commands, Inside, Network, run, star
 
 from lte import wire
@@ -122,15 +122,15 @@ def is_connected(process: BaseProcess) -> bool:
 def without_b(site: Site, leave: Scripted, back: Callable[[BaseProcess], None]) -> list[int]:
     """b leaves in its third round, and is back in the sixth. Returns how many each round merged."""
     cluster = site.cluster
-    closed = gate(cluster.folder / "gate")
+    gate = Gate(cluster.folder / "gate")
     server = site.serve(server__silence_s=2.0, train__rounds=8)
-    a = site.work("a", Wait(STEP, call=2 * BACK_AT - 1, gate=closed))
+    a = site.work("a", Wait(STEP, call=2 * BACK_AT - 1, gate=gate))
     cluster.until(lambda: cluster.events("joined"), "word of a, which has the first slot")
     b = site.work("b", leave)
-    cluster.until(lambda: len(merged(cluster)) == BACK_AT - 1, "round that a holds up")
+    cluster.until(gate.reached.exists, "round that a holds up")
     back(b)
     cluster.until(lambda: cluster.events("joined").count("b joined") == 2, "word that b is back")
-    let_through(closed)
+    gate.open()
     for process in (server, a, b):
         cluster.ended(process, 0)
     assert cluster.events("fenced") == cluster.events("damaged") == []
