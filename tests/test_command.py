@@ -24,6 +24,7 @@ from launch import local
 from lte import config, language, transport, wire
 from lte.cli import main
 from lte.errors import RunEnded
+from lte.server.folder import LOCKS
 from lte.server.master import Master
 from lte.track import METRICS
 
@@ -736,7 +737,7 @@ def test_never_moves_the_old_run_aside(lte: Lte, copied: Path, folder: Path, tra
         assert done(copied)["master_digest"] != done(trained.run)["master_digest"]
     assert sorted(path.name for path in folder.iterdir()) == ["data", "run", "run.old-1", "run.old-2"]
     for path in trained.run.rglob("*"):
-        if path.is_file() and path.name != "lock":
+        if path.is_file() and path.name not in LOCKS:
             assert (folder / "run.old-1" / path.relative_to(trained.run)).read_bytes() == path.read_bytes()
 
 

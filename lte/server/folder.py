@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,9 @@ from lte.errors import RunError
 from lte.server import checkpoint
 from lte.server.journal import GENERATION, read_generation
 from lte.track import METRICS, Records
+
+LOCKS = ("lock", "starting")
+"""Names of files: locked by the server that has the folder, and by the one that is starting on it."""
 
 
 def is_complete(recipe: Recipe) -> bool:
@@ -42,10 +46,46 @@ def _check_settings(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def claim(folder: Path, recipe: Recipe, *, take_over: bool) -> IO[str]:
-    """Lock the run folder and decide, by `run.resume`, what becomes of a run that it holds."""
+@dataclass(frozen=True)
+class Claim:
+    """A server's hold on a run folder, until it is closed. A context manager."""
+
+    _lock: IO[str]
+    _starting: IO[str]
+
+    def started(self) -> None:
+        """From here on another server may take the folder over: generation, records and journal are
+        this one's, and tell it if one does."""
+        self._starting.close()
+
+    def close(self) -> None:
+        self._starting.close()
+        self._lock.close()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def claim(folder: Path, recipe: Recipe, *, take_over: bool) -> Claim:
+    """Lock the run folder and decide, by `run.resume`, what becomes of a run that it holds.
+
+    Args:
+        take_over: also from a process that has it: its generation fences it then.
+
+    Raises:
+        RunError: another process has it or is just starting on it, nothing can be written there, or the
+        run in it does not fit.
+    """
     resume = recipe.run.resume
-    handle = _lock(folder, take_over=take_over)
+    lock = _lock(folder, take_over=take_over)
+    try:
+        claim = Claim(lock, _lock_to_start(folder))
+    except BaseException:
+        lock.close()
+        raise
     try:
         holds_run = bool(checkpoint.versions(folder / "checkpoints"))
         if resume == "must" and not holds_run:
@@ -55,14 +95,14 @@ def claim(folder: Path, recipe: Recipe, *, take_over: bool) -> IO[str]:
         else:
             _check_settings(folder, recipe)
     except BaseException:
-        handle.close()
+        claim.close()
         raise
-    return handle
+    return claim
 
 
 def _move_aside(folder: Path) -> None:
     """Rename what an earlier run left, so that nothing is lost and nothing is mixed."""
-    kept = [path for path in folder.iterdir() if path.name != "lock"]
+    kept = [path for path in folder.iterdir() if path.name not in LOCKS]
     if not any(path.name in ("checkpoints", "metrics.jsonl") for path in kept):
         return
     n = 1
@@ -74,32 +114,39 @@ def _move_aside(folder: Path) -> None:
 
 
 def _lock(folder: Path, *, take_over: bool) -> IO[str]:
-    """Claim a run folder for this process, until the returned file is closed.
-
-    Args:
-        take_over: also from a process that has it: its generation fences it then.
-
-    Raises:
-        RunError: another process has it, or nothing can be written there.
-    """
+    """Have a run folder, until the returned file is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "lock").open("w")
+        handle = (folder / LOCKS[0]).open("w")
     except OSError as error:
         raise RunError(
             f"{folder}: cannot be a run's folder ({error.strerror}); choose another run.dir"
         ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if take_over:
-            return handle
+    if _is_locked(handle) and not take_over:
         handle.close()
         raise RunError(
             f"{folder}: in use by another server; choose another run.dir, or take it over from one that"
             " hangs (lte server --take-over)"
-        ) from None
+        )
     return handle
+
+
+def _lock_to_start(folder: Path) -> IO[str]:
+    """Be the one server that starts on a run folder, taken over or not, until the file is closed."""
+    handle = (folder / LOCKS[1]).open("w")
+    if _is_locked(handle):
+        handle.close()
+        raise RunError(f"{folder}: another server is starting on it; wait for it, or end it")
+    return handle
+
+
+def _is_locked(handle: IO[str]) -> bool:
+    """Whether another process has this file locked; else this one has, until it is closed."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def next_generation(folder: Path) -> int:

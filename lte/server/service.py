@@ -104,7 +104,7 @@ class Server:
             )
             self._resources.callback(self._endpoint.close)
             self.address = self._endpoint.address
-            self._resources.enter_context(folder.claim(self.folder, recipe, take_over=take_over))
+            claim = self._resources.enter_context(folder.claim(self.folder, recipe, take_over=take_over))
             if announce:
                 announce(self.address)
             torch.set_num_threads(1)  # the master shares layers out among threads of its own
@@ -139,6 +139,7 @@ class Server:
             # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
             self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
             self._take_up(found)
+            claim.started()
         except BaseException:
             self._resources.close()
             raise
