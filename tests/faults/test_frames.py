@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from cluster import ROUNDS, Cluster, audit
+from cluster import ROUNDS, Cluster, Script, audit
 
 from lte.transport import Frames, Peer
 from lte.transport.zmq import ZmqServer
@@ -103,6 +103,46 @@ class Reorder:
 
 
 @dataclass(frozen=True)
+class Late:
+    """All frames that come to the server or leave it are held back until so many more want to pass, and
+    go on in order; the last ones when the server has waited in vain."""
+
+    by: int = 12
+
+    def install(self) -> None:
+        receive, send = ZmqServer.receive, ZmqServer.send
+        coming = deque[tuple[Peer, Frames]]()
+        leaving = deque[tuple[Peer, Frames]]()
+
+        def late_receive(server: ZmqServer, timeout_s: float | None) -> tuple[Peer, Frames] | None:
+            while len(coming) <= self.by:
+                received = receive(server, timeout_s)
+                if received is None:
+                    break
+                coming.append((received[0], [bytes(frame) for frame in received[1]]))
+            if len(coming) > self.by or (coming and timeout_s):
+                return coming.popleft()
+            while leaving and timeout_s:
+                send(server, *leaving.popleft())
+            return None
+
+        def late_send(server: ZmqServer, peer: Peer, frames: Frames) -> None:
+            leaving.append((peer, frames))
+            if len(leaving) > self.by:
+                send(server, *leaving.popleft())
+
+        def close(server: ZmqServer) -> None:
+            while leaving:
+                send(server, *leaving.popleft())
+            closed(server)
+
+        closed = ZmqServer.close
+        ZmqServer.receive = late_receive  # type: ignore[method-assign]
+        ZmqServer.send = late_send  # type: ignore[method-assign]
+        ZmqServer.close = close  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
 class Impatient:
     """A worker asks again at once for what did not come whole, so that a test is short."""
 
@@ -116,11 +156,12 @@ def _damaged(frame: Any, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-FATES = [*(Garble(fate) for fate in ("lost", "doubled", "damaged", "cut short")), Reorder()]
+FATES: dict[str, Script] = {fate: Garble(fate) for fate in ("lost", "doubled", "damaged", "cut short")}
+FATES |= {"reordered": Reorder(), "late": Late()}
 
 
-@pytest.mark.parametrize("script", FATES, ids=["lost", "doubled", "damaged", "cut short", "reordered"])
-def test_bad_links_change_no_bit(cluster: Cluster, undisturbed: str, script: Garble | Reorder) -> None:
+@pytest.mark.parametrize("script", FATES.values(), ids=FATES.keys())
+def test_bad_links_change_no_bit(cluster: Cluster, undisturbed: str, script: Script) -> None:
     server = cluster.serve(script, compress__part_bytes=16384, server__silence_s=30.0)
     workers = [cluster.work(name, Impatient()) for name in ("a", "b")]
     for process in (server, *workers):
