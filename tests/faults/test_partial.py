@@ -133,11 +133,10 @@ def test_a_ghost_of_a_worker_does_not_spoil_the_state_of_its_successor(
     """It wakes when its successor was killed after a state of its own."""
     server, a = cluster.serve(), cluster.work("a")
     ghost = cluster.work("b", Fault(where, call=3, number=STOP))
-    cluster.until(lambda: len(merged(cluster)) == 2, "round before b stops")
+    cluster.stopped(ghost)
     successor = cluster.work("b", Fault("lte.worker.session:Session.push", call=1, after=True))
     cluster.ended(successor, -signal.SIGKILL)
-    assert ghost.pid is not None
-    os.kill(ghost.pid, signal.SIGCONT)
+    cluster.wake(ghost)
     cluster.ended(ghost, 1)
     assert words in logged(cluster, "b")
     for process in (server, a, cluster.work("b")):
@@ -158,9 +157,10 @@ def test_of_two_servers_that_take_a_run_over_at_once_one_is_refused(
     cluster: Cluster, undisturbed: str, tmp_path: Path, start: Wait
 ) -> None:
     """And one that comes later fences the first."""
-    replaced = cluster.serve(server__silence_s=1000.0)
+    replaced = cluster.serve(server__silence_s=500.0)
     stopped = [cluster.work(name, Fault(STEP, call=5, number=STOP)) for name in ("a", "b")]
-    cluster.until(lambda: len(merged(cluster)) == 2, "round before the workers stop")
+    for worker in stopped:
+        cluster.stopped(worker)
     gate = Gate(tmp_path / "gate")
     address = {number: f"{cluster.address}-{number}" for number in (1, 2, 3)}
     first = cluster.serve(replace(start, gate=gate), take_over=True, server__address=address[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,9 +144,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any], 
     cluster = Cluster(tmp_path_factory.mktemp("stopped"), settings)
     stop = Fault(STEP, call=5, number=signal.SIGSTOP)
     try:
-        assert (
-            without_b(Site(cluster, network), stop, lambda b: os.kill(b.pid or 0, signal.SIGCONT)) == SILENT
-        )
+        assert without_b(Site(cluster, network), stop, cluster.wake) == SILENT
         return cluster.master_digest()
     finally:
         cluster.close()
@@ -181,7 +178,7 @@ def test_a_cut_that_is_shorter_than_everybodys_patience_changes_no_bit(
     """The server is cut off from all when it has merged the third version and is to publish it."""
     cluster, network = site.cluster, site.network
     sever, mend = ([*each(network, A), *each(network, B)] for each in cut)
-    server = site.serve(*tcp, Run(MERGED, call=3, after=True, commands=sever), server__silence_s=1000.0)
+    server = site.serve(*tcp, Run(MERGED, call=3, after=True, commands=sever), server__silence_s=500.0)
     workers = [site.work(name, *tcp) for name in ("a", "b")]
     cluster.until(lambda: len(merged(cluster)) == 3, "version that nobody is told of")
     if tcp:
@@ -205,7 +202,7 @@ def test_a_cut_between_two_parts_changes_no_bit(site: Site, undisturbed: str, wh
     by_server = CutAtPart(version=3, index=2, commands=(*network.hub_down(A), touch))
     scripts = {"a": (by_worker,) * (who == "a worker"), "server": (by_server,) * (who == "the server")}
     each = (HangsUpSoon(), SmallParts())
-    server = site.serve(*each, *scripts["server"], server__silence_s=1000.0)
+    server = site.serve(*each, *scripts["server"], server__silence_s=500.0)
     a, b = site.work("a", *each, *scripts["a"]), site.work("b", *each)
     cluster.until(is_cut.exists, "cut")
     cluster.until(lambda: not is_connected(a), "end of a's connection")

@@ -76,22 +76,16 @@ def test_a_run_that_is_stopped_as_a_whole_goes_on(cluster: Cluster, undisturbed:
     awake = HourWhile(hour)
     b = cluster.work("b", awake, Fault(STEP, call=5, number=signal.SIGSTOP))
     processes = [cluster.serve(awake), cluster.work("a", awake), b]
-    cluster.until(lambda: is_stopped(b.pid), "word that b is stopped")
+    cluster.stopped(b)
     for process in processes:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
-    cluster.until(lambda: all(is_stopped(process.pid) for process in processes), "stop")
+        cluster.stopped(process)
     hour.touch()
     for process in processes:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGCONT)
+        cluster.wake(process)
     for process in processes:
         cluster.ended(process, 0)
     assert cluster.master_digest() == undisturbed
     assert cluster.events("left") == []
     audit(cluster.run, ROUNDS, {"a", "b"})
-
-
-def is_stopped(pid: int | None) -> bool:
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return state == "T"
