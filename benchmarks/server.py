@@ -78,8 +78,8 @@ def one_round(master: Master, sent: list[dict[str, torch.Tensor]]) -> dict[str, 
 
     def decode() -> None:
         for worker, blobs in enumerate(sent):
-            tensors = master.decode(blobs, f"w{worker}", 1)
-            received.append(Received(f"w{worker}", 1, worker, 0, 1, tensors))
+            tensors = master.decode(blobs, f"w{worker}", 1, RANK)
+            received.append(Received(f"w{worker}", 1, RANK, worker, 0, 1, tensors))
 
     timed("decode", decode)
     timed("merge", lambda: master.merge(received, 0))

@@ -247,9 +247,10 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         "train LoRA heads for a server",
         "examples:\n"
         "  lte worker --server tcp://127.0.0.1:5555\n"
+        "  lte worker --server tcp://127.0.0.1:5555 --rank 8       a small device, or a thin link\n"
         "  lte worker --server tcp://10.0.0.1:5555 --key alice.secret --server-key server.public\n\n"
-        "Everything but the address comes from the server. A CONFIG makes the worker refuse a server\n"
-        "that trains another model.",
+        "Workers may join and leave at any time, more of them than train.workers, too. Everything but the\n"
+        "address comes from the server. A CONFIG makes the worker refuse a server that trains another model.",
     )
     command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
     command.add_argument("--id", default="", metavar="NAME", help="name of this worker (default: given)")
@@ -277,6 +278,20 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument(
         "--data", metavar="FOLDER", help="shards, where the recipe's path is not theirs here"
     )
+    command.add_argument(
+        "--rank",
+        type=_count,
+        default=0,
+        metavar="R",
+        help="largest lora_rank of its heads (default: the recipe's)",
+    )
+    command.add_argument(
+        "--heads",
+        type=_count,
+        default=0,
+        metavar="H",
+        help="heads, the recipe's or fewer (default: the recipe's)",
+    )
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML recipe to insist on")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of that recipe")
     command.set_defaults(run=_worker)
@@ -294,6 +309,8 @@ def _worker(arguments: argparse.Namespace) -> int:
         key=arguments.key,
         server_key=arguments.server_key,
         shards=arguments.data,
+        rank=arguments.rank,
+        heads=arguments.heads,
         recipe=recipe,
         say=lambda line: print(line, flush=True),
     )

@@ -134,9 +134,9 @@ class LoRA:
     """The heads: what is trained on top of the frozen base."""
 
     __pydantic_config__ = _STRICT
-    rank: Count = _doc(32, "lora_rank r")
+    rank: Count = _doc(32, "lora_rank r; a worker may have a smaller one (lte worker --rank)")
     scale: Positive = _doc(16.0, "lora_scale s (alpha / r, held fixed when ranks change)")
-    heads: Count = _doc(1, "heads a worker trains (H); they share its batch in equal slices")
+    heads: Count = _doc(1, "heads a worker trains (H), at most; they share its batch in equal slices")
     merge: Literal["reset-less", "reset-b", "reset"] = _doc(
         "reset-b", "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0"
     )
@@ -159,6 +159,19 @@ class LoRA:
     )
     exclude: tuple[str, ...] = _doc((), "patterns of modules that get none and stay dense")
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
+
+    def capped(self, rank: int, heads: int) -> LoRA:
+        """These settings for a worker whose heads are of this lora_rank at most, and so many; 0: as here."""
+
+        def least(met: int) -> int:
+            return min(met, rank) if rank else met
+
+        overrides = tuple(
+            dataclasses.replace(o, rank=None if o.rank is None else least(o.rank)) for o in self.overrides
+        )
+        return dataclasses.replace(
+            self, rank=least(self.rank), heads=heads or self.heads, overrides=overrides
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,8 @@ def work(
     key: str | Path | None = None,
     server_key: str | Path | None = None,
     shards: str | None = None,
+    rank: int = 0,
+    heads: int = 0,
     recipe: Recipe | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -68,20 +70,21 @@ def work(
         folder: of this worker's state; see `lte.Worker`.
         key, server_key: files of keys, for a server that has some; see `lte.Worker`.
         shards: folder of the training data, where it is not at the recipe's path on this machine.
+        rank, heads: train heads of this lora_rank, and so many, at most; 0: the recipe's.
         recipe: refuse a server that trains another model than this one's.
         say: prints a line for a person.
 
     Raises:
         ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here.
     """
-    described = describe(_with_heads(recipe)) if recipe else None
-    heads = recipe.lora.heads if recipe else 0
+    described = describe(_with_heads(recipe, rank, heads)) if recipe else None
     saved = None if folder is None else state.load(folder)
     with Session(
         server,
         worker_id=worker_id,
         model=described,
         heads=heads,
+        rank=rank,
         version=saved.contribution.version if saved else 0,
         wait_s=wait_s,
         key=key,
@@ -98,10 +101,13 @@ def work(
         if shards is not None:
             recipe = config.replace(recipe, **{"data.shards": shards})
         check_data(recipe)
+        if heads and recipe.train.batch_size % heads:
+            batch = f"the recipe's batches of {recipe.train.batch_size}"
+            raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
         stream = _stream(recipe, welcome.slot)
         say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
         device = device_of(recipe)
-        model = cast(GPT, materialize(_with_heads(recipe), device))
+        model = cast(GPT, materialize(_with_heads(recipe, rank, heads), device))
         worker = Worker(model, session, folder=folder)
         while not worker.done:
             sequences = stream.batch(worker.step_index).to(device)
@@ -214,9 +220,9 @@ def _stream(recipe: Recipe, worker: int) -> TrainingStream:
     )
 
 
-def _with_heads(recipe: Recipe) -> nn.Module:
-    """The recipe's model with heads; no weight (out, in) takes memory."""
-    return convert(build(recipe.model), recipe.lora, recipe.base.quant)
+def _with_heads(recipe: Recipe, rank: int, heads: int) -> nn.Module:
+    """The recipe's model with a worker's heads; no weight (out, in) takes memory."""
+    return convert(build(recipe.model), recipe.lora.capped(rank, heads), recipe.base.quant)
 
 
 def device_of(recipe: Recipe) -> torch.device:

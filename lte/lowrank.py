@@ -39,6 +39,7 @@ def draw_A(
     module: str,
     head: int,
     draw: int,
+    share: int | None = None,
 ) -> Tensor:
     """Draw one head's A, fp32, shape (rank, in_features).
 
@@ -50,19 +51,24 @@ def draw_A(
     Args:
         subspace: `random` draws every head by itself. `disjoint` (semi-orthogonal only) deals the
             rows of one orthogonal (in, in) matrix to the heads in order of `head`, so that their
-            row spaces are orthogonal while num_heads * rank <= in; with equality the mean of
-            A^T A over the heads is the identity. Heads beyond that use further matrices.
+            row spaces are orthogonal while num_heads * share <= in; with equality, and all heads
+            of that rank, the mean of A^T A over the heads is the identity. Heads beyond that use
+            further matrices.
         seed: the run's seed.
         module: name of the adapted module, so that modules differ.
         head: index of the head among all heads of all workers.
         draw: 0 at the start, then one more with each redraw (reset, rotation).
+        share: rows that each head is dealt where they are disjoint, of which it takes the first
+            `rank`: the rank of the largest heads. None: rank.
     """
     if subspace == "disjoint":
         assert init == "semi-orthogonal", "the recipe's checks let only this init be disjoint"
         # Block b of a matrix is what its rows add to those of blocks 0 ... b - 1.
-        matrix, block = divmod(head, max(1, in_features // rank))
+        share = rank if share is None else share
+        matrix, block = divmod(head, max(1, in_features // share))
         generators = [generator_of(seed, "A", module, "matrix", matrix, b, draw) for b in range(block + 1)]
-        rows = [_normal(rank, in_features, generator) for generator in generators]
+        sizes = [share] * block + [rank]
+        rows = [_normal(size, in_features, g) for size, g in zip(sizes, generators, strict=True)]
         return _orthonormal_rows(torch.cat(rows))[-rank:] * math.sqrt(in_features / rank)
     generator = generator_of(seed, "A", module, head, draw)
     if init == "semi-orthogonal":
@@ -82,6 +88,7 @@ def draw_A_of_heads(
     module: str,
     heads: range,
     draw: int,
+    share: int | None = None,
 ) -> Tensor:
     """`draw_A` of several heads of one module: (H, rank, in_features)."""
     return torch.stack(
@@ -95,6 +102,7 @@ def draw_A_of_heads(
                 module=module,
                 head=head,
                 draw=draw,
+                share=share,
             )
             for head in heads
         ]

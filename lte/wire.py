@@ -67,10 +67,11 @@ class Hello(Message, frozen=True, kw_only=True):
     """A worker asks to join.
 
     `session` is random, one a process: the same session again is a repeated question, not a new
-    worker. `model` describes the worker's model (see `nn.Plan.describe`) and `heads` counts its
-    heads; empty and 0 when the worker will build the model of the recipe that it is welcomed with.
-    `incarnation`, `version` and `base_digest` are its own and of the base that it holds, where it was
-    welcomed before; else 0 and ''. `attempt` rises where what came of a welcome was not whole.
+    worker. `model` describes the worker's model (see `nn.Plan.describe`); empty when the worker will
+    build the model of the recipe that it is welcomed with. `heads` and `rank` are how many heads it
+    trains, and the largest lora_rank of them; 0: the recipe's. `incarnation`, `version` and
+    `base_digest` are its own and of the base that it holds, where it was welcomed before; else 0 and
+    ''. `attempt` rises where what came of a welcome was not whole.
     """
 
     schema: str
@@ -78,6 +79,7 @@ class Hello(Message, frozen=True, kw_only=True):
     session: str
     model: dict[str, str]
     heads: Whole
+    rank: Whole = 0
     incarnation: Whole = 0
     version: Whole = 0
     base_digest: str = ""
@@ -89,7 +91,8 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     `settings` is the whole recipe: it is authoritative. `slot` is the worker's place among all
     workers; it decides its part of the data and its heads. `run_id` names the run, whichever server
-    serves it; `merged_digest` is of the factors that the server remembers of this worker.
+    serves it; `model` describes the model with heads of this worker's rank; `merged_digest` is of the
+    factors that the server remembers of them.
     """
 
     run_id: str

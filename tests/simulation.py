@@ -70,22 +70,23 @@ class Simulation:
         for slot, trainer in enumerate(self.trainers):
             merged_digest = trainer.merged_digest()
             blobs = dict(trainer.contribution())
-            most = self.master.max_contribution(trainer.heads)
+            most = self.master.max_contribution(trainer.heads, trainer.rank)
             assert all(blob.numel() <= most[name] for name, blob in blobs.items())
             if slot in chosen:
-                assert merged_digest == self.master.merged_digest(f"w{slot}")
+                assert merged_digest == self.master.merged_digest(f"w{slot}", trainer.heads, trainer.rank)
                 assert trainer.base_digest() == self.master.base_digest()
                 assert trainer.given_digest() == self.master.given_digest(
-                    trainer.first_head, trainer.heads, trainer.draw
+                    trainer.first_head, trainer.heads, trainer.rank, trainer.draw
                 )
                 received.append(
                     Received(
                         worker_id=f"w{slot}",
                         heads=trainer.heads,
+                        rank=trainer.rank,
                         first_head=trainer.first_head,
                         draw=trainer.draw,
                         tokens=1,
-                        tensors=self.master.decode(blobs, f"w{slot}", trainer.heads),
+                        tensors=self.master.decode(blobs, f"w{slot}", trainer.heads, trainer.rank),
                     )
                 )
         missing = sum(t.heads for slot, t in enumerate(self.trainers) if slot not in chosen)

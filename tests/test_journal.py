@@ -24,6 +24,7 @@ def kept(version: int) -> Kept:
         worker_id="a",
         incarnation=1,
         heads=1,
+        rank=4,
         first_head=0,
         draw=0,
         tokens=8,

@@ -65,7 +65,7 @@ class Trace:
         return actions
 
     def join(self, worker_id: str, session: str = "", heads: int = 1, at: float | None = None) -> Any:
-        return self.happen(Joined(worker_id, session or f"session of {worker_id}", heads), at)
+        return self.happen(Joined(worker_id, session or f"session of {worker_id}", heads, 4), at)
 
     def contribute(self, worker_id: str, version: int | None = None, at: float | None = None) -> Any:
         version = self.state.version if version is None else version
@@ -174,7 +174,7 @@ def test_a_late_hello_of_a_replaced_process_does_not_fence_the_new_one() -> None
     trace.incarnations["a"] = trace.state.members["a"].incarnation
     assert trace.join("a") == (Fence("a", "a was replaced by a newer process"),)
     assert trace.heard("a") == ()
-    assert trace.happen(Joined("a", "newer still", 1))[1].member.incarnation == 4
+    assert trace.happen(Joined("a", "newer still", 1, 4))[1].member.incarnation == 4
 
 
 def test_who_was_silent_for_too_long_comes_back_in_its_place() -> None:
@@ -198,8 +198,8 @@ def test_who_was_silent_and_replaced_is_fenced() -> None:
         trace.happen(Heard("a", old)) == trace.join("a") == (Fence("a", "a was replaced by a newer process"),)
     )
     trace.state = replace(trace.state, fenced=frozenset())
-    assert kinds(trace.happen(Joined("a", "session of a", 1, incarnation=1))) == [Fence]
-    assert kinds(trace.happen(Joined("a", "new", 1, incarnation=3)))[0] is Admit
+    assert kinds(trace.happen(Joined("a", "session of a", 1, 4, incarnation=1))) == [Fence]
+    assert kinds(trace.happen(Joined("a", "new", 1, 4, incarnation=3)))[0] is Admit
 
 
 def test_a_server_that_was_started_anew_waits_for_those_who_were_there() -> None:
@@ -580,18 +580,18 @@ class AnyTrace(RuleBasedStateMachine):
                     grace_is_over = self.now_s >= self.quorum_s + self.state.rules.grace_s
                     assert grace_is_over or self.now_s >= self.opened_s + self.state.rules.deadline_s
 
-    @rule(name=st.sampled_from(["", "", "a", "b", "w1"]), heads=st.integers(1, 3))
-    def someone_comes(self, name: str, heads: int) -> None:
+    @rule(name=st.sampled_from(["", "", "a", "b", "w1"]), heads=st.integers(1, 3), rank=st.integers(1, 4))
+    def someone_comes(self, name: str, heads: int, rank: int) -> None:
         self.sessions += 1
         replaced = self.alive.get(name)
-        actions = self.happen(Joined(name, f"s{self.sessions}", heads))
+        actions = self.happen(Joined(name, f"s{self.sessions}", heads, rank))
         admitted = [action.member for action in actions if isinstance(action, Admit)]
-        assert [m.heads for m in admitted] == [heads]
+        assert [(m.heads, m.rank) for m in admitted] == [(heads, rank)]
         assert name in ("", admitted[0].worker_id)
         if replaced is not None:
             assert kinds(actions)[0] is Forget
             assert kinds(self.happen(Heard(name, replaced.incarnation))) == [Fence]
-            assert kinds(self.happen(Joined(name, replaced.session, heads))) == [Fence]
+            assert kinds(self.happen(Joined(name, replaced.session, heads, rank))) == [Fence]
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
@@ -600,7 +600,7 @@ class AnyTrace(RuleBasedStateMachine):
         is_alive = self.lives(member)
         if not is_alive and member.worker_id in self.alive:
             return  # a Hello of a process whose place another took: see `someone_comes`
-        actions = self.happen(Joined(member.worker_id, member.session, member.heads))
+        actions = self.happen(Joined(member.worker_id, member.session, member.heads, member.rank))
         if is_alive:
             (admit,) = (action for action in actions if isinstance(action, Admit))
             assert admit.again
@@ -680,7 +680,7 @@ class AnyTrace(RuleBasedStateMachine):
         quorum = self.state.rules.quorum
         for _ in range(3 * self.state.rules.rounds):
             while len(self.alive) < max(self.state.rules.workers, quorum):
-                self.someone_comes("", 1)
+                self.someone_comes("", 1, 4)
             for worker_id in sorted(self.called.keys() - self.kept.keys()):
                 is_stuck = self.some_are_stuck and len(self.kept) >= quorum
                 if self.state.phase == "collecting" and not is_stuck:

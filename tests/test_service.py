@@ -230,7 +230,9 @@ def test_a_worker_that_is_behind_gets_the_changes_folded_or_the_whole_model(
 def test_a_contribution_that_is_too_large_is_refused_and_not_asked_for_for_ever(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Master, "max_contribution", lambda master, heads: dict.fromkeys(["output/B"], 10))
+    monkeypatch.setattr(
+        Master, "max_contribution", lambda master, heads, rank: dict.fromkeys(["output/B"], 10)
+    )
     with pytest.raises(RefusedError, match="not of the model's heads and dense parameters"):
         train()
 

@@ -220,9 +220,15 @@ def _round_rates(recipe: Recipe) -> dict[str, float | None]:
         with _timed(seconds["encode"]):
             contribution = dict(trainer.contribution())
         with _timed(seconds["decode"]):
-            tensors = master.decode(contribution, "w0", trainer.heads)
+            tensors = master.decode(contribution, "w0", trainer.heads, trainer.rank)
         received = Received(
-            worker_id="w0", heads=trainer.heads, first_head=0, draw=trainer.draw, tokens=1, tensors=tensors
+            worker_id="w0",
+            heads=trainer.heads,
+            rank=trainer.rank,
+            first_head=0,
+            draw=trainer.draw,
+            tokens=1,
+            tensors=tensors,
         )
         with _timed(seconds["merge"]):
             master.merge([received] * workers, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -57,6 +57,16 @@ class Plan:
         """Elements of all trained weights, adapted and dense."""
         return self.num_adapted_parameters + sum(torch.Size(s).numel() for s in self.dense.values())
 
+    @property
+    def rank(self) -> int:
+        """The largest lora_rank of a module; 0 where none is adapted."""
+        return max((spec.rank for spec in self.adapted.values()), default=0)
+
+    def capped(self, rank: int) -> Plan:
+        """The plan of a worker whose heads are of this lora_rank at most."""
+        adapted = {n: replace(spec, rank=min(spec.rank, rank)) for n, spec in self.adapted.items()}
+        return replace(self, adapted=adapted)
+
     def describe(self, lora: LoRA) -> dict[str, str]:
         """Everything in which server and worker must agree about the model, in words."""
         described = {}
@@ -89,7 +99,7 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     candidates = {name: m for name, m in model.named_modules() if type(m) in _kinds(lora)}
     _check_patterns(lora, list(candidates))
     adapted = {
-        name: _head_spec(name, module.weight, lora)
+        name: _head_spec(name, (module.weight.shape[0], module.weight.shape[1]), lora)
         for name, module in candidates.items()
         if uses[id(module.weight)] == 1
         and module.weight.requires_grad
@@ -174,6 +184,7 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
     """Start the heads of a converted model: A drawn, B zero, merged factors zero.
 
     Args:
+        lora: the recipe's, whose ranks may be larger than this model's.
         seed: the run's. first_head: index of this worker's first head among those of all workers.
         draw: which draw of A this is.
     """
@@ -197,6 +208,7 @@ def draw_A(name: str, module: Adapted, lora: LoRA, *, seed: int, first_head: int
         module=name,
         heads=range(first_head, first_head + module.heads),
         draw=draw,
+        share=_head_spec(name, (module.out_features, module.in_features), lora).rank,
     )
 
 
@@ -248,16 +260,16 @@ def _with_heads(plain: nn.Module, spec: HeadSpec, lora: LoRA, base: Quant) -> Ad
     return LoRALinear(plain, lora, base, rank=spec.rank, scale=spec.scale, init=spec.init)
 
 
-def _head_spec(name: str, weight: Tensor, lora: LoRA) -> HeadSpec:
-    """Settings of one module: those of the last override that names it, else the recipe's."""
+def _head_spec(name: str, shape: tuple[int, int], lora: LoRA) -> HeadSpec:
+    """Settings of one module, whose weight has this shape: those of the last override that names it,
+    else the recipe's."""
     rank, scale, init = lora.rank, lora.scale, lora.init
     for override in lora.overrides:
         if fnmatchcase(name, override.modules):
             rank = override.rank if override.rank is not None else rank
             scale = override.scale if override.scale is not None else scale
             init = override.init if override.init is not None else init
-    out_features, in_features = weight.shape
-    return HeadSpec((out_features, in_features), rank, scale, init)
+    return HeadSpec(shape, rank, scale, init)
 
 
 def _check_dtypes(model: nn.Module) -> None:

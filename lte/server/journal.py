@@ -52,13 +52,14 @@ class Opened(Record, frozen=True, kw_only=True):
 
 
 class Admitted(Record, frozen=True, kw_only=True):
-    """A worker was welcomed. `session` names its process."""
+    """A worker was welcomed. `session` names its process; `rank` is the most that its heads have."""
 
     worker_id: str
     session: str
     incarnation: int
     slot: int
     heads: int
+    rank: int
 
 
 class Gone(Record, frozen=True, kw_only=True):
@@ -74,6 +75,7 @@ class Kept(Record, frozen=True, kw_only=True):
     worker_id: str
     incarnation: int
     heads: int
+    rank: int
     first_head: int
     draw: int
     tokens: int

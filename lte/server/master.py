@@ -26,7 +26,7 @@ class Received:
     """One worker's contribution, decoded and found valid.
 
     Attributes:
-        worker_id: of who sent it. heads: how many heads it trains.
+        worker_id: of who sent it. heads: how many heads it trains. rank: the most that they have.
         first_head: index of its first head among all workers'. draw: redraws of its A so far.
         tensors: changes of `MODULE/A` (H, r, in) unless A is given, of `MODULE/B` (H, out, r), and
             of dense parameters, `NAME/dense`.
@@ -34,6 +34,7 @@ class Received:
 
     worker_id: str
     heads: int
+    rank: int
     first_head: int
     draw: int
     tokens: int
@@ -47,6 +48,9 @@ class Master:
     W starts as deq(Q_0): from scratch that costs nothing, and what is published is the master then.
     Q is requantized from what it was, so it depends on its history, as does what is published of the
     dense parameters when a codec leaves something out.
+
+    Heads may differ between workers: each has so many of them, of a rank that is in every module the
+    recipe's or the worker's own, whichever is smaller.
 
     Attributes:
         weights: W of every adapted module, by `MODULE`. dense: every dense parameter, by name.
@@ -76,30 +80,30 @@ class Master:
         self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
         self.momentum: dict[str, Tensor] = {}
         self.merged: dict[str, dict[str, Tensor]] = {}
-        self._given: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        self._given: dict[int, tuple[tuple[int, int, int], dict[str, Tensor]]] = {}
 
     # Contributions
 
-    def max_contribution(self, heads: int) -> dict[str, int]:
-        """The names that a contribution of so many heads holds, with the most bytes of each."""
-        shapes = self._factor_shapes(heads)
+    def max_contribution(self, heads: int, rank: int) -> dict[str, int]:
+        """The names that a contribution of such heads holds, with the most bytes of each."""
+        shapes = self._factor_shapes(heads, rank)
         most = {name: factors.max_bytes(name, shape, self.recipe) for name, shape in shapes.items()}
         codec = self.recipe.compress.dense
         return most | {
             name + DENSE: blockwise.max_rows_bytes(shape, codec) for name, shape in self.plan.dense.items()
         }
 
-    def decode(self, blobs: Mapping[str, Tensor], worker_id: str, heads: int) -> dict[str, Tensor]:
+    def decode(self, blobs: Mapping[str, Tensor], worker_id: str, heads: int, rank: int) -> dict[str, Tensor]:
         """The tensors of a contribution, as `Received` has them, finite and of the right shapes.
 
         Raises:
             WireError: it holds other names, malformed bytes, or numbers that are not finite.
         """
-        shapes = self._factor_shapes(heads)
+        shapes = self._factor_shapes(heads, rank)
         expected = {*shapes, *(name + DENSE for name in self.plan.dense)}
         if blobs.keys() != expected:
             raise WireError("its tensors have other names than the model's heads and dense parameters")
-        settings, known = self.recipe.compress, self.merged.get(worker_id, {})
+        settings, known = self.recipe.compress, self.merged_of(worker_id, heads, rank)
         tensors = {}
         for name, shape in shapes.items():
             codec, truncate_rank = factors.codec_of(name, self.recipe, is_known=name in known)
@@ -110,10 +114,10 @@ class Master:
             raise WireError("it holds numbers that are not finite (a learning rate too high?)")
         return tensors
 
-    def _factor_shapes(self, heads: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what a worker of so many heads sends of its factors, by name."""
+    def _factor_shapes(self, heads: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what a worker of such heads sends of its factors, by name."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, spec in self.plan.adapted.items():
+        for name, spec in self.plan.capped(rank).adapted.items():
             out_features, in_features = spec.shape
             if self.recipe.lora.A == "trained":
                 shapes[name + A] = (heads, spec.rank, in_features)
@@ -124,9 +128,17 @@ class Master:
         """Drop the merged factors of all other workers: their heads are gone."""
         self.merged = {who: held for who, held in self.merged.items() if who in worker_ids}
 
-    def merged_digest(self, worker_id: str) -> str:
+    def merged_of(self, worker_id: str, heads: int, rank: int) -> dict[str, Tensor]:
+        """The merged factors of a worker; nothing where what was merged of it were other heads than these:
+        who comes back with another rank has new heads."""
+        held, adapted = self.merged.get(worker_id, {}), self.plan.capped(rank).adapted
+        if any(held[name + A].shape[:2] != (heads, spec.rank) for name, spec in adapted.items() if held):
+            return {}
+        return held
+
+    def merged_digest(self, worker_id: str, heads: int, rank: int) -> str:
         """Digest of a worker's merged factors; of nothing while these are zero."""
-        return quantize.digest(sorted(self.merged.get(worker_id, {}).items()))
+        return quantize.digest(sorted(self.merged_of(worker_id, heads, rank).items()))
 
     # Merging
 
@@ -145,6 +157,9 @@ class Master:
             self.recipe.outer.weights,
         )
         outer = self.recipe.outer
+        for c in contributions:
+            if not self.merged_of(c.worker_id, c.heads, c.rank):  # it had other heads once, or none
+                self.merged.pop(c.worker_id, None)
 
         def merge_into(name: str) -> tuple[float, float]:
             scale = self.plan.adapted[name].scale
@@ -207,7 +222,9 @@ class Master:
             sent_A = contribution.tensors[name + A]
             now_A = sent_A if merged_A is None else merged_A + sent_A
         else:
-            given = self.given_A(contribution.first_head, contribution.heads, contribution.draw)
+            given = self.given_A(
+                contribution.first_head, contribution.heads, contribution.rank, contribution.draw
+            )
             now_A = given[name + A]
         sent_B = contribution.tensors[name + B]
         return now_A, sent_B if merged_B is None else merged_B + sent_B, merged_A, merged_B
@@ -225,24 +242,25 @@ class Master:
 
     # A that is not sent
 
-    def given_A(self, first_head: int, heads: int, draw: int) -> dict[str, Tensor]:
+    def given_A(self, first_head: int, heads: int, rank: int, draw: int) -> dict[str, Tensor]:
         """A frozen or rotating A of one worker, MODULE/A -> (H, r, in), drawn as the worker did."""
+        which = (heads, rank, draw)
         known = self._given.get(first_head)
-        if known is None or known[0] != draw or any(len(A) != heads for A in known[1].values()):
-            known = (draw, {name + A: self._draw(name, first_head, heads, draw) for name in self.base})
+        if known is None or known[0] != which:
+            known = (which, {name + A: self._draw(name, first_head, *which) for name in self.base})
             self._given[first_head] = known
         return known[1]
 
-    def given_digest(self, first_head: int, heads: int, draw: int) -> str:
+    def given_digest(self, first_head: int, heads: int, rank: int, draw: int) -> str:
         """Digest of what the worker must have drawn; '' where A is sent."""
         if self.recipe.lora.A == "trained" or not self.base:
             return ""
-        return quantize.digest(self.given_A(first_head, heads, draw).items())
+        return quantize.digest(self.given_A(first_head, heads, rank, draw).items())
 
-    def _draw(self, name: str, first_head: int, heads: int, draw: int) -> Tensor:
+    def _draw(self, name: str, first_head: int, heads: int, rank: int, draw: int) -> Tensor:
         spec = self.plan.adapted[name]
         return lowrank.draw_A_of_heads(
-            spec.rank,
+            min(spec.rank, rank),
             spec.shape[1],
             init=spec.init,
             subspace=self.recipe.lora.subspace,
@@ -250,6 +268,7 @@ class Master:
             module=name,
             heads=range(first_head, first_head + heads),
             draw=draw,
+            share=spec.rank,
         )
 
     # Publishing

@@ -130,9 +130,8 @@ class Publisher:
         for peer in peers:
             self._send(peer, update)
 
-    def send_factors(self, peer: Peer, worker_id: str) -> None:
+    def send_factors(self, peer: Peer, merged: Mapping[str, Tensor]) -> None:
         """Send what is merged of a worker."""
-        merged = self._master.merged.get(worker_id, {})
         blobs = ((name, tensor.reshape(-1).view(torch.uint8)) for name, tensor in merged.items())
         stream, num_parts = self._send_parts([peer], blobs)
         factors = wire.Factors(

@@ -151,10 +151,11 @@ def received(master: Master, kept: journal.Kept) -> Received:
     return Received(
         worker_id=kept.worker_id,
         heads=kept.heads,
+        rank=kept.rank,
         first_head=kept.first_head,
         draw=kept.draw,
         tokens=kept.tokens,
-        tensors=master.decode(blobs, kept.worker_id, kept.heads),
+        tensors=master.decode(blobs, kept.worker_id, kept.heads, kept.rank),
     )
 
 

@@ -41,6 +41,7 @@ class Member:
     incarnation: int
     slot: int
     heads: int
+    rank: int
     heard_s: float
 
 
@@ -91,6 +92,7 @@ class Joined:
     worker_id: str
     session: str
     heads: int
+    rank: int
     incarnation: int = 0
 
 
@@ -276,6 +278,7 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         incarnation=last.incarnation if last is not None and is_back else state.next_incarnation,
         slot=slot,
         heads=event.heads,
+        rank=event.rank,
         heard_s=now_s,
     )
     state = replace(

@@ -112,7 +112,6 @@ class Server:
             self._evaluate = evaluate
             self._model = (model if isinstance(model, nn.Module) else model()).eval()
             self.master = Master(self._model, recipe)
-            self._described = self.master.plan.describe(recipe.lora)
             # Raised before the journal is read: from here on nobody else adds to what counts of it.
             self.generation = folder.next_generation(self.folder)
             self.run_id = folder.run_id(self.folder)
@@ -317,9 +316,7 @@ class Server:
             case wire.Recall():
                 if not self._is_stale(peer, message.generation):
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
-                    said = f"{message.worker_id} starts over from what was merged of it"
-                    self._event("recalled", said, worker_id=message.worker_id)
-                    self._publisher.send_factors(peer, message.worker_id)
+                    self._recall(peer, message.worker_id, message.incarnation)
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
             case _:
@@ -329,6 +326,8 @@ class Server:
         if self.finished:
             self._send(peer, self._farewell("the run is finished"))
             return
+        plan, lora = self.master.plan, self.recipe.lora
+        rank, heads = hello.rank or plan.rank, hello.heads or lora.heads
         refusal = None
         if hello.schema != wire.SCHEMA:
             refusal = wire.Refusal(
@@ -336,17 +335,17 @@ class Server:
                 reason="it speaks another version of the protocol",
                 cure="install the server's version of lte on every machine",
             )
-        elif hello.model and (differs := difference(hello.model, self._described)):
+        elif rank > plan.rank or heads > lora.heads:
+            refusal = wire.Refusal(
+                generation=self.generation,
+                reason=f"it trains {_so_many(heads, rank)}, the recipe {_so_many(lora.heads, plan.rank)}",
+                cure="choose at most the recipe's rank and heads",
+            )
+        elif hello.model and (differs := difference(hello.model, self._described(rank))):
             refusal = wire.Refusal(
                 generation=self.generation,
                 reason=f"it trains another model ({differs})",
                 cure="use the server's recipe, or leave the recipe out to get it from the server",
-            )
-        elif self.master.plan.adapted and hello.heads not in (0, self.recipe.lora.heads):
-            refusal = wire.Refusal(
-                generation=self.generation,
-                reason=f"it trains {hello.heads} heads, the server expects {self.recipe.lora.heads}",
-                cure="convert its model with the server's lora.heads",
             )
         elif not _WORKER_ID.fullmatch(hello.worker_id):
             refusal = wire.Refusal(
@@ -359,9 +358,12 @@ class Server:
             self._send(peer, refusal)
             return
         self._hello = hello
-        heads = self.recipe.lora.heads
-        joined = rounds.Joined(hello.worker_id, hello.session, heads, hello.incarnation)
+        joined = rounds.Joined(hello.worker_id, hello.session, heads, rank, hello.incarnation)
         self._happened(joined, peer)
+
+    def _described(self, rank: int) -> dict[str, str]:
+        """The model as a worker must have it whose heads are of this lora_rank at most."""
+        return self.master.plan.capped(rank).describe(self.recipe.lora)
 
     def _hear_part(
         self, peer: Peer, part: wire.Part, frames: Frames, entries: tuple[wire.TensorEntry, ...]
@@ -378,7 +380,7 @@ class Server:
             return
         staged = self._staged.get(part.worker_id)
         if staged is None or part.stream > staged.stream:
-            most = self.master.max_contribution(member.heads)
+            most = self.master.max_contribution(member.heads, member.rank)
             staged = self._staged[part.worker_id] = wire.Assembly(part.stream, part.version, most)
         if part.stream == staged.stream:
             self._publisher.count("uplink", staged.add(part, frames, entries))
@@ -420,10 +422,11 @@ class Server:
         received = Received(
             worker_id=message.worker_id,
             heads=member.heads,
-            first_head=member.slot * member.heads,
+            rank=member.rank,
+            first_head=member.slot * self.recipe.lora.heads,
             draw=message.draw,
             tokens=message.tokens,
-            tensors=self.master.decode(blobs, message.worker_id, member.heads),
+            tensors=self.master.decode(blobs, message.worker_id, member.heads, member.rank),
         )
         return _Offered(received, message, blobs)
 
@@ -431,14 +434,15 @@ class Server:
         """What is wrong with a contribution before its tensors are looked at, or ''."""
         if message.base_digest != self._publisher.base_digest:
             return f"its base is not bit for bit the published version {self.version}"
-        if message.merged_digest != self.master.merged_digest(member.worker_id):
+        heads, rank = member.heads, member.rank
+        if message.merged_digest != self.master.merged_digest(member.worker_id, heads, rank):
             return "it is encoded against merged factors that the server does not hold"
         if message.draw > message.version:
             return "it counts more draws of its A than there were merges"
         if self.recipe.outer.weights == "tokens" and not message.tokens:
             return "it counts no tokens, by which it would be weighted (worker.step(loss, tokens=...))"
-        given = self.master.given_digest(member.slot * member.heads, member.heads, message.draw)
-        if message.given_digest != given:
+        first_head = member.slot * self.recipe.lora.heads
+        if message.given_digest != self.master.given_digest(first_head, heads, rank, message.draw):
             return (
                 "its A is not what the server draws from the seed; use lora.A=trained between such machines"
             )
@@ -468,7 +472,7 @@ class Server:
                 self._pulse(peer, number=0)  # so that a slow link does not look like no server
                 if not again:
                     self._store.write(_admitted(member))
-                    self._event("joined", f"{member.worker_id} joined", worker_id=member.worker_id)
+                    self._say_joined(member)
                 # Else it asks again.
                 if self._store.is_durable("who joins is welcomed") and not self._unpublished:
                     self._peers[member.worker_id] = peer
@@ -579,6 +583,7 @@ class Server:
                 worker_id=received.worker_id,
                 incarnation=message.incarnation,
                 heads=received.heads,
+                rank=received.rank,
                 first_head=received.first_head,
                 draw=received.draw,
                 tokens=received.tokens,
@@ -665,15 +670,24 @@ class Server:
             slot=member.slot,
             version=self.version,
             settings=config.to_dict(self.recipe),
-            model=self._described,
+            model=self._described(member.rank),
             holds=(self._hello.version, self._hello.base_digest)
             == (self.version, self._publisher.base_digest),
-            merged_digest=self.master.merged_digest(member.worker_id),
+            merged_digest=self.master.merged_digest(member.worker_id, member.heads, member.rank),
         )
         self._send(peer, welcome)
         if not welcome.holds:
             merged = self._merged_since(member.worker_id, self._hello.version)
             self._publisher.send_whole(peer, merged)
+
+    def _recall(self, peer: Peer, worker_id: str, incarnation: int) -> None:
+        """Send a member what is merged of it."""
+        if self._is_member(worker_id, incarnation):
+            said = f"{worker_id} starts over from what was merged of it"
+            self._event("recalled", said, worker_id=worker_id)
+            member = self._state.members[worker_id]
+            merged = self.master.merged_of(worker_id, member.heads, member.rank)
+            self._publisher.send_factors(peer, merged)
 
     def _bring_up(self, peer: Peer, worker_id: str, version: int) -> None:
         """Send the published version to a worker that holds an older one and missed what came since.
@@ -755,6 +769,14 @@ class Server:
         with_keys = " --key NAME.secret --server-key SERVER.public" if self.recipe.server.key else ""
         return f"lte worker --server {self.address}{with_keys}"
 
+    def _say_joined(self, member: rounds.Member) -> None:
+        who, own = member.worker_id, _so_many(member.heads, member.rank)
+        usual = own == _so_many(self.recipe.lora.heads, self.master.plan.rank)
+        said = f"{who} joined" if usual else f"{who} joined with {own}"
+        self._event("joined", said, worker_id=who)
+        if who in self.master.merged and not self.master.merged_of(who, member.heads, member.rank):
+            self._event("reshaped", f"{who} had other heads before: {own} start anew", worker_id=who)
+
     def _event(self, what: str, message: str, **fields: Any) -> None:
         self._tracker.record("event", what=what, message=message, version=self.version, **fields)
 
@@ -798,6 +820,7 @@ def _member(admitted: Admitted, now_s: float) -> rounds.Member:
         incarnation=admitted.incarnation,
         slot=admitted.slot,
         heads=admitted.heads,
+        rank=admitted.rank,
         heard_s=now_s,
     )
 
@@ -809,7 +832,12 @@ def _admitted(member: rounds.Member) -> Admitted:
         incarnation=member.incarnation,
         slot=member.slot,
         heads=member.heads,
+        rank=member.rank,
     )
+
+
+def _so_many(heads: int, rank: int) -> str:
+    return f"{heads} head{'s' if heads > 1 else ''} of lora_rank {rank}"
 
 
 def _rules(recipe: Recipe) -> rounds.Rules:

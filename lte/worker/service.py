@@ -60,7 +60,8 @@ class Worker:
         """Join a server.
 
         Args:
-            model: from `lte.convert`.
+            model: from `lte.convert`; its heads may be fewer, and of a smaller rank, than the server's
+                recipe says.
             server: its address, or a session that has joined.
             optimizer: over the model's parameters, or a function that makes one of the model; its
                 learning rates are peaks on which the recipe's schedule acts.
@@ -82,12 +83,13 @@ class Worker:
         saved = None if self._folder is None else state.load(self._folder)
         self._replaces = saved.contribution.incarnation if saved else 0
         if isinstance(server, str):
-            heads = next((m.heads for _, m in adapted_modules(model)), 1)
+            modules = [module for _, module in adapted_modules(model)]
             server = Session(
                 server,
                 worker_id=worker_id,
                 model=described,
-                heads=heads,
+                heads=max((module.heads for module in modules), default=0),
+                rank=max((module.rank for module in modules), default=0),
                 version=saved.contribution.version if saved else 0,
                 wait_s=wait_s,
                 key=key,
@@ -236,7 +238,7 @@ class Worker:
             self._trainer.resume(saved.tensors, saved.numbers, merged=merged)
         except (KeyError, ValueError, RuntimeError) as error:
             raise RunError(
-                f"{self._folder}: the state of another model or optimizer ({error}); delete it, and this"
+                f"{self._folder}: the state of other heads, model or optimizer ({error}); delete it, and this"
                 " worker starts over"
             ) from None
         self._incarnations.add(sent.incarnation)

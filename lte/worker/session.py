@@ -97,6 +97,7 @@ class Session:
         worker_id: str = "",
         model: Mapping[str, str] | None = None,
         heads: int = 0,
+        rank: int = 0,
         version: int = 0,
         wait_s: float = 30.0,
         key: str | Path | None = None,
@@ -107,7 +108,8 @@ class Session:
 
         Args:
             worker_id: a name to join by, or "" to be given one.
-            model: description of a model built before joining (`nn.Plan.describe`); its heads.
+            model: description of a model built before joining (`nn.Plan.describe`). heads, rank: how
+                many heads it trains, and the largest lora_rank of them; 0: the recipe's.
             version: that an earlier process of this worker had pushed a contribution to.
             wait_s: how long to look for a server.
             key, server_key: files of keys, for a server that has some (see `transport.connect`).
@@ -143,6 +145,7 @@ class Session:
             session=secrets.token_hex(8),
             model=dict(model or {}),
             heads=heads,
+            rank=rank,
             version=version,
         )
         try:

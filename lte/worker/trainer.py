@@ -49,6 +49,7 @@ class Trainer:
     Attributes:
         version: of the base. round: the one that local steps belong to: the version's, or the next
             one where steps are taken ahead of the update that opens it. local_step: taken in it.
+        heads, rank: how many heads it trains, and the largest lora_rank of them; the recipe's or less.
         draw: which draw of A the heads have; see `_draw_at`.
         lost: share of the heads' change that the last contribution, or the merge of the one before,
             left out and no later one owes. Without error feedback it is not measured in reset-less.
@@ -69,7 +70,7 @@ class Trainer:
 
         Args:
             model: converted; with memory (see `materialize`).
-            slot: place among all workers; its heads are the global heads slot * H ... .
+            slot: place among all workers; its heads are the global heads slot * H ..., H the recipe's.
             base, base_digest: the whole model as published with `version`, in bytes.
             optimizer: over the model's parameters, or what makes one; None: the recipe's.
 
@@ -83,7 +84,8 @@ class Trainer:
             materialize(model, torch.device("cpu"))
         self.modules: dict[str, Adapted] = dict(adapted_modules(model))
         self.heads = next((m.heads for m in self.modules.values()), 1)
-        self.first_head = slot * self.heads
+        self.rank = max((m.rank for m in self.modules.values()), default=0)
+        self.first_head = slot * recipe.lora.heads
         self.dense = dict(dense_parameters(model))
         self._has_merged = False
         self._published = {name: torch.zeros(p.shape) for name, p in self.dense.items()}
@@ -431,8 +433,13 @@ class Trainer:
             merged: whether the contribution that the state was saved with is in the base at hand.
 
         Raises:
-            KeyError: it is not a state of this model.
+            KeyError, ValueError: it is not a state of this model.
         """
+        for name, module in self.modules.items():
+            heads, _, rank = tensors[f"parameter/{name}.lora_B"].shape
+            if (heads, rank) != (module.heads, module.rank):
+                own = f"{module.heads} of lora_rank {module.rank}"
+                raise ValueError(f"{name} had {heads} heads of lora_rank {rank}, and has {own}")
         published, version = self._published, self.version
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
