@@ -67,9 +67,9 @@ def draw_A(
         share = rank if share is None else share
         matrix, block = divmod(head, max(1, in_features // share))
         generators = [generator_of(seed, "A", module, "matrix", matrix, b, draw) for b in range(block + 1)]
-        sizes = [share] * block + [rank]
-        rows = [_normal(size, in_features, g) for size, g in zip(sizes, generators, strict=True)]
-        return _orthonormal_rows(torch.cat(rows))[-rank:] * math.sqrt(in_features / rank)
+        rows = torch.cat([_normal(share, in_features, generator) for generator in generators])
+        used = rows[: block * share + rank]
+        return _orthonormal_rows(used)[-rank:] * math.sqrt(in_features / rank)
     generator = generator_of(seed, "A", module, head, draw)
     if init == "semi-orthogonal":
         rows_of_one = _normal(rank, in_features, generator)

@@ -36,19 +36,22 @@ def recipe(**settings: object) -> Recipe:
 class Simulation:
     """N workers and a server, stepped by hand."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, num_workers: int) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, num_workers: int, caps: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Args: caps: most lora_rank and number of heads of each worker; by default the recipe's."""
         self.recipe = recipe
         self.master = Master(model, recipe)
         self.trainers = [
             Trainer(
-                lte.convert(copy.deepcopy(model), recipe.lora, recipe.base.quant),
+                lte.convert(copy.deepcopy(model), recipe.lora.capped(*cap), recipe.base.quant),
                 recipe,
                 slot=slot,
                 version=0,
                 base=self.master.snapshot(),
                 base_digest=self.master.base_digest(),
             )
-            for slot in range(num_workers)
+            for slot, cap in enumerate(caps or [(0, 0)] * num_workers)
         ]
 
     def local_steps(self, loss: Loss, batches: Sequence[Sequence[object]]) -> None:

@@ -1,0 +1,278 @@
+"""Workers whose heads differ: in rank, in number, and from those that they had before."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from simulation import Simulation, recipe
+from test_algorithm import Net, Regression, batches, mse, seeded
+from test_compress import whole
+
+import lte
+from lte import config, lowrank
+from lte.config import Recipe
+from lte.errors import LTEError, RefusedError
+from lte.track import METRICS, Records
+from lte.worker.session import Session
+from lte.worker.trainer import Trainer
+
+NAMES = itertools.count()
+MODES = [
+    ("reset-less", "trained"),
+    ("reset-less", "frozen"),
+    ("reset-b", "trained"),
+    ("reset-b", "frozen"),
+    ("reset-b", "rotating"),
+    ("reset", "trained"),
+]
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize(("merge", "A"), MODES)
+def test_heads_of_different_rank_and_number_weigh_the_same(merge: str, A: str) -> None:
+    """W += 1 / (heads of all) * the sum of s (B A - B' A'), naively in float64, each head of its own rank."""
+    settings = recipe(
+        **{
+            "lora.merge": merge,
+            "lora.A": A,
+            "lora.heads": 2,
+            "lora.overrides": [{"modules": "down", "rank": 3, "scale": 5.0}],
+            "train.batch_size": 8,
+            "optimizer.name": "adamw",
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 3, caps=[(0, 0), (2, 0), (1, 1)])
+    shapes = [t.modules[n].lora_A.shape[:2] for t in simulation.trainers for n in ("up", "down")]
+    assert shapes == [(2, 4), (2, 3), (2, 2), (2, 2), (1, 1), (1, 1)]
+    for round_ in range(3):
+        expected = {name: w.double() for name, w in simulation.master.weights.items()}
+        dense = simulation.master.dense["norm.weight"].double()
+        simulation.local_steps(mse, batches(3, 4, 8, seed=round_))
+        for trainer in simulation.trainers:
+            for name, module in trainer.modules.items():
+                D = module.lora_B.double() @ module.lora_A.double()
+                if module.merged_A is not None:
+                    D = D - module.merged_B.double() @ module.merged_A.double()
+                expected[name] += module.scale * D.sum(0).detach() / 5
+            ahead = trainer.dense["norm.weight"].detach().double() - trainer._published["norm.weight"]
+            dense = dense + ahead * trainer.heads / 5
+        before = dict(simulation.master.weights)
+        simulation.merge()
+        for name, weight in simulation.master.weights.items():
+            assert (weight.double() - expected[name]).abs().max() < 1e-6
+            assert (weight - before[name]).abs().max() > 1e-3, "nothing was merged"
+        assert (simulation.master.dense["norm.weight"].double() - dense).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("merge", "A"), [(m, A) for m, A in MODES if m != "reset"])
+@pytest.mark.parametrize("truncate_rank", [None, 2])
+def test_both_ends_know_the_same_bits_of_heads_of_different_rank(
+    merge: str, A: str, truncate_rank: int | None
+) -> None:
+    """In int4, with what is left out owed: `Simulation.merge` compares the digests of both ends, and what
+    was learnt is in the master or owed. A rank below the truncated one is not truncated."""
+    settings = recipe(
+        **{
+            "lora.merge": merge,
+            "lora.A": A,
+            "lora.subspace": "disjoint",
+            "optimizer.name": "adamw",
+            "optimizer.lr": 0.02,
+            "compress.factors": "int4",
+            "compress.truncate_rank": truncate_rank,
+            "compress.dense": "int4",
+            "train.local_steps": 3,
+            "lora.rotate_every": 100,
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 3, caps=[(4, 0), (2, 0), (1, 0)])
+    for round_ in range(5):
+        simulation.local_steps(mse, batches(3, 3, 8, seed=round_))
+        before, _ = whole(simulation)
+        start = dict(simulation.master.weights)
+        simulation.merge()
+        after, _ = whole(simulation)
+        lost = max(trainer.lost for trainer in simulation.trainers)
+        for name in before:
+            moved = (simulation.master.weights[name] - start[name]).norm()
+            assert moved > 1e-3
+            assert (after[name] - before[name]).norm() <= (3 * lost + 1e-5) * moved
+    held = simulation.master.merged
+    if merge == "reset-less":
+        assert [held[f"w{slot}"]["up/B"].shape for slot in range(3)] == [(1, 16, 4), (1, 16, 2), (1, 16, 1)]
+
+
+def test_subspaces_of_different_rank_are_disjoint() -> None:
+    """A head takes the first rows of its share, of the recipe's rank; server and workers draw the same."""
+    settings = recipe(**{"lora.A": "frozen", "lora.subspace": "disjoint", "lora.rank": 2, "lora.heads": 2})
+    model = seeded(lambda: Regression(in_features=12))
+    caps = [(1, 2), (0, 1), (1, 1)]
+    simulation = Simulation(model, settings, 3, caps=caps)
+    heads = []
+    for trainer, (cap, number) in zip(simulation.trainers, caps, strict=True):
+        A = trainer.modules["layer"].lora_A
+        given = simulation.master.given_A(trainer.first_head, trainer.heads, trainer.rank, 0)
+        assert torch.equal(A, given["layer/A"])
+        assert A.shape[:2] == (number, cap or 2)
+        heads += list(A)
+    for k, one in enumerate(heads):
+        assert (one @ one.T - torch.eye(len(one)) * 12 / len(one)).abs().max() < 1e-5
+        for other in heads[:k]:
+            assert (one @ other.T).abs().max() < 1e-5, "two heads share a direction"
+
+
+@pytest.mark.parametrize(("rank", "share", "features"), [(2, 24, 16), (24, 24, 16), (3, 8, 16)])
+def test_a_share_larger_than_the_space_is_cut_too(rank: int, share: int, features: int) -> None:
+    A = lowrank.draw_A(
+        rank,
+        features,
+        init="semi-orthogonal",
+        subspace="disjoint",
+        seed=0,
+        module="m",
+        head=1,
+        draw=0,
+        share=share,
+    )
+    gram = A @ A.T if rank <= features else A.T @ A
+    assert (gram - torch.eye(len(gram)) * features / rank).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_one_step_of_adam_moves_the_weight_as_far_whatever_the_rank(rank: int) -> None:
+    """By s * lr in each element, root mean square: so the rate of a worker of a smaller rank is right."""
+    settings = recipe(**{"lora.rank": 8, "optimizer.name": "adamw", "optimizer.lr": 1e-3})
+    model = seeded(lambda: Regression(in_features=64, out_features=5))
+    simulation = Simulation(model, settings, 1, caps=[(rank, 0)])
+    before = simulation.master.weights["layer"]
+    simulation.local_steps(mse, batches(1, 1, 8, features=64))
+    simulation.merge()
+    moved = (simulation.master.weights["layer"] - before).square().mean().sqrt()
+    assert float(moved) == pytest.approx(2.0 * 1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("merge", ["reset-less", "reset-b"])
+def test_who_comes_back_with_another_rank_has_new_heads(merge: str) -> None:
+    """What was merged of the old ones stays in the master, and nothing of it is taken from the new ones."""
+    settings = recipe(**{"lora.merge": merge, "compress.factors": "int8", "optimizer.name": "adamw"})
+    simulation = Simulation(seeded(Net), settings, 2)
+    master = simulation.master
+    for round_ in range(2):
+        simulation.local_steps(mse, batches(2, 3, 8, seed=round_))
+        simulation.merge()
+    assert master.merged_of("w1", 1, 4)
+    assert master.merged_of("w1", 1, 2) == master.merged_of("w1", 2, 4) == {}
+    simulation.trainers[1] = Trainer(
+        lte.convert(seeded(Net), settings.lora.capped(2, 0), "none"),
+        settings,
+        slot=1,
+        version=2,
+        base=master.snapshot(),
+        base_digest=master.base_digest(),
+    )
+    for round_ in range(2, 4):  # in the second of these what is merged of the new ones is known
+        simulation.local_steps(mse, batches(2, 3, 8, seed=round_))
+        before, _ = whole(simulation)
+        start = dict(master.weights)
+        simulation.merge()
+        after, _ = whole(simulation)
+        for name in before:
+            moved = (master.weights[name] - start[name]).norm()
+            lost = max(trainer.lost for trainer in simulation.trainers)
+            assert (after[name] - before[name]).norm() <= (3 * lost + 1e-5) * moved
+    assert master.merged_of("w1", 1, 4) == {}
+    assert master.merged_of("w1", 1, 2)
+
+
+# A server and library users
+
+
+SETTINGS = {
+    "train.rounds": 4,
+    "train.local_steps": 2,
+    "train.workers": 2,
+    "lora.rank": 6,
+    "lora.overrides": [{"modules": "down", "rank": 3}],
+    "schedule.warmup_steps": 2,
+    "worker.heartbeat_s": 0.02,
+}
+
+
+@contextmanager
+def serving(folder: Path, **settings: object) -> Iterator[lte.Server]:
+    """A server of a small model, in a thread until it is done or the block ends."""
+    own = {"run.dir": str(folder), "server.address": f"inprocess://ranks-{next(NAMES)}"}
+    with lte.Server(
+        seeded(Net), config.replace(Recipe(), **(SETTINGS | own | settings)), display=False
+    ) as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop("enough")
+            thread.join(30)
+
+
+def train(address: str, lora: lte.LoRA, worker_id: str, failures: list[LTEError]) -> None:
+    try:
+        with lte.Worker(lte.convert(seeded(Net), lora), address, worker_id=worker_id) as worker:
+            while not worker.done:
+                (batch,) = batches(1, 1, 8, seed=worker.step_index)[0]
+                loss = mse(worker._trainer.model, batch)
+                loss.backward()
+                worker.step(loss)
+    except LTEError as error:
+        failures.append(error)
+
+
+def test_models_converted_with_a_smaller_rank_are_welcome(tmp_path: Path) -> None:
+    settings = {"lora.heads": 2, "train.batch_size": 8}
+    with serving(tmp_path, **settings) as server:
+        failures: list[LTEError] = []
+        small = lte.LoRA(rank=2)
+        threads = [
+            threading.Thread(target=train, args=(server.address, lora, name, failures))
+            for name, lora in (("a", server.recipe.lora), ("b", small))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert failures == []
+        assert server.finished
+    lines = Records.read(tmp_path / METRICS)
+    said = {line["message"] for line in lines if line.get("what") == "joined"}
+    assert said == {"a joined", "b joined with 1 head of lora_rank 2"}
+    assert [line["num_merged"] for line in lines if line["kind"] == "round"] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        (
+            lte.LoRA(rank=7),
+            "it trains 1 head of lora_rank 7, the recipe 1 head of lora_rank 6; choose at most",
+        ),
+        (lte.LoRA(rank=2, heads=2), "it trains 2 heads of lora_rank 2, the recipe 1 head of lora_rank 6;"),
+        (lte.LoRA(rank=4), "down.weight is adapted 5x16 on nf4, rank 4, .* on the server .* rank 3,"),
+        (lte.LoRA(rank=2, scale=3.0), "scale 3, .* on the server .* scale 16,"),
+        (lte.LoRA(rank=2, exclude=("up",)), "up.weight is dense 16x6, on the server adapted"),
+    ],
+    ids=["rank", "heads", "rank of a module", "scale", "modules"],
+)
+def test_other_heads_are_refused_in_one_line(tmp_path: Path, lora: lte.LoRA, reason: str) -> None:
+    with serving(tmp_path) as server:
+        with pytest.raises(RefusedError, match=reason) as refused:
+            lte.Worker(lte.convert(seeded(Net), lora), server.address)
+        assert "\n" not in str(refused.value)
+        with pytest.raises(RefusedError, match="it trains 3 heads of lora_rank 9"):
+            Session(server.address, heads=3, rank=9)
