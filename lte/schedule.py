@@ -7,6 +7,15 @@ import math
 from lte.config import Schedule
 
 
+def join_factor(schedule: Schedule, own_step: int) -> float:
+    """Further factor on the rates of heads that began in the middle of a run: their linear warmup.
+
+    Args:
+        own_step: local steps that these heads have taken.
+    """
+    return min(1.0, (own_step + 1) / max(1, schedule.join_warmup_steps))
+
+
 def factor(schedule: Schedule, step: int, total_steps: int) -> float:
     """Factor on all learning rates at a local step of the run: linear warmup, then the shape.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lte import durable, quantize, wire
 from lte.errors import FencedError, RunError
 
-FORMAT = "1"
+FORMAT = "2"
 _NAMES = "state-*.safetensors"
 _BLOB = "blob/"
 

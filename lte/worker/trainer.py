@@ -79,6 +79,8 @@ class Trainer:
         """
         self.model, self.recipe, self.version = model, recipe, version
         self.round, self.local_step, self.lost = version, 0, 0.0
+        # Local steps of heads that began, with empty moments, in the middle of the run; None of others.
+        self._own_steps = 0 if version else None
         self.draw = self._draw_at(version)
         if any(parameter.is_meta for parameter in model.parameters()):
             materialize(model, torch.device("cpu"))
@@ -113,7 +115,7 @@ class Trainer:
 
     def step(self) -> None:
         """Clip the gradients, let the optimizer step at its scheduled rates, clear the gradients."""
-        factor = self._factor(self.local_step)
+        factor = self._factor()
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
         settings = self.recipe.optimizer
@@ -126,10 +128,16 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.local_step += 1
+        if self._own_steps is not None:
+            self._own_steps += 1
 
-    def _factor(self, local_step: int) -> float:
-        step = self.round * self.recipe.train.local_steps + local_step
-        return schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
+    def _factor(self) -> float:
+        """Factor on the rates of the next local step, by how far the run is and how old these heads are."""
+        step = self.round * self.recipe.train.local_steps + self.local_step
+        factor = schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
+        if self._own_steps is None:
+            return factor
+        return factor * schedule.join_factor(self.recipe.schedule, self._own_steps)
 
     def go_ahead(self) -> None:
         """Begin the local steps of the next round; the update that opens it is still to come."""
@@ -304,6 +312,7 @@ class Trainer:
             module.lora_B.copy_(known_B)
             self._has_merged = True
         self.round, self.local_step = self.version, 0
+        self._own_steps = 0
 
     def _settle_heads(self) -> None:
         """The heads' contribution is in the base now: take it out of them, by the merge mode."""
@@ -401,6 +410,7 @@ class Trainer:
             "lost": self.lost,
             "lost_ahead": list(self._lost_ahead),
             "has_merged": self._has_merged,
+            "own_steps": self._own_steps,
             "optimizer": {},
         }
         tensors = {f"parameter/{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
@@ -468,6 +478,7 @@ class Trainer:
         self.version = self.round = int(numbers["version"])
         self.local_step, self.draw = int(numbers["local_step"]), int(numbers["draw"])
         self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
+        self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])
         self._lost_ahead = (float(numbers["lost_ahead"][0]), float(numbers["lost_ahead"][1]))
         if version > self.version:
             self._take({}, published, version, merged)
