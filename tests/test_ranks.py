@@ -129,6 +129,33 @@ def test_subspaces_of_different_rank_are_disjoint() -> None:
             assert (one @ other.T).abs().max() < 1e-5, "two heads share a direction"
 
 
+def test_a_joiner_that_waited_has_the_subspace_of_the_version_that_it_begins_with() -> None:
+    """Each merge turns A. Whoever owes something keeps its A until that is merged; a joiner owes nothing."""
+    settings = recipe(**{"lora.A": "rotating", "lora.subspace": "disjoint", "lora.rank": 2})
+    simulation = Simulation(seeded(lambda: Regression(in_features=12)), settings, 2)
+    master = simulation.master
+    for version in range(1, 4):
+        if version == 2:
+            joiner = Trainer(
+                lte.convert(seeded(lambda: Regression(in_features=12)), settings.lora, "none"),
+                settings,
+                slot=2,
+                version=1,
+                base=master.snapshot(),
+                base_digest=master.base_digest(),
+            )
+            simulation.trainers.append(joiner)
+        data = batches(2, 1, 8, seed=version, features=12)
+        simulation.local_steps(mse, [*data, []][: len(simulation.trainers)])
+        simulation.merge(only=[0, 1] if version < 3 else [0])
+        assert [trainer.draw for trainer in simulation.trainers] == [version, min(version, 2), version][
+            : version + 1
+        ]
+    simulation.local_steps(mse, [[], [], []])
+    heads = [trainer.modules["layer"].lora_A[0] for trainer in simulation.trainers]
+    assert (heads[0] @ heads[2].T).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(("rank", "share", "features"), [(2, 24, 16), (24, 24, 16), (3, 8, 16)])
 def test_a_share_larger_than_the_space_is_cut_too(rank: int, share: int, features: int) -> None:
     A = lowrank.draw_A(

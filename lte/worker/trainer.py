@@ -274,6 +274,8 @@ class Trainer:
             self.round, self.local_step = version, 0
         if merged:
             self._settle_heads()
+        elif not any(bool(module.lora_B.any()) for module in self.modules.values()):
+            self._follow_draw()  # a joiner that waited for this version owes nothing by an older A
         self._sent, self._sent_with = {}, {}
 
     def factor_shape(self, name: str) -> tuple[int, ...] | None:
@@ -340,9 +342,7 @@ class Trainer:
             if factors.remembers_A(self.recipe):
                 self._known_A[name] = now_A
         self._has_merged = lora.merge == "reset-less"
-        if (draw := self._draw_at(self.version)) != self.draw:
-            self.draw = draw
-            self._redraw(transport=lora.moments == "transport", clear=lora.moments == "clear")
+        self._follow_draw()
 
     def _take_out(self, name: str, module: Adapted, sent_B: Tensor) -> None:
         """B without what was merged of it; what compression left out stays owed.
@@ -367,6 +367,12 @@ class Trainer:
         if lora.A == "rotating":
             return version // lora.rotate_every
         return version if lora.merge == "reset" else 0
+
+    def _follow_draw(self) -> None:
+        """Have the A that belongs to the version."""
+        if (draw := self._draw_at(self.version)) != self.draw:
+            self.draw, moments = draw, self.recipe.lora.moments
+            self._redraw(transport=moments == "transport", clear=moments == "clear")
 
     def _redraw(self, *, transport: bool, clear: bool) -> None:
         """New A, and the optimizer's moments kept, carried over or cleared."""

@@ -132,10 +132,10 @@ def _serve(settings: Mapping[str, Any], take_over: bool, faults: Sequence[Script
 
 
 def _work(
-    address: str, worker_id: str, keys: Mapping[str, Path], folder: Path, faults: Sequence[Script], log: Path
+    address: str, worker_id: str, own: Mapping[str, Any], folder: Path, faults: Sequence[Script], log: Path
 ) -> None:
     _begin(faults, log)
-    language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S, **keys)
+    language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S, **own)
 
 
 def _begin(faults: Iterable[Script], log: Path) -> None:
@@ -167,9 +167,10 @@ class Cluster:
         settings = self.settings | own | {key.replace("__", "."): value for key, value in settings.items()}
         return self._start(_serve, settings, take_over, faults, self.folder / "server.log")
 
-    def work(self, worker_id: str, *faults: Script, address: str = "", **keys: Path) -> BaseProcess:
+    def work(self, worker_id: str, *faults: Script, address: str = "", **own: Any) -> BaseProcess:
+        """Start a worker; `own`: its keys, or rank, as `language.work` takes them."""
         log, state = self.folder / f"{worker_id}.log", self.state_of(worker_id)
-        return self._start(_work, address or self.address, worker_id, keys, state, faults, log)
+        return self._start(_work, address or self.address, worker_id, own, state, faults, log)
 
     def state_of(self, worker_id: str) -> Path:
         """Where a worker keeps its state."""
