@@ -15,9 +15,10 @@ from test_algorithm import Net, Regression, batches, mse, seeded
 from test_compress import whole
 
 import lte
-from lte import config, lowrank
+from lte import cli, config, language, lowrank
 from lte.config import Recipe
-from lte.errors import LTEError, RefusedError
+from lte.data import pack
+from lte.errors import ConfigError, LTEError, RefusedError
 from lte.track import METRICS, Records
 from lte.worker.session import Session
 from lte.worker.trainer import Trainer
@@ -303,3 +304,57 @@ def test_other_heads_are_refused_in_one_line(tmp_path: Path, lora: lte.LoRA, rea
         assert "\n" not in str(refused.value)
         with pytest.raises(RefusedError, match="it trains 3 heads of lora_rank 9"):
             Session(server.address, heads=3, rank=9)
+
+
+# The recipe's task and the command
+
+
+def test_a_worker_of_the_recipes_task_takes_its_own_rank_and_heads(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
+    pack([tmp_path / "text.txt"], tmp_path / "shards", num_shards=2)
+    settings = {
+        "run.dir": str(tmp_path / "run"),
+        "data.shards": str(tmp_path / "shards"),
+        "server.address": f"inprocess://ranks-{next(NAMES)}",
+        "model.num_layers": 1,
+        "model.width": 32,
+        "model.num_attention_heads": 2,
+        "model.mlp_width": 64,
+        "model.context_tokens": 16,
+        "train.rounds": 2,
+        "train.local_steps": 2,
+        "train.workers": 1,
+        "train.batch_size": 8,
+        "lora.rank": 4,
+        "lora.heads": 4,
+        "eval.final_tokens": 64,
+    }
+    recipe = config.replace(Recipe(), **settings)
+    with language.make_server(recipe, display=False) as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        with pytest.raises(
+            ConfigError, match="--heads: 3 heads cannot share the recipe's batches of 8 equally"
+        ):
+            language.work(server.address, heads=3)
+        said: list[str] = []
+        language.work(server.address, rank=2, heads=2, recipe=recipe, say=said.append)
+        thread.join(30)
+        assert said[-1].endswith("finished at version 2")
+    joined = [line for line in Records.read(tmp_path / "run" / METRICS) if line.get("what") == "joined"]
+    assert joined[-1]["message"].endswith(" joined with 2 heads of lora_rank 2")
+
+
+def test_the_command_takes_rank_and_heads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(language, "work", lambda address, **named: given.update(named))
+    assert cli.main(["worker", "--server", "tcp://h:1", "--rank", "8", "--heads", "2"]) == 0
+    assert (given["rank"], given["heads"]) == (8, 2)
+    assert cli.main(["worker", "--server", "tcp://h:1"]) == 0
+    assert (given["rank"], given["heads"]) == (0, 0)
+    with pytest.raises(SystemExit):
+        cli.main(["worker", "--server", "tcp://h:1", "--rank", "0"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--rank: '0' is not a whole number of 1 or more" in line
