@@ -250,9 +250,9 @@ class Soak:
     def end(self) -> list[int | None]:
         """Stop the run in order, give it some more rounds in peace; returns all exit codes."""
         fleet = self.fleet
-        send(fleet.server, signal.SIGTERM)
+        for process in [fleet.server, *fleet.workers.values()]:
+            send(process, signal.SIGTERM)
         fleet.until_ended()
-        fleet.look()
         fleet.workers.clear()
         fleet.serve(train__rounds=fleet.version + LAST_ROUNDS)
         for name in self.members:
@@ -271,6 +271,7 @@ def main() -> int:
     parser.add_argument("--text", default=str(ROOT / "data/tinyshakespeare/input.txt.gz"))
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and the fleet ends with it
     out: Path = arguments.out.absolute()
     settings = {**SETTINGS, "data.shards": str(shards_of(arguments.text, out))}
     with Fleet(out / f"seed-{arguments.seed}", settings) as fleet:
@@ -285,6 +286,8 @@ def main() -> int:
         lasting = faults_table(fleet, soak.faults)
         is_good = outcome(fleet, soak, codes, lasting)
         rounds = fleet.version
+    if not arguments.references:
+        return 0 if is_good else 1
     losses = [evaluations(reference(out, settings, rounds, k)) for k in range(arguments.references)]
     losses_table(evaluations(fleet.run), losses, rounds)
     return 0 if is_good else 1
