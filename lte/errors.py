@@ -8,6 +8,7 @@
     |   |-- ConnectError     no server answers or admits the key, or the address cannot be bound
     |   |-- KeysError        key files or allow-lists that are missing, damaged or open to others
     |   |-- RefusedError     the server refused this worker, and said why
+    |   |   `-- PlaceTakenError  it was silent, and another was given its part of the data
     |   `-- DivergedError    what is trained is not finite any more
     |-- WireError            bytes that are not a message of this protocol
     |-- DigestError          server and worker do not hold the same bits
@@ -68,6 +69,13 @@ class RefusedError(UserError):
         self.reason = reason
         self.cure = cure
         super().__init__(f"the server refused this worker: {reason}; {cure}")
+
+
+class PlaceTakenError(RefusedError):
+    """A worker was silent for so long that another was given its part of the data; it may join anew."""
+
+    def __init__(self) -> None:
+        super().__init__("another has taken its place meanwhile", "start the worker again")
 
 
 class DivergedError(UserError):

@@ -3,6 +3,7 @@ the result afterwards do."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,7 @@ from torch import nn
 from lte import config
 from lte.config import Recipe
 from lte.data import Index, TrainingStream, tokenizer, validation_batches
-from lte.errors import ConfigError, RefusedError, RunError
+from lte.errors import ConfigError, PlaceTakenError, RefusedError, RunError
 from lte.models import GPT, build
 from lte.nn import convert, describe
 from lte.server import Server, checkpoint
@@ -64,7 +65,8 @@ def work(
     recipe: Recipe | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Join a server and train the model of its recipe until the run ends.
+    """Join a server and train the model of its recipe until the run ends. A worker that was silent for
+    so long that another was given its part of the data joins anew, for another part.
 
     Args:
         folder: of this worker's state; see `lte.Worker`.
@@ -77,47 +79,62 @@ def work(
     Raises:
         ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here.
     """
-    described = describe(_with_heads(recipe, rank, heads)) if recipe else None
-    saved = None if folder is None else state.load(folder)
-    with Session(
-        server,
-        worker_id=worker_id,
-        model=described,
-        heads=heads,
-        rank=rank,
-        version=saved.contribution.version if saved else 0,
-        wait_s=wait_s,
-        key=key,
-        server_key=server_key,
-        say=say,
-    ) as session:
-        welcome = session.welcome
-        wanted, recipe = recipe, config.from_dict(welcome.settings)
-        if wanted and (differing := config.differences(wanted, recipe, ("model", "lora", "base"))):
-            raise RefusedError(
-                f"it trains another model ({differing[0]})", "give its recipe, or none to take it from there"
-            )
-        torch.set_num_threads(recipe.worker.num_threads)
-        if shards is not None:
-            recipe = config.replace(recipe, **{"data.shards": shards})
-        check_data(recipe)
-        if heads and recipe.train.batch_size % heads:
-            batch = f"the recipe's batches of {recipe.train.batch_size}"
-            raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
-        stream = _stream(recipe, welcome.slot)
-        say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
-        device = device_of(recipe)
-        model = cast(GPT, materialize(_with_heads(recipe, rank, heads), device))
-        worker = Worker(model, session, folder=folder)
-        while not worker.done:
-            sequences = stream.batch(worker.step_index).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                loss = model.loss(sequences)
-            loss.backward()  # type: ignore[no-untyped-call]
-            worker.step(loss, tokens=sequences[:, 1:].numel())
-        say(f"{worker.worker_id} finished at version {worker.version}")
-        if session.num_damaged:
-            say(f"{session.num_damaged} messages were damaged on their way, and dropped")
+    described = describe(_with_heads(_of_own(recipe, rank, heads))) if recipe else None
+    while True:
+        saved = None if folder is None else state.load(folder)
+        with Session(
+            server,
+            worker_id=worker_id,
+            model=described,
+            heads=heads,
+            rank=rank,
+            version=saved.contribution.version if saved else 0,
+            wait_s=wait_s,
+            key=key,
+            server_key=server_key,
+            say=say,
+        ) as session:
+            welcome = session.welcome
+            given = config.from_dict(welcome.settings)
+            if recipe and (differing := config.differences(recipe, given, ("model", "lora", "base"))):
+                raise RefusedError(
+                    f"it trains another model ({differing[0]})",
+                    "give its recipe, or none to take it from there",
+                )
+            if shards is not None:
+                given = config.replace(given, **{"data.shards": shards})
+            check_data(given)
+            if heads and given.train.batch_size % heads:
+                batch = f"the recipe's batches of {given.train.batch_size}"
+                raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
+            say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
+            try:
+                _train(session, _of_own(given, rank, heads), folder, say)
+                return
+            except PlaceTakenError as error:
+                say(f"{error.reason}; joining anew")
+
+
+def _train(session: Session, recipe: Recipe, folder: Path | None, say: Callable[[str], None]) -> None:
+    """Train for the server that a session has joined, on this worker's part of the data.
+
+    Args:
+        recipe: the server's, with this worker's own rank and heads.
+    """
+    torch.set_num_threads(recipe.worker.num_threads)
+    stream = _stream(recipe, session.welcome.slot)
+    device = device_of(recipe)
+    model = cast(GPT, materialize(_with_heads(recipe), device))
+    worker = Worker(model, session, folder=folder)
+    while not worker.done:
+        sequences = stream.batch(worker.step_index).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            loss = model.loss(sequences)
+        loss.backward()  # type: ignore[no-untyped-call]
+        worker.step(loss, tokens=sequences[:, 1:].numel())
+    say(f"{worker.worker_id} finished at version {worker.version}")
+    if session.num_damaged:
+        say(f"{session.num_damaged} messages were damaged on their way, and dropped")
 
 
 def initial_model(recipe: Recipe) -> GPT:
@@ -220,9 +237,14 @@ def _stream(recipe: Recipe, worker: int) -> TrainingStream:
     )
 
 
-def _with_heads(recipe: Recipe, rank: int, heads: int) -> nn.Module:
-    """The recipe's model with a worker's heads; no weight (out, in) takes memory."""
-    return convert(build(recipe.model), recipe.lora.capped(rank, heads), recipe.base.quant)
+def _with_heads(recipe: Recipe) -> nn.Module:
+    """The recipe's model with heads; no weight (out, in) takes memory."""
+    return convert(build(recipe.model), recipe.lora, recipe.base.quant)
+
+
+def _of_own(recipe: Recipe, rank: int, heads: int) -> Recipe:
+    """The recipe with a worker's own rank and heads; 0: as it says."""
+    return dataclasses.replace(recipe, lora=recipe.lora.capped(rank, heads))
 
 
 def device_of(recipe: Recipe) -> torch.device:

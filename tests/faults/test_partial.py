@@ -48,6 +48,22 @@ def test_a_worker_that_was_silent_for_too_long_says_hello_again(cluster: Cluster
     audit(cluster.run, 40, {"a", "b"})
 
 
+def test_a_worker_whose_place_was_taken_meanwhile_joins_anew(cluster: Cluster) -> None:
+    """c takes the place of b and hangs in turn: the run is below its quorum until b is back."""
+    server = cluster.serve(server__quorum=2, server__silence_s=4.0)
+    a, b = cluster.work("a"), cluster.work("b", Fault(STEP, call=5, number=STOP))
+    cluster.until(lambda: cluster.events("left"), "word that b is gone")
+    c = cluster.work("c", Fault(STEP, number=STOP))
+    cluster.until(lambda: "c joined" in cluster.events("joined"), "c")
+    assert b.pid is not None
+    os.kill(b.pid, signal.SIGCONT)
+    for process in (server, a, b):
+        cluster.ended(process, 0)
+    c.kill()
+    assert "another has taken its place meanwhile; joining anew" in cluster.logs()
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
 def test_a_ghost_of_a_worker_is_fenced_when_it_wakes(cluster: Cluster, undisturbed: str) -> None:
     server, a = cluster.serve(), cluster.work("a")
     ghost = cluster.work("b", Fault(STEP, call=5, number=STOP))
