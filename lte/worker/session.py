@@ -126,7 +126,8 @@ class Session:
         # A contribution until a version that follows it: its blobs and the message that closes them;
         # whether its receipt is due, and the last heartbeat that was sent before it.
         self._pushed: tuple[dict[str, Tensor], wire.Contribution] | None = None
-        self._unanswered = False
+        # Whether the round that it is for was not open, or not for this worker; it may be opened yet.
+        self._unanswered = self._came_too_early = False
         self._pushed_after = self._number = self._stream = 0
         # When this worker last said Hello to a server that was started anew; None: it is welcome.
         self._asked_s: float | None = None
@@ -221,6 +222,7 @@ class Session:
         )
         with self._beating:  # so that no heartbeat is numbered later than this and sent earlier
             self._pushed_after, self._unanswered = self._number, True
+            self._came_too_early = False
             self._endpoint.send(wire.encode(contribution))
 
     def _push_again(self) -> None:
@@ -276,9 +278,11 @@ class Session:
                 case wire.Update() if message.version > self._progress[0]:
                     blobs = self._closed(message)
                     if blobs is not None and message.since in (None, self._progress[0]):
-                        self._pushed, self._unanswered = None, False
+                        self._pushed, self._unanswered, self._came_too_early = None, False, False
                         return message, blobs
                     self._fall_behind()
+                case wire.Begin() if self._came_too_early and message.version == self._progress[0]:
+                    self._push_again()  # a contribution of before the server, or this process, was restarted
                 case wire.Begin():
                     begin = message  # unless an update stands behind it
                 case wire.Receipt() if not self._pushed or message.version != self._pushed[1].version:
@@ -296,6 +300,7 @@ class Session:
                         self.recall()
                 case wire.Receipt():
                     self._unanswered = False
+                    self._came_too_early = message.status == "superseded"
                 case wire.Pulse() if message.version > self._progress[0]:
                     if message.number > self._asked_after:
                         self._fall_behind()

@@ -35,3 +35,24 @@ def test_a_killed_server_loses_nothing(cluster: Cluster, undisturbed: str, fault
     assert [line["version"] for line in cluster.lines("round")] == list(range(1, ROUNDS + 1))
     audit(cluster.run, ROUNDS, {"a", "b"})
     assert cluster.events("damaged") == []
+
+
+def test_a_contribution_that_came_before_its_round_was_open_is_sent_again(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    """The server is ended in order when it holds a's, not b's. Then a is back before b, so that no round
+    is open when it sends that again."""
+    kept = "lte.server.service:Server._keep"
+    server = cluster.serve(Fault(kept, call=5, after=True, number=signal.SIGTERM))
+    a, b = cluster.work("a"), cluster.work("b", Fault("lte.worker.trainer:Trainer.step", call=5))
+    cluster.ended(b, -signal.SIGKILL)
+    cluster.ended(server, 3)
+    cluster.ended(a, 1)
+    again = [cluster.serve(), cluster.work("a")]
+    cluster.until(lambda: cluster.events("superseded"), "word that no round is open")
+    again.append(cluster.work("b"))
+    for process in again:
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    assert [line["version"] for line in cluster.lines("round")] == list(range(1, ROUNDS + 1))
+    audit(cluster.run, ROUNDS, {"a", "b"})
