@@ -37,8 +37,6 @@ from lte.server.master import Master
 
 WORKERS, LAST_ROUNDS = 8, 20
 SILENCE_S, GRACE_S, PATIENCE_S = 5.0, 2.0, 15.0
-TAKEN = "another has taken its place"
-"""What a worker says that was silent for so long that another got its part of the data."""
 SETTLED_ROUNDS = 30
 """After the last fault, before the run is ended."""
 STUCK_S = 120.0
@@ -115,9 +113,10 @@ class Soak:
     """Disturbs a fleet, and starts again whoever ends.
 
     Attributes:
-        faults: that happened. members: names of the workers that there should be; visitors come on
-            top; gone are those who left. surprises: ends that nobody asked for. reasons: why workers left by themselves, and
-            how often.
+        faults: that happened. members: names of the workers that there should be; visitors: of those
+            who come on top for a while; gone: of those who left. surprises: ends that nobody asked
+            for. reasons: for which workers left by themselves, and how often. memory_mb: of servers
+            by process id, once a second.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -132,6 +131,7 @@ class Soak:
         self._numbers = itertools.count(WORKERS)
         self._stopped: set[str] = set()
         self._ghosts: list[tuple[str, BaseProcess]] = []
+        self._doubled: set[str] = set()
         self._sent: dict[int | None, set[signal.Signals]] = {}
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -194,6 +194,7 @@ class Soak:
                 self._send(process, signal.SIGSTOP)
                 fleet.work(name)
                 self._ghosts.append((name, process))
+                self._doubled.add(name)  # stopped before it had joined, it is the newer one
                 self._at(now_s + due.lasts_s, lambda: self._send(process, signal.SIGCONT))
             case "server ended in order":
                 self._send(process, signal.SIGTERM)
@@ -231,18 +232,18 @@ class Soak:
         for name, process in list(self._ghosts):
             if process.exitcode is not None:
                 self._ghosts.remove((name, process))
-                self._note(name, process, is_ghost=True)
+                self._note(name, process)
 
-    def _note(self, name: str, process: BaseProcess, *, is_ghost: bool = False) -> None:
+    def _note(self, name: str, process: BaseProcess) -> None:
         code, sent = process.exitcode, self._sent.get(process.pid, set())
         assert code is not None
         if -code in sent or code - 128 in sent:
             return
         said = (self.fleet.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
         words = said[-1] if said else ""
-        if code == EXIT_RUN_ENDED or (is_ghost and code == 2):
-            self.reasons["a woken ghost was fenced" if is_ghost and code == 2 else words] += 1
-        elif TAKEN in words:
+        if code == 2 and name in self._doubled:
+            self.reasons["one of two processes of a name was fenced"] += 1
+        elif code == EXIT_RUN_ENDED:
             self.reasons[words] += 1
         else:
             self.surprises.append(f"version {self.fleet.version}: {name} ended with {code}: {words}")
