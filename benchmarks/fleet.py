@@ -75,6 +75,8 @@ class Fleet:
             "server.address": f"ipc://{folder}/socket",
             **settings,
         }
+        if folder.exists():
+            raise SystemExit(f"{folder}: is there already; choose another folder, or delete it")
         folder.mkdir(parents=True)
         self.server: BaseProcess
         self.workers: dict[str, BaseProcess] = {}
