@@ -55,8 +55,7 @@ def test_a_worker_whose_place_was_taken_meanwhile_joins_anew(cluster: Cluster) -
     cluster.until(lambda: cluster.events("left"), "word that b is gone")
     c = cluster.work("c", Fault(STEP, number=STOP))
     cluster.until(lambda: "c joined" in cluster.events("joined"), "c")
-    assert b.pid is not None
-    os.kill(b.pid, signal.SIGCONT)
+    cluster.wake(b)
     for process in (server, a, b):
         cluster.ended(process, 0)
     c.kill()
