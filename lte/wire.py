@@ -36,7 +36,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 import torch
@@ -47,7 +47,8 @@ from lte.errors import WireError
 MAGIC = b"LTE\x02"
 _CHECKSUM_BYTES = 4
 ALIGNMENT = 64
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 4 << 20
+"""Of which a message's fields make many times as much in memory."""
 MAX_DIMENSIONS = 16
 """Of a tensor, so that nobody multiplies a million sizes to learn that they do not fit."""
 MAX_TENSOR_BYTES = 1 << 62
@@ -55,6 +56,11 @@ MAX_TENSOR_BYTES = 1 << 62
 
 Whole = Annotated[int, msgspec.Meta(ge=0)]
 """A count or an index; what arrives negative is malformed."""
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+"""So many that no run's sum of them is too large for a journal."""
+MAX_TEXT = 1024
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+"""What workers say of themselves: servers keep and record it."""
 
 assert sys.byteorder == "little", "tensors travel little-endian, as every supported machine has them"
 
@@ -74,15 +80,15 @@ class Hello(Message, frozen=True, kw_only=True):
     ''. `attempt` rises where what came of a welcome was not whole.
     """
 
-    schema: str
-    worker_id: str
-    session: str
+    schema: Text
+    worker_id: Text
+    session: Text
     model: dict[str, str]
     heads: Whole
     rank: Whole = 0
     incarnation: Whole = 0
     version: Whole = 0
-    base_digest: str = ""
+    base_digest: Text = ""
     attempt: Whole = 0
 
 
@@ -137,7 +143,7 @@ class Part(Message, frozen=True, kw_only=True):
     """
 
     generation: Whole
-    worker_id: str
+    worker_id: Text
     incarnation: Whole
     version: Whole
     stream: Whole
@@ -156,21 +162,21 @@ class Contribution(Message, frozen=True, kw_only=True):
     """
 
     generation: Whole
-    worker_id: str
+    worker_id: Text
     incarnation: Whole
     version: Whole
     stream: Whole
     parts: Whole
     draw: Whole
-    tokens: Whole
+    tokens: Tokens
     loss: float | None
     lost: float
     step_s: float
     encode_s: float
     apply_s: float
-    base_digest: str
-    merged_digest: str
-    given_digest: str
+    base_digest: Text
+    merged_digest: Text
+    given_digest: Text
 
 
 class Receipt(Message, frozen=True, kw_only=True):
@@ -205,7 +211,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
     generation: Whole
     number: Whole
-    worker_id: str
+    worker_id: Text
     incarnation: Whole
     version: Whole
     local_step: Whole
@@ -224,7 +230,7 @@ class Behind(Message, frozen=True, kw_only=True):
 
     generation: Whole
     version: Whole
-    worker_id: str
+    worker_id: Text
     incarnation: Whole
 
 
@@ -232,7 +238,7 @@ class Recall(Message, frozen=True, kw_only=True):
     """A worker does not hold what the server has merged of it: its merged factors, please."""
 
     generation: Whole
-    worker_id: str
+    worker_id: Text
     incarnation: Whole
 
 
@@ -249,9 +255,9 @@ class Leave(Message, frozen=True, kw_only=True):
     """A worker goes. Nothing more will come from it."""
 
     generation: Whole
-    worker_id: str
+    worker_id: Text
     incarnation: Whole
-    reason: str
+    reason: Text
 
 
 class Farewell(Message, frozen=True, kw_only=True):
@@ -263,6 +269,9 @@ class Farewell(Message, frozen=True, kw_only=True):
     finished: bool
     returns: bool
 
+
+FromWorker = Hello | Part | Contribution | Heartbeat | Behind | Recall | Leave
+"""What a server hears."""
 
 AnyMessage = (
     Hello
@@ -314,6 +323,11 @@ class _Header(msgspec.Struct, frozen=True, array_like=True):
     tensors: tuple[TensorEntry, ...]
 
 
+class _HeaderFromWorker(msgspec.Struct, frozen=True, array_like=True):
+    message: FromWorker
+    tensors: tuple[TensorEntry, ...]
+
+
 def schema_of(kinds: Sequence[type[msgspec.Struct]]) -> str:
     """Names a vocabulary by its fields, their types, and what tensors may hold."""
     everything: list[type[msgspec.Struct]] = [*kinds, TensorEntry]
@@ -325,8 +339,11 @@ def schema_of(kinds: Sequence[type[msgspec.Struct]]) -> str:
 
 SCHEMA = schema_of(get_args(AnyMessage))
 
+Decoded = TypeVar("Decoded", _Header, _HeaderFromWorker)
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_Header)
+_FROM_WORKER = msgspec.msgpack.Decoder(_HeaderFromWorker)
 
 Frames = Sequence[bytes | bytearray | memoryview]
 
@@ -356,6 +373,18 @@ def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
     Raises:
         WireError: these frames are no message of this protocol.
     """
+    header = _decode(frames, _DECODER)
+    return header.message, header.tensors
+
+
+def decode_from_worker(frames: Frames) -> tuple[FromWorker, tuple[TensorEntry, ...]]:
+    """`decode` for a server, which trusts nobody: what only servers say is no message here. That holds
+    settings, lists in lists of which take a hundred times their bytes and minutes to read."""
+    header = _decode(frames, _FROM_WORKER)
+    return header.message, header.tensors
+
+
+def _decode(frames: Frames, decoder: msgspec.msgpack.Decoder[Decoded]) -> Decoded:
     if not 1 <= len(frames) <= 2:
         raise WireError(f"a message has 1 or 2 frames, not {len(frames)}")
     header = memoryview(frames[0])
@@ -367,7 +396,7 @@ def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
     if bytes(header[len(MAGIC) : len(MAGIC) + _CHECKSUM_BYTES]) != _checksum(body, *frames[1:]):
         raise WireError("damaged on its way: its checksum is another")
     try:
-        decoded = _DECODER.decode(body)
+        decoded = decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"malformed header: {str(error)[:200]}") from None
     if len(frames) != (2 if decoded.tensors else 1):
@@ -381,7 +410,7 @@ def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
         end = _aligned(end + entry.num_bytes)
     if end != num_bytes:
         raise WireError(f"a payload of {num_bytes} bytes where the header announces {end}")
-    return decoded.message, decoded.tensors
+    return decoded
 
 
 def tensors(frames: Frames, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
@@ -452,7 +481,7 @@ class Assembly:
         """
         if part.index in self._parts or self.fault:
             return {}
-        self.fault = next(filter(None, map(self._fault_of, entries)), "")
+        self.fault = next(filter(None, map(self._fault_of, entries)), "" if entries else "a part is empty")
         if part.version != self.version:
             self.fault = "parts of one stream name several versions"
         if self.fault:
@@ -487,7 +516,7 @@ class Assembly:
         """
         if self.fault:
             raise WireError(self.fault)
-        if self._parts.keys() != set(range(num_parts)):
+        if len(self._parts) != num_parts or self._parts.keys() != set(range(num_parts)):
             return None
         pieces: dict[str, list[Tensor]] = {}
         for index in range(num_parts):

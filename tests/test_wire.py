@@ -307,10 +307,54 @@ def test_a_table_that_does_not_fit_is_refused(table: list[Any], payload: bytes |
     assert_refused_or_sound(frames)
 
 
-def test_a_shape_of_a_million_sizes_is_refused_at_once() -> None:
-    """Their product would have 64 million bits; the test's time limit is the assertion."""
+def test_a_shape_of_many_sizes_is_refused_at_once() -> None:
+    """Their product would have 25 million bits; the test's time limit is the assertion."""
     with pytest.raises(WireError, match="malformed"):
-        wire.decode(frames_of(HELLO, [["a", "f4", [2**64 - 1] * 1_000_000, 0]]))
+        wire.decode(frames_of(HELLO, [["a", "f4", [2**64 - 1] * 400_000, 0]]))
+
+
+def test_a_server_hears_what_workers_say_and_nothing_else() -> None:
+    heard = get_args(wire.FromWorker)
+    for message in MESSAGES:
+        frames = wire.encode(message)
+        if isinstance(message, heard):
+            assert wire.decode_from_worker(frames) == (message, ())
+        else:
+            with pytest.raises(WireError, match="malformed header"):
+                wire.decode_from_worker(frames)
+
+
+def test_lists_in_settings_take_no_memory_of_a_server() -> None:
+    """Only what servers say holds anything: a million lists are 70 MB."""
+    num_lists = 1_000_000
+    body = _WELCOME.replace(_FIVE, b"\xa6rounds\xdd" + num_lists.to_bytes(4, "big") + b"\x90" * num_lists)
+    frames = sealed(body)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError):
+            wire.decode_from_worker(frames)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (wire.Hello, "session", "x" * 1025),
+        (wire.Hello, "worker_id", "x" * 1025),
+        (wire.Heartbeat, "worker_id", "x" * 1025),
+        (wire.Leave, "reason", "x" * 1025),
+        (wire.Contribution, "base_digest", "x" * 1025),
+        (wire.Contribution, "tokens", 2**40 + 1),  # of which a sum would not fit into the journal
+    ],
+)
+def test_what_a_server_keeps_of_a_message_has_a_largest_size(
+    kind: type[wire.Message], field: str, value: Any
+) -> None:
+    (message,) = (message for message in MESSAGES if type(message) is kind)
+    with pytest.raises(WireError, match=field):
+        wire.decode(wire.encode(msgspec.structs.replace(message, **{field: value})))
 
 
 def test_the_header_has_a_largest_size() -> None:
@@ -319,7 +363,7 @@ def test_the_header_has_a_largest_size() -> None:
         return wire.encode(wire.Refusal(generation=1, reason="r" * (100_000 + num_bytes - empty), cure=""))
 
     wire.decode(of_size(wire.MAX_HEADER_BYTES))
-    with pytest.raises(WireError, match="header of 16777217 bytes"):
+    with pytest.raises(WireError, match="header of 4194305 bytes"):
         wire.decode(of_size(wire.MAX_HEADER_BYTES + 1))
 
 
@@ -455,6 +499,26 @@ def test_where_parts_were_lost_nothing_comes_out(come: list[int]) -> None:
     for index in come:
         take(assembly, parts[index])
     assert assembly.close(3) is None
+
+
+@pytest.mark.parametrize("num_parts", [0, 2, 2**62])
+def test_a_number_of_parts_that_did_not_come_takes_no_memory(num_parts: int) -> None:
+    """The server was to make a set of so many once."""
+    assembly = wire.Assembly(1, 3, {"a": 250})
+    take(assembly, wire.encode(part(0), BLOBS))
+    tracemalloc.start()
+    try:
+        assert assembly.close(num_parts) is None
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_parts_cannot_be_many_and_empty() -> None:
+    assembly = wire.Assembly(1, 3, {"a": 250})
+    take(assembly, wire.encode(part(0)))
+    with pytest.raises(WireError, match="empty"):
+        assembly.close(1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lte import wire
 from lte.transport.limits import Buckets
 
 
-def vouched(message: wire.AnyMessage, sender: str) -> wire.AnyMessage | None:
+def vouched(message: wire.FromWorker, sender: str) -> wire.FromWorker | None:
     """A message as the owner of its key may say it; None if it speaks as another.
 
     Args:
@@ -23,7 +23,7 @@ def vouched(message: wire.AnyMessage, sender: str) -> wire.AnyMessage | None:
         return message
     if isinstance(message, wire.Hello) and not message.worker_id:
         return msgspec.structs.replace(message, worker_id=sender)
-    return message if getattr(message, "worker_id", sender) == sender else None
+    return message if message.worker_id == sender else None
 
 
 class Complaints:

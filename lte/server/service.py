@@ -280,7 +280,7 @@ class Server:
     def _hear(self, peer: Peer, frames: Frames) -> None:
         """Turn a message into an event, having checked all that the rounds need not know of."""
         try:
-            message, entries = wire.decode(frames)
+            message, entries = wire.decode_from_worker(frames)
         except WireError as error:
             self._complain("malformed", f"a message was dropped: {error}")
             return
@@ -319,8 +319,6 @@ class Server:
                     self._recall(peer, message.worker_id, message.incarnation)
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
-            case _:
-                self._complain("malformed", f"a {type(message).__name__} is not for the server")
 
     def _hear_hello(self, peer: Peer, hello: wire.Hello) -> None:
         if self.finished:

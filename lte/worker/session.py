@@ -341,7 +341,7 @@ class Session:
         self._stopping.set()
         if self._heartbeats is not None:
             self._heartbeats.join()
-        self._endpoint.send(wire.encode(self._named(wire.Leave, reason=reason)))
+        self._endpoint.send(wire.encode(self._named(wire.Leave, reason=reason[: wire.MAX_TEXT])))
         self._endpoint.close()
 
     def _join(self, wait_s: float) -> None:
