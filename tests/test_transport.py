@@ -21,6 +21,7 @@ import zmq
 from lte import transport
 from lte.errors import ConnectError
 from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, keys
+from lte.transport import zmq as zmq_transport
 
 WAIT_S = 20.0
 """How long a message may take on a machine that does other things, too."""
@@ -401,6 +402,26 @@ def test_larger_messages_than_allowed_do_not_arrive(link: Link) -> None:
     assert server.received_bytes == 1_007
     server.send(peer, [b"y" * 5_000])  # the limit is the server's own; a base is larger than a contribution
     assert hear_at(good) == [b"y" * 5_000]
+
+
+@pytest.mark.parametrize("kind", ["tcp", "ipc"])
+def test_a_connection_that_is_not_heard_is_held_up_and_loses_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever sends faster than a server hears would fill its memory."""
+    monkeypatch.setattr(zmq_transport, "_MOST_WAITING", 10)
+    with contextlib.closing(Link(kind, tmp_path)) as link, zmq.Context() as context:
+        server = link.bind()
+        with context.socket(zmq.DEALER) as flood:
+            flood.setsockopt(zmq.SNDHWM, 1)
+            flood.connect(link.address)
+            num_sent = 0
+            while flood.poll(1000, zmq.POLLOUT) and num_sent < 1000:
+                flood.send(b"%6d" % num_sent + bytes(100_000))
+                num_sent += 1
+            assert 10 < num_sent < 1000, "what is beyond ten waits in the kernel's buffers"
+            heard = [hear(server)[1][0][:6] for _ in range(num_sent)]
+            assert heard == [b"%6d" % n for n in range(num_sent)]
 
 
 def test_an_address_in_use_is_refused_and_its_server_goes_on(link: Link) -> None:

@@ -36,6 +36,9 @@ _KEEPALIVE_IDLE_S, _KEEPALIVE_AGAIN_S, _KEEPALIVE_TIMES, _UNACKNOWLEDGED_MS = 10
 _HANDSHAKE_MS = 10_000
 # Until then it holds a descriptor. One address has fewer ports than this.
 _NUM_DESCRIPTORS = 1 << 16
+# Messages of one connection that wait to be heard; then its sender waits. So many parts hold a whole
+# contribution: a connection that is blocked for longer than _UNACKNOWLEDGED_MS breaks.
+_MOST_WAITING = 1024
 _NUM_NOTICES = 100
 """Kept until they are asked for; strangers cause them, so older ones make way."""
 _HANDSHAKE_FAILED = (
@@ -89,6 +92,7 @@ class ZmqServer:
         self._socket = self._context.socket(zmq.ROUTER)
         _prepare(self._socket, address)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if pair else 0))
+        self._socket.setsockopt(zmq.RCVHWM, _MOST_WAITING)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         self._gate = None
