@@ -273,8 +273,9 @@ class Server:
     silence_s: Positive = _doc(
         15.0, "seconds without a sign of life after which a worker is gone; more than one part takes"
     )
+    max_workers: Count = _doc(1024, "most workers at a time; who comes then is turned away")
     max_message_bytes: Count = _doc(
-        1 << 31, "largest message accepted, bytes; models and contributions travel in parts"
+        1 << 26, "largest message accepted, bytes; models and contributions travel in parts"
     )
     key: Annotated[Name | None, _OrNone] = _doc(
         None, "file of the server's secret key ('lte keys new'); then only keys of server.allow may join"
@@ -482,6 +483,10 @@ def check(recipe: Recipe) -> list[str]:
         (
             recipe.compress.error_feedback or not train.overlap,
             "compress.error_feedback: false cannot be measured with train.overlap=true",
+        ),
+        (
+            train.workers <= recipe.server.max_workers,
+            f"server.max_workers: {recipe.server.max_workers} is less than train.workers ({train.workers})",
         ),
         (
             recipe.compress.part_bytes + _HEADER_ROOM <= recipe.server.max_message_bytes,

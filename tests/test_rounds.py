@@ -18,6 +18,7 @@ from lte.server.rounds import (
     Answer,
     Ask,
     Contributed,
+    Decline,
     Event,
     Fence,
     Forget,
@@ -42,7 +43,7 @@ LONG_S = 1e6
 
 def rules(**changes: Any) -> Rules:
     """Rules under which nothing closes a round but its workers."""
-    plain = {"workers": 2, "rounds": 100, "quorum": 1} | dict.fromkeys(
+    plain = {"workers": 2, "rounds": 100, "quorum": 1, "most_workers": 100} | dict.fromkeys(
         ("grace_s", "deadline_s", "silence_s"), LONG_S
     )
     return Rules(**(plain | changes))
@@ -197,7 +198,7 @@ def test_who_was_silent_and_replaced_is_fenced() -> None:
     assert (
         trace.happen(Heard("a", old)) == trace.join("a") == (Fence("a", "a was replaced by a newer process"),)
     )
-    trace.state = replace(trace.state, fenced=frozenset())
+    trace.state = replace(trace.state, fenced=())
     assert kinds(trace.happen(Joined("a", "session of a", 1, 4, incarnation=1))) == [Fence]
     assert kinds(trace.happen(Joined("a", "new", 1, 4, incarnation=3)))[0] is Admit
 
@@ -444,6 +445,55 @@ def test_the_missing_count_with_all_their_heads() -> None:
         trace.join(worker_id, heads=heads)
     trace.contribute("b")
     assert trace.tick(at=5) == (Merge(("b",), 5),)
+
+
+# Bounds
+
+
+def test_there_are_so_many_workers_and_no_more() -> None:
+    trace = Trace.opened("a", "b", most_workers=3)
+    assert kinds(trace.join("c")) == [Admit]
+    assert kinds(trace.join("d")) == [Decline]
+    assert set(trace.state.members) == {"a", "b", "c"}
+    assert kinds(trace.join("c", session="a new process of c")) == [Forget, Admit]
+    trace.leave("b")
+    assert kinds(trace.join("d"))[0] == Admit
+
+
+def test_who_asks_again_is_answered_where_no_more_may_join() -> None:
+    trace = Trace(workers=2, most_workers=2)
+    trace.join("a", session="a's")
+    trace.join("b", session="b's")
+    (again, *_) = trace.join("a", session="a's")
+    assert isinstance(again, Admit)
+    assert again.again
+
+
+def test_what_strangers_make_the_state_hold_is_bounded() -> None:
+    """Ever new workers, and ever new processes of one."""
+    trace = Trace.opened("a", "b", most_workers=4)
+    trace.contribute("a")
+    for n in range(100):
+        trace.join(f"s{n}")
+        trace.join("s", session=f"{n}")
+        trace.leave(f"s{n}")
+    state = trace.state
+    assert len(state.known) == 8
+    assert len(state.fenced) == 8
+    assert {"a", "b", "s", "s99"} <= set(state.known)
+
+
+def test_who_never_contributed_is_forgotten_first() -> None:
+    trace = Trace.opened("a", "b", most_workers=3)
+    trace.contribute("a")
+    trace.leave("a")
+    for n in range(100):
+        trace.join(f"s{n}")
+        trace.leave(f"s{n}")
+    assert set(trace.state.known) == {"a", "b", "s96", "s97", "s98", "s99"}
+    assert trace.state.contributed == {"a"}
+    (admit, *_) = trace.join("a")
+    assert admit.member.slot == 0, "it is known by its slot"
 
 
 # The end

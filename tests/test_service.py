@@ -13,7 +13,7 @@ from lte import config, wire
 from lte.config import Recipe
 from lte.data import pack
 from lte.errors import RefusedError
-from lte.server import rounds
+from lte.server import checkpoint, recovery, rounds
 from lte.server.master import Master
 from lte.server.service import Server
 from lte.track import METRICS, Records
@@ -272,6 +272,23 @@ def test_the_server_stays_until_its_workers_have_the_last_update(
     )
     train()
     assert left == [0]
+
+
+def test_what_was_merged_of_whom_is_forgotten_with_them(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker that the rounds know no more leaves no record of its merges, which strangers could fill."""
+    take_up = Server._take_up
+
+    def remembering(server: Server, found: recovery.Recovered) -> None:
+        take_up(server, found)
+        server._merged_in["long gone"] = (0, 7)
+
+    monkeypatch.setattr(Server, "_take_up", remembering)
+    train()
+    (run,) = (path.parent for path in tmp_path.rglob(METRICS))
+    progress, _ = checkpoint.load(checkpoint.newest(run))
+    assert progress.merged_in.keys() == {"w0", "w1"}
 
 
 def test_threads_change_no_bit(train: Train) -> None:

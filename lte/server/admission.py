@@ -26,25 +26,41 @@ def vouched(message: wire.FromWorker, sender: str) -> wire.FromWorker | None:
     return message if message.worker_id == sender else None
 
 
-class Complaints:
-    """Records what anyone can cause as often as they like, at a bounded rate: disks are finite."""
+class Joins:
+    """Bounds how often new processes join, by each key and, without keys, by all together: every one of
+    them costs a model on the link, and a line in the journal and in the records."""
 
-    def __init__(
-        self, record: Callable[[str, str], None], now_s: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, most_workers: int, now_s: Callable[[], float] = time.monotonic) -> None:
         """Make it.
 
         Args:
-            record: called with the kind of event and its message.
+            most_workers: twice as many may join at once, then one a second.
+        """
+        self._now_s = now_s
+        self._buckets = Buckets(burst=2 * most_workers, per_s=1.0, most=1024)
+
+    def may(self, sender: str) -> bool:
+        """Whether one more may join by this key."""
+        return self._buckets.take(sender, self._now_s())
+
+
+class Complaints:
+    """Records what anyone can cause as often as they like, at a bounded rate: disks are finite."""
+
+    def __init__(self, record: Callable[..., None], now_s: Callable[[], float] = time.monotonic) -> None:
+        """Make it.
+
+        Args:
+            record: called with the kind of event, its message and its fields.
         """
         self._record, self._now_s = record, now_s
         # Of each kind fifty at once, then one in ten seconds: some megabytes a day at most.
         self._buckets = Buckets(burst=50, per_s=0.1, most=16)
         self._left_out: Counter[str] = Counter()
 
-    def __call__(self, what: str, message: str) -> None:
+    def __call__(self, what: str, message: str, **fields: str) -> None:
         if not self._buckets.take(what, self._now_s()):
             self._left_out[what] += 1
             return
         more = self._left_out.pop(what, 0)
-        self._record(what, f"{message} ({more} more were not recorded)" if more else message)
+        self._record(what, f"{message} ({more} more were not recorded)" if more else message, **fields)

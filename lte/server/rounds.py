@@ -11,6 +11,9 @@ No socket, disk, clock or tensor is in here; `now` is in seconds of any clock th
 The expected set is frozen when a round opens. A death shrinks it, unless that worker's contribution
 is held already; a new process of a worker that was expected takes its place in it; any other joiner
 waits for the next round. A round below its quorum stays open.
+
+What strangers can make the state hold is bounded: there are `rules.most_workers` members at most, and
+twice as many workers are known; those who never contributed are forgotten first, then the oldest.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ class Rules:
     grace_s: float
     deadline_s: float
     silence_s: float
+    most_workers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,11 @@ class State:
 
     Attributes:
         version: the published version, on which the open round trains.
-        members: by worker_id. next_incarnation: rises with each worker welcomed. known: all that ever
+        members: by worker_id. next_incarnation: rises with each worker welcomed. known: those who
             were, as they were last: who comes back gets its own slot, with the data and heads of it.
-        fenced: sessions of processes that newer ones replaced. A Hello of theirs may still be under
-            way; it must not fence the newer one in turn.
+        contributed: those of whom a contribution was kept once.
+        fenced: sessions of processes that newer ones replaced, the last of them. A Hello of theirs may
+            still be under way; it must not fence the newer one in turn.
         expected: workers of the open round; held: those of them whose contribution is kept.
         opened_s: when the round opened. quorum_s: when its quorum was reached, or None.
     """
@@ -64,8 +69,9 @@ class State:
     phase: Literal["starting", "collecting", "merging", "finished"] = "starting"
     members: Mapping[str, Member] = field(default_factory=dict)
     known: Mapping[str, Member] = field(default_factory=dict)
+    contributed: frozenset[str] = frozenset()
     next_incarnation: int = 1
-    fenced: frozenset[str] = frozenset()
+    fenced: tuple[str, ...] = ()
     expected: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
     opened_s: float = 0.0
@@ -177,6 +183,13 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class Decline:
+    """Tell the sender of the last message, who asks to join, that there is no place for it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Ask:
     """Tell the sender of the last message, which is known and no member any more, to say Hello again."""
 
@@ -202,7 +215,7 @@ class Forget:
     reason: str
 
 
-Action = Admit | Open | Keep | Answer | Fence | Ask | Merge | Forget
+Action = Admit | Open | Keep | Answer | Fence | Decline | Ask | Merge | Forget
 
 
 def step(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action, ...]]:
@@ -246,6 +259,11 @@ def next_deadline(state: State) -> float | None:
     return min(times, default=None)
 
 
+def is_member(state: State, session: str) -> bool:
+    """Whether a process that says Hello is among the workers already."""
+    return any(member.session == session for member in state.members.values())
+
+
 def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Action, ...]]:
     last = state.known.get(event.worker_id)
     is_older = event.incarnation and last is not None and event.incarnation < last.incarnation
@@ -261,6 +279,8 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
             actions += (Open((known.worker_id,)),)
         return _with_member(state, again), actions
     actions, is_awaited = (), False
+    if known is None and len(state.members) >= state.rules.most_workers:
+        return state, (Decline(f"there are {state.rules.most_workers} workers, and no more may join"),)
     if known is not None:  # the same worker in a new process: the old one is fenced
         is_awaited = known.worker_id in state.expected - state.held
         state, actions = _remove(state, known.worker_id, "replaced by a new process")
@@ -270,7 +290,7 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
     last = state.known.get(worker_id)
     slot = free if last is None or last.slot in taken else last.slot
     if last is not None and last.session != event.session:
-        state = replace(state, fenced=state.fenced | {last.session})
+        state = replace(state, fenced=(*state.fenced, last.session)[-2 * state.rules.most_workers :])
     is_back = last is not None and last.session == event.session  # after a silence
     member = Member(
         worker_id=worker_id,
@@ -286,11 +306,27 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         known={**state.known, member.worker_id: member},
         next_incarnation=state.next_incarnation + (not is_back),
     )
+    state = _forgetful(state)
     actions = (*actions, Admit(member))
     if is_awaited and state.expected:  # the round still waits for this worker; without others it opens anew
         state = replace(state, expected=state.expected | {member.worker_id})
         actions += (Open((member.worker_id,)),)
     return state, actions
+
+
+def _forgetful(state: State) -> State:
+    """Where too many are known, without those welcomed longest ago that are no members any more."""
+    num_too_many = len(state.known) - 2 * state.rules.most_workers
+    if num_too_many <= 0:
+        return state
+    gone = [member for member in state.known.values() if member.worker_id not in state.members]
+    gone.sort(key=lambda member: (member.worker_id in state.contributed, member.incarnation))
+    forgotten = {member.worker_id for member in gone[:num_too_many]}
+    return replace(
+        state,
+        known={worker_id: member for worker_id, member in state.known.items() if worker_id not in forgotten},
+        contributed=state.contributed - forgotten,
+    )
 
 
 def _contributed(state: State, event: Contributed, now_s: float) -> tuple[State, tuple[Action, ...]]:
@@ -305,7 +341,9 @@ def _contributed(state: State, event: Contributed, now_s: float) -> tuple[State,
         return state, (Answer(event.worker_id, "superseded", "no round is open"),)
     if event.worker_id not in state.expected:
         return state, (Answer(event.worker_id, "superseded", "not expected before the next round"),)
-    state = replace(state, held=state.held | {event.worker_id})
+    state = replace(
+        state, held=state.held | {event.worker_id}, contributed=state.contributed | {event.worker_id}
+    )
     if len(state.held) >= state.rules.quorum and state.quorum_s is None:
         state = replace(state, quorum_s=now_s)
     return state, (Keep(event.worker_id),)

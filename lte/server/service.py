@@ -27,7 +27,7 @@ from lte.config import Recipe
 from lte.errors import FencedError, WireError
 from lte.nn import difference
 from lte.server import folder, recovery, rounds
-from lte.server.admission import Complaints, vouched
+from lte.server.admission import Complaints, Joins, vouched
 from lte.server.checkpoint import Progress
 from lte.server.journal import Admitted, Gone, Kept, Merged
 from lte.server.master import Master, Received
@@ -42,6 +42,9 @@ Evaluate = Callable[[nn.Module, int], float | None]
 _WORKER_ID = re.compile(r"[\w.-]{0,64}", re.ASCII)
 _LONGEST_WAIT_S = 1.0
 """The service looks at clock and signals at least this often."""
+_MOST_AT_ONCE = 1000
+"""Messages heard before the clock is looked at: a flood must not stop it. Connections take turns, so
+that the first messages of all honest ones are among them."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Server:
                 version=found.progress.version,
             )
             self._complain = Complaints(self._event)
+            self._joins = Joins(recipe.server.max_workers)
             # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
             self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
             self._take_up(found)
@@ -184,6 +188,7 @@ class Server:
                 version=progress.version,
                 members=members,
                 known={member.worker_id: _member(member, self._watch.now_s()) for member in progress.known},
+                contributed=frozenset(progress.merged_in),
                 next_incarnation=progress.next_incarnation,
             ),
             self._watch.now_s(),
@@ -226,9 +231,12 @@ class Server:
                 self._publish_if_durable()
                 self._say_waiting()
                 received = self._endpoint.receive(self._patience_s())
+                num_heard = 0
                 while received is not None:  # all that has come: an evaluation made it wait, not silent
                     self._hear(*received)
-                    received = None if self.finished else self._endpoint.receive(0)
+                    num_heard += 1
+                    enough = self.finished or self._stop_reason is not None or num_heard >= _MOST_AT_ONCE
+                    received = None if enough else self._endpoint.receive(0)
                 for notice in self._endpoint.notices():
                     self._complain("admission", notice)
                 self._happened(rounds.Ticked())
@@ -253,8 +261,10 @@ class Server:
         return self.finished
 
     def _see_off(self) -> None:
-        """Hear the workers until all have gone: over a slow link the last update takes its time."""
-        while self.finished and self._state.members and self._stop_reason is None:
+        """Hear the workers until all have gone: over a slow link the last update takes its time. Who
+        stays longer than a round may take does not want to go."""
+        ends_s = self._now_s() + self.recipe.server.deadline_s
+        while self.finished and self._state.members and self._stop_reason is None and self._now_s() < ends_s:
             if received := self._endpoint.receive(self._patience_s()):
                 self._hear(*received)
             self._happened(rounds.Ticked())
@@ -311,8 +321,9 @@ class Server:
             case wire.Behind():
                 if not self._is_stale(peer, message.generation):
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
-                    self._bring_up(peer, message.worker_id, message.version)
-                    self._remind(peer, message.worker_id)
+                    if self._is_member(message.worker_id, message.incarnation):
+                        self._bring_up(peer, message.worker_id, message.version)
+                        self._remind(peer, message.worker_id)
             case wire.Recall():
                 if not self._is_stale(peer, message.generation):
                     self._happened(rounds.Heard(message.worker_id, message.incarnation), peer)
@@ -342,7 +353,7 @@ class Server:
         elif hello.model and (differs := difference(hello.model, self._described(rank))):
             refusal = wire.Refusal(
                 generation=self.generation,
-                reason=f"it trains another model ({differs})",
+                reason=f"it trains another model ({differs[:500]})",
                 cure="use the server's recipe, or leave the recipe out to get it from the server",
             )
         elif not _WORKER_ID.fullmatch(hello.worker_id):
@@ -350,6 +361,12 @@ class Server:
                 generation=self.generation,
                 reason="its name is not of letters, digits, '.', '_' and '-', 64 at most",
                 cure="choose another, or none to be given one",
+            )
+        elif not rounds.is_member(self._state, hello.session) and not self._joins.may(self._endpoint.sender):
+            refusal = wire.Refusal(
+                generation=self.generation,
+                reason="too many workers have joined lately",
+                cure="try again in a minute",
             )
         if refusal is not None:
             self._complain("refused", f"a worker was refused: {refusal.reason}")
@@ -395,7 +412,7 @@ class Server:
             try:
                 self._offered = self._opened(message, member)
             except WireError as error:
-                self._event("refused", f"a contribution of {message.worker_id} was refused: {error}")
+                self._complain("refused", f"a contribution of {message.worker_id} was refused: {error}")
                 self._receipt(peer, message.version, "refused", str(error))
                 return
             if self._offered is None:
@@ -489,11 +506,18 @@ class Server:
                 assert peer is not None
                 self._receipt(peer, self.version, status, reason)
                 if status == "superseded":
-                    self._event("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
+                    self._complain("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
             case rounds.Fence(worker_id, reason):
                 assert peer is not None
-                self._event("fenced", f"a process of {worker_id} was fenced: {reason}", worker_id=worker_id)
+                self._complain(
+                    "fenced", f"a process of {worker_id} was fenced: {reason}", worker_id=worker_id
+                )
                 cure = "start the worker again"
+                self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
+            case rounds.Decline(reason):
+                assert peer is not None
+                self._complain("refused", f"a worker was refused: {reason}")
+                cure = "try again when some have left, or raise server.max_workers"
                 self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
             case rounds.Ask(_):
                 assert peer is not None
@@ -501,6 +525,7 @@ class Server:
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
                 self._staged.pop(member.worker_id, None)
+                self._attempts.pop(member.worker_id, None)
                 self._store.write(Gone(incarnation=member.incarnation))
                 if not self.finished:
                     self._event("left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id)
@@ -543,6 +568,7 @@ class Server:
         def publish() -> None:
             journaled_s = self._now_s()
             self._merged_in |= {message.worker_id: (version, message.incarnation) for _, message in held}
+            self._merged_in = {who: last for who, last in self._merged_in.items() if who in self._state.known}
             base_digest, self._master_digest = digests
             peers = list(self._peers.values())
             changed = self._publisher.publish(peers, before, dense, incarnations, base_digest)
@@ -682,7 +708,7 @@ class Server:
         """Send a member what is merged of it."""
         if self._is_member(worker_id, incarnation):
             said = f"{worker_id} starts over from what was merged of it"
-            self._event("recalled", said, worker_id=worker_id)
+            self._complain("recalled", said, worker_id=worker_id)
             member = self._state.members[worker_id]
             merged = self.master.merged_of(worker_id, member.heads, member.rank)
             self._publisher.send_factors(peer, merged)
@@ -846,4 +872,5 @@ def _rules(recipe: Recipe) -> rounds.Rules:
         grace_s=recipe.grace_s,
         deadline_s=recipe.server.deadline_s,
         silence_s=recipe.server.silence_s,
+        most_workers=recipe.server.max_workers,
     )
