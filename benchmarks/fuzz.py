@@ -403,7 +403,8 @@ def floods(attacker: Attacker, recorded: Recorded, chance: random.Random) -> Ite
         hello = wire.Hello(schema=wire.SCHEMA, worker_id=name, session=f"{n:x}", model={}, heads=0)
         attacker.send([bytes(frame) for frame in wire.encode(hello)])
         yield "Hello floods"
-        for welcome in attacker.heard:
+        while attacker.heard:
+            welcome = attacker.heard.popleft()
             if isinstance(welcome, wire.Welcome) and chance.randrange(2):
                 gone = wire.Leave(
                     generation=welcome.generation,
@@ -413,33 +414,31 @@ def floods(attacker: Attacker, recorded: Recorded, chance: random.Random) -> Ite
                 )
                 attacker.send([bytes(frame) for frame in wire.encode(gone)])
                 yield "Leaves"
-        attacker.heard.clear()
 
 
 class Member:
     """A worker that was welcomed, and what it knows of the run."""
 
     def __init__(self, attacker: Attacker, name: str) -> None:
-        self._attacker, self.welcome = attacker, None
-        self.generation = self.version = self.stream = 0
-        self.base_digest, self.name = "", name
-        self.joined = False
+        self._attacker, self.name = attacker, name
+        self.own: dict[str, Any] = {}  # what names it in a message, once it was welcomed
+        self.version = self.stream = 0
+        self.base_digest = ""
         hello = wire.Hello(schema=wire.SCHEMA, worker_id=name, session=name, model={}, heads=0)
         attacker.send([bytes(frame) for frame in wire.encode(hello)])
 
     def look(self) -> None:
         """Take in what the server said."""
-        for message in self._attacker.heard:
+        while self._attacker.heard:
+            message = self._attacker.heard.popleft()
             if isinstance(message, wire.Welcome) and message.worker_id == self.name:
                 self.own = {
                     "worker_id": self.name,
                     "incarnation": message.incarnation,
                     "generation": message.generation,
                 }
-                self.joined = True
             elif isinstance(message, wire.Update):
                 self.version, self.base_digest = message.version, message.base_digest
-        self._attacker.heard.clear()
 
 
 def members(attacker: Attacker, recorded: Recorded, chance: random.Random) -> Iterator[str]:
@@ -456,7 +455,7 @@ def members(attacker: Attacker, recorded: Recorded, chance: random.Random) -> It
         yield "Hello"
         for _ in range(400):
             member.look()
-            if not member.joined:
+            if not member.own:
                 heartbeat = wire.Heartbeat(
                     generation=1, number=1, worker_id=member.name, incarnation=0, version=0, local_step=1
                 )
