@@ -84,7 +84,9 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
 
 def test_make_train_trains_the_quickstart(tmp_path: Path) -> None:
     """With this environment in place of .venv, shards of its own, and two workers of the four."""
-    arguments = f"{' '.join(SMALL)} train.workers=2 run.dir={tmp_path / 'run'} data.shards={tmp_path / 'shards'}"
+    arguments = (
+        f"{' '.join(SMALL)} train.workers=2 run.dir={tmp_path / 'run'} data.shards={tmp_path / 'shards'}"
+    )
     installed = Path(sys.prefix) / ".installed"
     command = ["make", "train", f"VENV={sys.prefix}", f"SHARDS={tmp_path / 'shards'}", f"ARGS={arguments}"]
     command += ["-o", str(installed)]  # already installed
