@@ -239,7 +239,7 @@ class Schedule:
     warmup_steps: Whole = _doc(50, "local steps of linear warmup")
     final: Share = _doc(0.1, "factor at the last step (cosine, linear)")
     join_warmup_steps: Whole = _doc(
-        10, "local steps of linear warmup of heads that begin in the middle of a run, without moments"
+        20, "local steps of linear warmup of heads that begin in the middle of a run, without moments"
     )
 
 

@@ -94,7 +94,9 @@ def test_workers_come_and_go_and_each_has_its_rate_and_its_data(
     Versions 1 to 3 are of two workers, 4 of four, the others of three. Each of this happens at the second
     step of a round: everybody has the update that opened it then, and the server what was pushed."""
     rounds = 9
-    server = cluster.serve(train__rounds=rounds, server__silence_s=500.0, **overlap, **EXACT)
+    server = cluster.serve(
+        train__rounds=rounds, schedule__join_warmup_steps=3, server__silence_s=500.0, **overlap, **EXACT
+    )
     diaries = {name: cluster.folder / f"{name}.jsonl" for name in "abcd"}
     a = cluster.work("a", Diary(diaries["a"]), Fault(STEP, call=6, number=signal.SIGSTOP))
     b = cluster.work("b", Diary(diaries["b"], leaves_at=10))
@@ -193,6 +195,7 @@ def test_heads_of_different_rank_go_on_bit_for_bit(cluster: Cluster, mixed: str,
         cluster.ended(process, 0)
     assert cluster.master_digest() == mixed
     audit(cluster.run, ROUNDS, {"a", "b"})
+    assert "b joined with 1 head of lora_rank 2" in cluster.events("joined")
     assert cluster.events("refused") == cluster.events("recalled") == cluster.events("reshaped") == []
 
 
