@@ -154,11 +154,12 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Trained:
-    """`lte train`: a server process and two worker processes over zmq. Not to be changed."""
+    """`lte train`: a server process and two worker processes over zmq, each a Python of its own. Not to be
+    changed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data").symlink_to(data)
     family = Family(folder)
-    command = family.start("train", write_recipe(folder))
+    command = family.execute("train", write_recipe(folder))
     try:
         assert command.ended() == 0, command.err
     finally:
@@ -588,7 +589,7 @@ def is_pending(pid: int, number: int) -> bool:
 
 
 def test_ctrl_c_before_the_server_can_hear_it(family: Family, folder: Path) -> None:
-    command = family.start("train", write_recipe(folder, **LONG))
+    command = family.execute("train", write_recipe(folder, **LONG))
     command.until(lambda: family.members("server") or None, "server process")
     command.signal(signal.SIGINT)
 
