@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from forks import fork_python
 
 SCRIPT = """
-import gc, json, os, signal, subprocess, sys, threading
+import gc, json, os, re, signal, subprocess, sys, threading
 
 FDS = "/proc/self/fd"
 found = {
@@ -22,7 +23,8 @@ found = {
     "path": sys.path[0],
     "folder": os.getcwd(),
     "environment": {name: value for name, value in os.environ.items() if name != "LC_CTYPE"},
-    "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
+    "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
+    "ignored": re.search(r"SigIgn:\\s*(\\w+)", open("/proc/self/status").read())[1],
     "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
     "descriptors": sorted(int(fd) for fd in os.listdir(FDS) if os.path.exists(f"{FDS}/{fd}")),
     "collects": gc.isenabled(),
@@ -37,8 +39,8 @@ if len(sys.argv) == 1:
     reading, writing = os.pipe()
     os.set_inheritable(reading, True)  # a descriptor that is not passed on all the same
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, lambda number, frame: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
     child = subprocess.Popen(
         [sys.executable, sys.argv[0], "child", str(writing)],
         stdin=subprocess.DEVNULL,
@@ -78,7 +80,8 @@ def test_a_fork_finds_what_an_executed_python_finds(tmp_path: Path, forked: bool
         "path": str(tmp_path),
         "folder": str(tmp_path),
         "environment": environment,
-        "signals": [f"<built-in function {'default_int_handler'}>", "0", "1"],
+        "signals": ["<built-in function default_int_handler>", "0"],
+        "ignored": f"{1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1:016x}",
         "mask": [],
         "descriptors": [0, 1, 2],
         "collects": True,
