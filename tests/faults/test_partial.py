@@ -145,11 +145,11 @@ def test_of_two_workers_with_one_id_the_newer_goes_on(
 def test_a_ghost_of_a_worker_does_not_spoil_the_state_of_its_successor(
     cluster: Cluster, undisturbed: str, where: str, words: str
 ) -> None:
-    """It wakes when its successor was killed after a state of its own."""
+    """It wakes when its successor was killed in the round after."""
     server, a = cluster.serve(), cluster.work("a")
     ghost = cluster.work("b", Fault(where, call=3, number=STOP))
     cluster.stopped(ghost)
-    successor = cluster.work("b", Fault("lte.worker.session:Session.push", call=1, after=True))
+    successor = cluster.work("b", Fault(STEP, call=3))
     cluster.ended(successor, -signal.SIGKILL)
     cluster.wake(ghost)
     cluster.ended(ghost, 1)
