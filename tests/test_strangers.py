@@ -38,6 +38,7 @@ def serve(tmp_path: Path) -> Serve:
             "run.dir": str(tmp_path / "run"),
             "train.rounds": 3,
             "train.local_steps": 2,
+            "base.quant": "int8",
             "lora.rank": 2,
             "schedule.warmup_steps": 0,
             "server.address": f"inprocess://strangers-{next(NAMES)}",
