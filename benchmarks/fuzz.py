@@ -54,6 +54,7 @@ from lte.transport import keys
 from lte.transport.inprocess import InprocessServer
 
 HONEST = ("w0", "w1")
+RANK = 4
 MAX_WORKERS = 64
 ROUNDS = 12
 MAX_MESSAGE_BYTES = 2 << 20
@@ -64,7 +65,7 @@ SETTINGS: dict[str, Any] = {
     "model.mlp_width": 64,
     "model.context_tokens": 16,
     "base.quant": "int8",
-    "lora.rank": 4,
+    "lora.rank": RANK,
     "lora.merge": "reset-less",
     "train.rounds": ROUNDS,
     "train.local_steps": 2,
@@ -113,12 +114,12 @@ class Target:
             if not isinstance(message, wire.Part):
                 wire.tensors(frames, entries)
                 return "a message"
-            assembly = wire.Assembly(message.stream, message.version, self.master.max_contribution(1))
+            assembly = wire.Assembly(message.stream, message.version, self.master.max_contribution(1, RANK))
             assembly.add(message, frames, entries)
             blobs = assembly.close(1)
             if blobs is None:
                 return "a message"
-            self.master.decode(blobs, HONEST[0] if self.is_known else "", 1)
+            self.master.decode(blobs, HONEST[0] if self.is_known else "", 1, RANK)
         except WireError:
             return "refused"
         return "a contribution"
@@ -142,7 +143,7 @@ def target(settings: Mapping[str, Any], *, is_known: bool) -> Target:
     """A small model's contribution, as a worker encodes it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(300, 24), nn.Linear(24, 40), nn.Linear(40, 20))
-    recipe = config.replace(Recipe(), **{"lora.rank": 4, "base.quant": "int8", "lora.merge": "reset-less"})
+    recipe = config.replace(Recipe(), **{"lora.rank": RANK, "base.quant": "int8", "lora.merge": "reset-less"})
     master = Master(model, config.replace(recipe, **settings))
     blobs = {}
     for name, spec in master.plan.adapted.items():
@@ -691,7 +692,7 @@ def live(name: str, num_frames: int, chance: random.Random, folder: Path, shards
             faults.append(f"{outcome.records_bytes:,} bytes of records")
     recipe = config.replace(Recipe(), **settings)
     master = Master(language.initial_model(recipe), recipe)
-    staged = 2 * sum(master.max_contribution(1).values())
+    staged = 2 * sum(master.max_contribution(1, RANK).values())
     whole = sum(blob.numel() for blob in master.snapshot().values())
     waiting = max((each.waiting_bytes for each in episodes), default=0)
     # What a calm server takes; what waits to be heard; of each worker what it has staged, and of each that
