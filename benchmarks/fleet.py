@@ -6,6 +6,7 @@ very `lte` commands.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -159,6 +160,8 @@ class Fleet:
 
 
 def send(process: BaseProcess, number: signal.Signals) -> None:
-    """A signal to a process that was started here and not waited for yet."""
+    """A signal to a process, unless it has ended."""
     assert process.pid is not None
-    os.kill(process.pid, number)
+    if process.exitcode is None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended this very moment
+            os.kill(process.pid, number)
