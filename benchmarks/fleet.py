@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests" / "faults"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
-from cluster import CONTEXT, audit  # noqa: E402  (the fault suite's, from tests/faults)
+from cluster import audit, replayed  # noqa: E402  (these three are the fault suite's)
+from forks import fork  # noqa: E402
 
 from lte import cli, config  # noqa: E402
 from lte.config import Recipe  # noqa: E402
 from lte.track import METRICS  # noqa: E402
 
-CONTEXT.set_forkserver_preload(["lte.cli", "bitsandbytes", "cluster"])
-
-__all__ = ["ROOT", "Fleet", "audit"]
+__all__ = ["ROOT", "Fleet", "audit", "replayed", "send"]
 
 _LOOK_S = 0.02
 _END_S = 120.0
@@ -111,8 +110,7 @@ class Fleet:
         return self.folder / "workers" / name
 
     def _start(self, arguments: list[str], log: str) -> BaseProcess:
-        process = CONTEXT.Process(target=_command, args=(arguments, self.folder / f"{log}.log"))
-        process.start()
+        process = fork(_command, arguments, self.folder / f"{log}.log")
         self._started.append(process)
         return process
 

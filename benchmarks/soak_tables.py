@@ -11,12 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleet import Fleet, audit
+from fleet import Fleet, audit, replayed
 from runs import header, records, row
 
-from lte import config, language
-from lte.server import journal, recovery
-from lte.server.master import Master
+from lte.server import journal
 
 if TYPE_CHECKING:
     from soak import Fault, Soak
@@ -112,11 +110,11 @@ def outcome(soak: Soak, codes: Sequence[int | None], lasting: Sequence[Fault]) -
     audit(fleet.run, fleet.version, workers)
     merged, num_kept, num_unmerged = merges(fleet.run)
     versions = [line["version"] for line in lines if line["kind"] == "round"]
-    is_replayed = replayed_digest(fleet) == done["master_digest"]
+    is_replayed = replayed(fleet.run) == done["master_digest"]
     said = Counter(line["what"] for line in lines if line["kind"] == "event")
     checks = {
         "each version is in the records once": versions == list(range(1, fleet.version + 1)),
-        "the journal, replayed from the first checkpoint, gives the master's bits": is_replayed,
+        "the journal, replayed from the initial weights, gives the master's bits": is_replayed,
         "all end at the last version with exit code 0": set(codes) == {0},
         "nobody ended unasked": not soak.surprises,
         "every victim but those who left soon after contributed again": all(
@@ -147,21 +145,6 @@ def memory_table(memory_mb: dict[int, list[float]]) -> None:
             f" first after 10 s; growth from then to its end {statistics.median(growth):.1f} MB in the"
             f" median, {max(growth):.1f} MB at most\n"
         )
-
-
-def replayed_digest(fleet: Fleet) -> str:
-    """The master that the journal makes of the first checkpoint."""
-    alone = fleet.folder / "replay"
-    first = min((fleet.run / "checkpoints").glob("version-*"))
-    (alone / "checkpoints").mkdir(parents=True)
-    (alone / "checkpoints" / first.name).symlink_to(first)
-    (alone / "journal").symlink_to(fleet.run / "journal")
-    recipe = config.load(fleet.run / "config.yaml")
-    master = Master(language.initial_model(recipe), recipe)
-    found = recovery.recover(alone, master)
-    assert not found.faults, found.faults
-    assert found.progress.version == fleet.version
-    return master.master_digest()
 
 
 def evaluations(run: Path) -> dict[int, float]:
