@@ -48,6 +48,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_n
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Multiple = Annotated[float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
 Name = Annotated[str, Field(min_length=1)]
 _OrNone = BeforeValidator(_none_if_said)
 
@@ -255,6 +256,13 @@ class Outer:
     dense: bool = _doc(False, "use SGD for dense parameters too, instead of averaging them")
     weights: Literal["heads", "tokens"] = _doc("heads", "heads count the same, or by tokens trained on")
     weight_decay: Fraction = _doc(0.0, "share of every adapted weight that a merge takes away")
+    bound_norm: Annotated[Multiple | None, _OrNone] = _doc(
+        None, "weigh a head less whose delta of a module is longer than so many medians of all; none: never"
+    )
+    trim: Annotated[Fraction | None, _OrNone] = _doc(
+        None,
+        "leave out whose delta, of 4 or more, agrees with the others' less than this share of the usual",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,6 +509,10 @@ def check(recipe: Recipe) -> list[str]:
         (
             outer.name == "sgd" or (outer.lr == 1.0 and outer.momentum == 0.0),
             "outer.lr, outer.momentum: need outer.name = sgd (average has neither)",
+        ),
+        (
+            outer.trim is None or outer.bound_norm is not None,
+            "outer.trim: looks at directions alone; it needs outer.bound_norm, such as 3, against lengths",
         ),
         (
             recipe.server.quorum <= train.workers,

@@ -1,11 +1,14 @@
 """The arithmetic of a merge: weights, the mean delta, and the outer step. fp32, in one fixed order.
 
 Pure functions; W is (out, in), A (r, in), B (out, r).
+
+Against poisoned contributions weights alone are used, never edits: what a worker sent counts as merged,
+with a smaller weight or none. So its merged factors need no other rule than those of all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +16,9 @@ from torch import Tensor
 
 from lte import lowrank
 from lte.config import Outer
+
+_PIECE = 1 << 20
+"""Elements of dense deltas that are looked at together, in fp64."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +53,145 @@ def shares(heads: Sequence[int], tokens: Sequence[int], num_missing_heads: int, 
     return [t / tokens_expected / h for h, t in zip(heads, tokens, strict=True)]
 
 
+@dataclass(frozen=True)
+class Robust:
+    """What robust merging makes of the contributions to one merge.
+
+    Attributes:
+        factors: by tensor, on the weight of each of its addends (heads, or dense deltas).
+        kept: of each contribution, the share of its length that its bounds leave.
+        trimmed: indices of the contributions that are left out. The others do not grow by it.
+    """
+
+    factors: dict[str, list[float]]
+    kept: list[float]
+    trimmed: frozenset[int]
+
+
+def robust(
+    products: Mapping[str, Tensor], owners: Mapping[str, Sequence[int]], outer: Outer, quorum: int
+) -> Robust:
+    """Bound lengths tensor by tensor, then leave out contributions whose direction is an outlier.
+
+    Each tensor has a bound of its own: a contribution cannot hide a small tensor that it has blown up
+    behind large ones, and is not cut everywhere for one that is long by chance.
+
+    Args:
+        products: by tensor, inner products of its weighted addends, (n, n), fp64; the diagonal is
+            enough where `outer.trim` is none.
+        owners: by tensor, the index of the contribution that each addend is of.
+        quorum: least contributions to leave.
+    """
+    num = 1 + max(owner for some in owners.values() for owner in some)
+    merged = torch.zeros(num, num, dtype=torch.float64)
+    before, after = torch.zeros(2, num, dtype=torch.float64)
+    factors = {}
+    for name, product in products.items():
+        owned, squares = _indicator(owners[name], num), product.diagonal()
+        factor = factors[name] = torch.ones_like(squares)
+        if outer.bound_norm is not None:
+            factor = factors[name] = bounds(squares.clamp(min=0).sqrt(), outer.bound_norm)
+        merged += owned.T @ (product * torch.outer(factor, factor)) @ owned
+        before += squares @ owned
+        after += (squares * factor.square()) @ owned
+    trimmed = frozenset[int]()
+    if outer.trim is not None:
+        trimmed = frozenset(outliers(merged, outer.trim, least=max(quorum, num // 2 + 1)))
+    return Robust(
+        factors={
+            name: [
+                0.0 if owner in trimmed else f for owner, f in zip(owners[name], factor.tolist(), strict=True)
+            ]
+            for name, factor in factors.items()
+        },
+        kept=torch.where(before > 0, after / before, 1.0).sqrt().tolist(),
+        trimmed=trimmed,
+    )
+
+
+def bounds(norms: Tensor, multiple: float) -> Tensor:
+    """Factors, at most 1, that hold each of these norms to a multiple of the median.
+
+    The median is of those that moved at all: few workers may touch a module. Of two middle ones it is
+    the lower, so that up to half of them may be anything.
+    """
+    moved = norms[norms > 0]
+    if not len(moved):
+        return torch.ones_like(norms)
+    return (multiple * moved.median() / norms).clamp(max=1.0)
+
+
+def outliers(products: Tensor, share: float, least: int) -> list[int]:
+    """The contributions that agree with the others less than a share of what is usual.
+
+    A contribution's agreement is the median of its cosines with each of the others; the usual one is
+    the median of these. So neither lengths nor, below a half, poisoned ones among the others matter.
+    What is usual is measured, as it depends on rank, batch and progress; where it is not positive,
+    and for fewer than four, nobody is an outlier.
+
+    Args:
+        products: of contributions, (n, n). least: how many are left at least.
+
+    Returns:
+        Their indices, those that agree least first.
+    """
+    n = len(products)
+    if n < 4:
+        return []
+    norms = products.diagonal().clamp(min=0).sqrt()
+    cosines = (products / torch.outer(norms, norms)).nan_to_num()
+    others = cosines[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
+    agreement = others.sort(dim=1).values[:, (n - 1) // 2]  # the upper of two middle ones
+    usual = float(agreement.median())
+    if usual <= 0:
+        return []
+    order = agreement.argsort(stable=True).tolist()
+    return [k for k in order[: n - least] if agreement[k] < share * usual and norms[k] > 0]
+
+
+def products(deltas: Sequence[HeadDelta]) -> Tensor:
+    """Inner products of heads' weighted deltas, (n, n), fp64, from small matrices alone.
+
+    With D = L R it is <D, D'> = sum((L^T L') * (R R'^T)); no matrix (out, in) is made.
+    """
+    lefts, rights = zip(*map(_product, deltas), strict=True)
+    left, right = torch.cat(lefts, dim=1).double(), torch.cat(rights, dim=0).double()
+    owners = [k for k, right in enumerate(rights) for _ in range(len(right))]
+    owned = _indicator(owners, len(deltas))
+    return owned.T @ ((left.T @ left) * (right @ right.T)) @ owned
+
+
+def dense_products(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Inner products of weighted dense deltas of one shape, (n, n), fp64."""
+    total = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    flat = [delta.flatten() for delta in deltas]
+    for start in range(0, flat[0].numel(), _PIECE):
+        piece = torch.stack([delta[start : start + _PIECE] for delta in flat]).double()
+        total += piece @ piece.T
+    w = torch.tensor(weights, dtype=torch.float64)
+    return total * torch.outer(w, w)
+
+
+def _indicator(owners: Sequence[int], n: int) -> Tensor:
+    """(len(owners), n), 1 where the owner is: sums over what each owns are products with it."""
+    return torch.nn.functional.one_hot(torch.tensor(owners, dtype=torch.long), n).double()
+
+
 def mean_delta(deltas: Sequence[HeadDelta]) -> Tensor:
     """sum_n w_n s_n (B_n A_n - B'_n A'_n), (out, in), as one product of the stacked factors.
 
     No head's delta is ever made in full; the order of heads fixes the result to the bit.
     """
-    lefts, rights = [], []
-    for head in deltas:
-        left, right = head.B, head.A
-        if head.merged_A is not None and head.merged_B is not None:
-            left, right = lowrank.stacked(head.A, head.B, head.merged_A, head.merged_B)
-        lefts.append(left * head.weight)
-        rights.append(right)
+    lefts, rights = zip(*map(_product, deltas), strict=True)
     return torch.cat(lefts, dim=1) @ torch.cat(rights, dim=0)
+
+
+def _product(head: HeadDelta) -> tuple[Tensor, Tensor]:
+    """Factors (left, right) of w s (B A - B' A')."""
+    left, right = head.B, head.A
+    if head.merged_A is not None and head.merged_B is not None:
+        left, right = lowrank.stacked(head.A, head.B, head.merged_A, head.merged_B)
+    return left * head.weight, right
 
 
 def outer_step(

@@ -9,8 +9,10 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             parameter and worker (uplink_bits, downlink_bits); codes_changed and scales_changed
             (shares), changes_bytes (of both, one copy) and, if measured, the entropy_bytes of these
             changes; merge_in_steps (size of the merge in steps of the quantization); lost (share
-            of the heads' change that nobody owes); the server's merge_s, of it requantize_s, and
-            pack_s; step_s, encode_s and apply_s of the median worker
+            of the heads' change that nobody owes); with robust merging bounded (worker_id -> share of
+            its length merged) and trimmed (worker_ids left out), num_bounded and num_trimmed; the
+            server's merge_s, of it requantize_s, and pack_s; step_s, encode_s and apply_s of the
+            median worker
     eval    version, tokens, loss (published model), loss_master
     event   what (a slug), message (for people)
     done    rounds, tokens, workers, num_parameters, num_adapted_parameters, uplink_bytes and

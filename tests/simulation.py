@@ -97,7 +97,7 @@ class Simulation:
             for trainer in self.trainers:
                 trainer.go_ahead()
             ahead()
-        self.merge_in_steps = self.master.merge(received, missing)
+        self.outcome = self.master.merge(received, missing)
         before = self.master.requantize()
         blobs = self.master.publish_dense()
         for name, change in self.master.changes_since(before):

@@ -15,6 +15,7 @@ from lte import lowrank, merge, quantize
 from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Outer, Recipe
 from lte.errors import ConfigError, WireError
+from lte.merge import HeadDelta, Robust
 from lte.nn import adapted_modules, plan
 from lte.quantize import Quantized
 
@@ -39,6 +40,22 @@ class Received:
     draw: int
     tokens: int
     tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a merge came to.
+
+    Attributes:
+        in_steps: root mean square of the change of W, in steps of the base's quantization; 0 for a base
+            without any.
+        bounded: worker_id -> share of its contribution's length that was merged, where bounds cut it.
+        trimmed: workers whose contribution was left out of the change, though it counts as merged.
+    """
+
+    in_steps: float
+    bounded: dict[str, float]
+    trimmed: tuple[str, ...]
 
 
 class Master:
@@ -143,13 +160,8 @@ class Master:
     # Merging
 
     @torch.no_grad()
-    def merge(self, contributions: Sequence[Received], num_missing_heads: int) -> float:
-        """Fold contributions into W and the dense parameters. What is published stays.
-
-        Returns:
-            Root mean square of the change of W, in steps of the base's quantization; 0 for a base
-            without any.
-        """
+    def merge(self, contributions: Sequence[Received], num_missing_heads: int) -> Outcome:
+        """Fold contributions into W and the dense parameters. What is published stays."""
         shares = merge.shares(
             [c.heads for c in contributions],
             [c.tokens for c in contributions],
@@ -160,14 +172,13 @@ class Master:
         for c in contributions:
             if not self.merged_of(c.worker_id, c.heads, c.rank):  # it had other heads once, or none
                 self.merged.pop(c.worker_id, None)
+        robust = self._robust(contributions, shares)
 
         def merge_into(name: str) -> tuple[float, float]:
-            scale = self.plan.adapted[name].scale
-            heads = [
-                merge.HeadDelta(*pair, scale * share)
-                for contribution, share in zip(contributions, shares, strict=True)
-                for pair in self._factors(name, contribution)
-            ]
+            heads = self._heads(name, contributions, shares)
+            if robust:
+                factors = robust.factors[name]
+                heads = [replace(h, weight=h.weight * f) for h, f in zip(heads, factors, strict=True)]
             before = self.weights[name]
             self._step(name, self.weights, merge.mean_delta(heads), outer)
             steps = quantize.step(self.base[name])
@@ -178,14 +189,55 @@ class Master:
         average = replace(outer, weight_decay=0.0) if outer.dense else Outer()
         for name in self.plan.dense:
             delta = torch.zeros_like(self.dense[name])
-            for contribution, share in zip(contributions, shares, strict=True):
-                delta += contribution.tensors[name + DENSE] * (share * contribution.heads)
+            factors = robust.factors[name] if robust else [1.0] * len(contributions)
+            for contribution, share, factor in zip(contributions, shares, factors, strict=True):
+                delta += contribution.tensors[name + DENSE] * (share * contribution.heads * factor)
             self._step(name, self.dense, delta, average)
         for contribution in contributions:
             if merged := self._rebuilt(contribution):
                 self.merged[contribution.worker_id] = merged
         change, step = (math.hypot(*sizes) for sizes in zip((0.0, 0.0), *measured, strict=True))
-        return change / step if step else 0.0
+        who = [contribution.worker_id for contribution in contributions]
+        return Outcome(
+            in_steps=change / step if step else 0.0,
+            bounded={w: kept for w, kept in zip(who, robust.kept, strict=True) if kept < 1} if robust else {},
+            trimmed=tuple(w for k, w in enumerate(who) if robust and k in robust.trimmed),
+        )
+
+    def _heads(
+        self, name: str, contributions: Sequence[Received], shares: Sequence[float]
+    ) -> list[HeadDelta]:
+        """The weighted deltas of one module, of each head of each contribution."""
+        scale = self.plan.adapted[name].scale
+        return [
+            HeadDelta(*pair, scale * share)
+            for contribution, share in zip(contributions, shares, strict=True)
+            for pair in self._factors(name, contribution)
+        ]
+
+    def _robust(self, contributions: Sequence[Received], shares: Sequence[float]) -> Robust | None:
+        """Factors on the weights, a function of contributions and recipe alone: a replay finds them again."""
+        outer = self.recipe.outer
+        if outer.bound_norm is None:
+            return None
+
+        def products(name: str) -> Tensor:
+            heads = self._heads(name, contributions, shares)
+            if outer.trim is None:
+                return torch.diag(torch.cat([merge.products([head])[0] for head in heads]))
+            return merge.products(heads)
+
+        found = dict(zip(self.base, self._of_each(products), strict=True))
+        of_heads = [k for k, contribution in enumerate(contributions) for _ in range(contribution.heads)]
+        owners = dict.fromkeys(found, of_heads)
+        weights = [
+            share * contribution.heads for share, contribution in zip(shares, contributions, strict=True)
+        ]
+        for name in self.plan.dense:
+            deltas = [contribution.tensors[name + DENSE] for contribution in contributions]
+            found[name] = merge.dense_products(deltas, weights)
+            owners[name] = list(range(len(contributions)))
+        return merge.robust(found, owners, outer, self.recipe.server.quorum)
 
     def _step(self, name: str, weights: dict[str, Tensor], delta: Tensor, outer: Outer) -> None:
         weights[name], momentum = merge.outer_step(weights[name], delta, self.momentum.get(name), outer)

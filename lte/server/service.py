@@ -30,9 +30,10 @@ from lte.server import folder, recovery, rounds
 from lte.server.admission import Complaints, Joins, vouched
 from lte.server.checkpoint import Progress
 from lte.server.journal import Admitted, Gone, Kept, Merged
-from lte.server.master import Master, Received
+from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
 from lte.server.store import Store
+from lte.server.watch import TRIMS_IN_A_ROW, Outliers
 from lte.track import METRICS, Records, Tracker
 from lte.transport import Frames, Peer
 
@@ -138,7 +139,7 @@ class Server:
                 version=found.progress.version,
             )
             self._complain = Complaints(self._event)
-            self._joins = Joins(recipe.server.max_workers)
+            self._joins, self._outliers = Joins(recipe.server.max_workers), Outliers()
             # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
             self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
             self._take_up(found)
@@ -413,6 +414,7 @@ class Server:
                 self._offered = self._opened(message, member)
             except WireError as error:
                 self._complain("refused", f"a contribution of {message.worker_id} was refused: {error}")
+                self._outliers.started_over(message.worker_id)
                 self._receipt(peer, message.version, "refused", str(error))
                 return
             if self._offered is None:
@@ -452,6 +454,8 @@ class Server:
         heads, rank = member.heads, member.rank
         if message.merged_digest != self.master.merged_digest(member.worker_id, heads, rank):
             return "it is encoded against merged factors that the server does not hold"
+        if self._outliers.is_stuck(message.worker_id):
+            return f"{TRIMS_IN_A_ROW} merges in a row left it out (outer.trim): its heads start over"
         if message.draw > message.version:
             return "it counts more draws of its A than there were merges"
         if self.recipe.outer.weights == "tokens" and not message.tokens:
@@ -540,7 +544,7 @@ class Server:
         closed_s = self._now_s()
         held = [self._held[worker_id] for worker_id in worker_ids]
         self._held, self._staged = {}, {}
-        merge_in_steps = self.master.merge([received for received, _ in held], num_missing_heads)
+        outcome = self.master.merge([received for received, _ in held], num_missing_heads)
         merged_s = self._now_s()
         before = self.master.requantize()
         dense = self.master.publish_dense()
@@ -580,7 +584,8 @@ class Server:
             self._record_round(
                 [message for _, message in held],
                 **changed,
-                merge_in_steps=merge_in_steps,
+                merge_in_steps=outcome.in_steps,
+                **self._held_down(worker_ids, outcome),
                 merge_s=requantized_s - closed_s,
                 requantize_s=requantized_s - merged_s,
                 journal_s=journaled_s - requantized_s,
@@ -590,6 +595,20 @@ class Server:
 
         self._unpublished = publish
         self._publish_if_durable()
+
+    def _held_down(self, worker_ids: tuple[str, ...], outcome: Outcome) -> dict[str, Any]:
+        """What the records say of robust merging."""
+        if self.recipe.outer.bound_norm is None:
+            return {}
+        bounded, trimmed = outcome.bounded, outcome.trimmed
+        for what, worker_id, words in self._outliers.saw(worker_ids, bounded, trimmed):
+            self._event(what, words, worker_id=worker_id)
+        return {
+            "num_bounded": len(bounded),
+            "num_trimmed": len(trimmed),
+            "bounded": bounded,
+            "trimmed": trimmed,
+        }
 
     def _publish_if_durable(self) -> None:
         """Publish what was merged, if the journal holds it."""
@@ -616,7 +635,7 @@ class Server:
             )
         )
 
-    def _record_round(self, contributions: list[wire.Contribution], **measured: float) -> None:
+    def _record_round(self, contributions: list[wire.Contribution], **measured: Any) -> None:
         losses = [message.loss for message in contributions if message.loss is not None]
         uplink, downlink, by_kind = self._publisher.close_round()
         bits = 8 / self.master.plan.num_parameters
