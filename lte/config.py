@@ -295,6 +295,9 @@ class Server:
     num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
     checkpoint_every: Count = _doc(10, "rounds between checkpoints")
     keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")
+    diverging: Annotated[Share | None, _OrNone] = _doc(
+        0.1, "say so when the loss rises again by this share of all that it had fallen; none: never"
+    )
     remember_rounds: Whole = _doc(10, "rounds for which what is merged of a worker that is gone is known")
 
 

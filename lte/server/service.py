@@ -33,7 +33,7 @@ from lte.server.journal import Admitted, Gone, Kept, Merged
 from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
 from lte.server.store import Store
-from lte.server.watch import TRIMS_IN_A_ROW, Outliers
+from lte.server.watch import TRIMS_IN_A_ROW, Divergence, Outliers, Rise
 from lte.track import METRICS, Records, Tracker
 from lte.transport import Frames, Peer
 
@@ -140,6 +140,8 @@ class Server:
             )
             self._complain = Complaints(self._event)
             self._joins, self._outliers = Joins(recipe.server.max_workers), Outliers()
+            rise = recipe.server.diverging
+            self._train_losses, self._eval_losses = Divergence(rise, window=3), Divergence(rise, window=2)
             # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
             self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
             self._take_up(found)
@@ -173,7 +175,13 @@ class Server:
     def _take_up(self, found: recovery.Recovered) -> None:
         """Go on from what was recovered: its records, its workers, a journal and checkpoint of its own."""
         progress, recipe = found.progress, self.recipe
-        told = {line["version"] for line in Records.read(self.folder / METRICS) if line["kind"] == "round"}
+        told = set()
+        for earlier in Records.read(self.folder / METRICS):
+            if earlier["kind"] == "round":
+                told.add(earlier["version"])
+                self._train_losses.saw(earlier["version"], earlier["train_loss"])
+            elif earlier["kind"] == "eval":
+                self._eval_losses.saw(earlier["version"], earlier["loss"])
         for line in found.rounds:  # of versions that a crash kept from the records
             if line["version"] not in told:
                 lr = self._rate(int(line["version"] or 0))
@@ -639,11 +647,12 @@ class Server:
         losses = [message.loss for message in contributions if message.loss is not None]
         uplink, downlink, by_kind = self._publisher.close_round()
         bits = 8 / self.master.plan.num_parameters
+        train_loss = sum(losses) / len(losses) if losses else None
         self._tracker.record(
             "round",
             version=self.version,
             tokens=self._tokens,
-            train_loss=sum(losses) / len(losses) if losses else None,
+            train_loss=train_loss,
             num_merged=len(contributions),
             num_told=self._publisher.num_told,
             uplink_bytes=uplink,
@@ -659,11 +668,24 @@ class Server:
             **measured,
         )
         # From here on the workers train already, on the version that was just published.
+        self._warn("training", self._train_losses.saw(self.version, train_loss))
         every = self.recipe.eval.every
         if not self.finished and every and self.version % every == 0:
-            self._measure(self.recipe.eval.tokens)
+            loss, _ = self._measure(self.recipe.eval.tokens)
+            self._warn("validation", self._eval_losses.saw(self.version, loss))
         if not self.finished and self.version % self.recipe.server.checkpoint_every == 0:
             self._store.save_meanwhile(self._progress(), self.master.state())
+
+    def _warn(self, which: str, rise: Rise | None) -> None:
+        """Say that a loss diverges, and the cure."""
+        if rise is None or self.finished:
+            return
+        back_to = max(rise.version, self._store.oldest)
+        self._event(
+            "diverging",
+            f"the {which} loss diverges: {rise.now:.3f}, after {rise.best:.3f} at version {rise.version}."
+            f" To go back: stop, lte rollback {self.folder} --version {back_to}, go on with a lower rate",
+        )
 
     def _rate(self, version: int) -> float:
         """Learning rate of the last local step before a version."""

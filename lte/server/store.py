@@ -45,6 +45,11 @@ class Store:
         self._saving: Future[None] | None = None
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="lte-checkpoint")
 
+    @property
+    def oldest(self) -> int:
+        """The earliest version that is kept."""
+        return checkpoint.version_of(checkpoint.versions(self.folder / "checkpoints")[0])
+
     def begin(self, progress: Progress, state: State, follows: dict[str, int]) -> None:
         """Write a checkpoint to start from, and begin a journal that follows these segments.
 

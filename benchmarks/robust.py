@@ -1,0 +1,169 @@
+"""What robust merging costs honest workers, and what a poisoned one of four costs without and with it.
+
+    python benchmarks/robust.py TEXT [num_seeds] [key=value ...]
+
+A GPT of 0.1M parameters, four workers as threads of one process; the first one follows an attack in every
+round. Prints the mean final loss of the published model, and for the honest runs the mean difference to
+plain merging with its 95 % interval over the seeds. Finished runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from runs import header, records, row, shards_of
+
+from launch import local
+from lte import config
+from lte.errors import LTEError
+from lte.worker.trainer import Trainer
+
+RUNS = Path("runs/robust")
+RECIPE = "configs/quickstart.yaml"
+COMMON = [
+    "model.num_layers=2",
+    "model.width=64",
+    "model.mlp_width=256",
+    "model.context_tokens=64",
+    "lora.rank=32",
+    "train.rounds=25",
+    "schedule.warmup_steps=20",
+    "optimizer.lr=2e-3",
+    "eval.every=0",
+    "eval.final_tokens=32768",
+    "eval.sample_tokens=0",
+    "server.checkpoint_every=1000",
+]
+SETTINGS = {
+    "plain": [],
+    "bound": ["outer.bound_norm=3"],
+    "bound and trim": ["outer.bound_norm=3", "outer.trim=0.3"],
+}
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+"""Student's t at 97.5 % for so many pairs."""
+
+Attack = Callable[[torch.Tensor], torch.Tensor]
+"""What a worker has learnt of a tensor since the last merge -> what it sends instead."""
+
+
+def noise(change: torch.Tensor) -> torch.Tensor:
+    """Ten times as long, in a random direction."""
+    random = torch.randn_like(change)
+    return 10 * random * (change.norm() / random.norm())
+
+
+ATTACKS: dict[str, Attack | None] = {
+    "none": None,
+    "turned round": lambda change: -change,
+    "turned round, 10 times": lambda change: -10 * change,
+    "turned round, 100 times": lambda change: -100 * change,
+    "noise, 10 times as long": noise,
+}
+RATE = "100 times the learning rate"
+"""An attack that needs no malice."""
+
+
+class Poisoned(Trainer):
+    """A worker that sends something else than what it has learnt."""
+
+    attack: Attack | None = None
+
+    @torch.no_grad()
+    def contribution(self) -> Any:
+        if self.attack is not None:
+            for module in self.modules.values():
+                known = torch.zeros(()) if module.merged_B is None else module.merged_B
+                module.lora_B.copy_(known + self.attack(module.lora_B - known))
+            for name, parameter in self.dense.items():
+                known = self._published[name]
+                parameter.copy_(known + self.attack(parameter - known))
+        return super().contribution()
+
+
+def trainer(attack: str) -> Callable[..., Trainer]:
+    """What makes the trainers of a run: the first worker's is poisoned."""
+
+    def make(*arguments: Any, slot: int, **named: Any) -> Trainer:
+        if slot:
+            return Trainer(*arguments, slot=slot, **named)
+        made = Poisoned(*arguments, slot=slot, **named)
+        made.attack = ATTACKS.get(attack)
+        if attack == RATE:
+            made._peak_rates = [100 * rate for rate in made._peak_rates]
+        return made
+
+    return make
+
+
+def train(folder: Path, attack: str, overrides: list[str]) -> list[dict[str, Any]]:
+    """Train in a folder, if that was not done; returns its records."""
+    lines = records(folder)
+    if not lines or lines[-1]["kind"] not in ("done", "event"):
+        own = [f"run.dir={folder}", f"server.address=inprocess://{folder.name}", "run.resume=never"]
+        recipe = config.load(RECIPE, [*COMMON, *overrides, *own])
+        poisoned, silent = patch("lte.worker.service.Trainer", trainer(attack)), io.StringIO()
+        diverged = contextlib.suppress(LTEError)  # so that a worker could not go on
+        with poisoned, contextlib.redirect_stdout(silent), diverged:
+            local.train_in_threads(recipe)
+        lines = records(folder)
+    return lines
+
+
+def loss_of(lines: list[dict[str, Any]]) -> float:
+    """Of the published model at the end; infinite for a run that diverged."""
+    last = lines[-1]
+    return math.inf if last["kind"] != "done" or last["loss"] is None else float(last["loss"])
+
+
+def held_down(lines: list[dict[str, Any]]) -> str:
+    """How many contributions of honest workers, and of the first one, were bounded and trimmed."""
+    rounds = [line for line in lines if line["kind"] == "round" and "bounded" in line]
+    counts = []
+    for what in ("bounded", "trimmed"):
+        first = sum("w0" in line[what] for line in rounds)
+        counts.append(f"{first} + {sum(len(line[what]) for line in rounds) - first}")
+    return " / ".join(counts)
+
+
+def main() -> None:
+    text, *rest = sys.argv[1:]
+    overrides = [argument for argument in rest if "=" in argument]
+    num_seeds = next((int(argument) for argument in rest if "=" not in argument), 3)
+    shards = shards_of(text, RUNS)
+    losses: dict[tuple[str, str], list[float]] = {}
+    header(
+        ["attack of one worker of four", "merging", "loss", "of each seed", "bounded / trimmed: it + others"]
+    )
+    for attack in (*ATTACKS, RATE):
+        for name, settings in SETTINGS.items():
+            runs = []
+            for seed in range(num_seeds):
+                folder = RUNS / "-".join([attack, name, f"seed{seed}", *overrides]).replace(" ", "_")
+                own = [*settings, f"data.shards={shards}", f"run.seed={seed}", *overrides]
+                runs.append(train(folder, attack, own))
+            some = losses[attack, name] = list(map(loss_of, runs))
+            each = ", ".join(f"{loss:.3f}" for loss in some)
+            row([attack, name, f"{mean(some):.4f}", each, "; ".join(map(held_down, runs))])
+    print()
+    header(["honest", "difference to plain", "95 % interval"])
+    for name in list(SETTINGS)[1:]:
+        pairs = zip(losses["none", "plain"], losses["none", name], strict=True)
+        differences = [robust - plain for plain, robust in pairs]
+        interval = "one seed tells none"
+        if len(differences) > 1:
+            half = T_95[len(differences)] * stdev(differences) / math.sqrt(len(differences))
+            interval = f"{mean(differences) - half:+.4f} ... {mean(differences) + half:+.4f}"
+        row([name, f"{mean(differences):+.4f}", interval])
+
+
+if __name__ == "__main__":
+    main()
