@@ -10,10 +10,11 @@ plain merging with its 95 % interval over the seeds. Finished runs are not repea
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import sys
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,8 +23,8 @@ from unittest.mock import patch
 import torch
 from runs import header, records, row, shards_of
 
-from launch import local
-from lte import config
+from lte import config, language
+from lte.compress import B
 from lte.errors import LTEError
 from lte.worker.trainer import Trainer
 
@@ -45,8 +46,8 @@ COMMON = [
 ]
 SETTINGS = {
     "plain": [],
-    "bound": ["outer.bound_norm=3"],
-    "bound and trim": ["outer.bound_norm=3", "outer.trim=0.3"],
+    "bound": ["outer.bound_norm=1.5"],
+    "bound and trim": ["outer.bound_norm=1.5", "outer.trim=0.3"],
 }
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t at 97.5 % for so many pairs."""
@@ -78,22 +79,30 @@ class Poisoned(Trainer):
     attack: Attack | None = None
 
     @torch.no_grad()
-    def contribution(self) -> Any:
-        if self.attack is not None:
-            for module in self.modules.values():
-                known = torch.zeros(()) if module.merged_B is None else module.merged_B
-                module.lora_B.copy_(known + self.attack(module.lora_B - known))
-            for name, parameter in self.dense.items():
-                known = self._published[name]
-                parameter.copy_(known + self.attack(parameter - known))
-        return super().contribution()
+    def contribution(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.attack is None:
+            yield from super().contribution()
+            return
+        for module in self.modules.values():
+            module.lora_B.copy_(self.attack(module.lora_B))
+        for name, parameter in self.dense.items():
+            parameter.copy_(self._published[name] + self.attack(parameter - self._published[name]))
+        yield from super().contribution()
+        # What the codecs left out is not owed, or the attack would be made on it again and again.
+        for name, module in self.modules.items():
+            module.lora_B.copy_(self._sent[name + B])
+        for name, parameter in self.dense.items():
+            parameter.copy_(self._published[name] + self._sent[name])
+
+    def _check_finite(self) -> None:
+        """It does not mind."""
 
 
 def trainer(attack: str) -> Callable[..., Trainer]:
     """What makes the trainers of a run: the first worker's is poisoned."""
 
     def make(*arguments: Any, slot: int, **named: Any) -> Trainer:
-        if slot:
+        if slot or attack == "none":
             return Trainer(*arguments, slot=slot, **named)
         made = Poisoned(*arguments, slot=slot, **named)
         made.attack = ATTACKS.get(attack)
@@ -105,15 +114,31 @@ def trainer(attack: str) -> Callable[..., Trainer]:
 
 
 def train(folder: Path, attack: str, overrides: list[str]) -> list[dict[str, Any]]:
-    """Train in a folder, if that was not done; returns its records."""
+    """Train in a folder, if that was not done; returns its records. Who fails is missed by the others."""
     lines = records(folder)
-    if not lines or lines[-1]["kind"] not in ("done", "event"):
+    if not lines or lines[-1]["kind"] != "done":
         own = [f"run.dir={folder}", f"server.address=inprocess://{folder.name}", "run.resume=never"]
         recipe = config.load(RECIPE, [*COMMON, *overrides, *own])
-        poisoned, silent = patch("lte.worker.service.Trainer", trainer(attack)), io.StringIO()
-        diverged = contextlib.suppress(LTEError)  # so that a worker could not go on
-        with poisoned, contextlib.redirect_stdout(silent), diverged:
-            local.train_in_threads(recipe)
+
+        def work() -> None:
+            with contextlib.suppress(LTEError):
+                language.work(server.address, say=lambda line: None)
+            left.remove(threading.current_thread())
+            if not left:
+                server.stop("nobody is left")
+
+        left: list[threading.Thread] = []
+        with (
+            patch("lte.worker.service.Trainer", trainer(attack)),
+            language.make_server(recipe, display=False) as server,
+        ):
+            threads = [threading.Thread(target=work) for _ in range(recipe.train.workers)]
+            left += threads
+            for thread in threads:
+                thread.start()
+            server.serve()
+            for thread in threads:
+                thread.join()
         lines = records(folder)
     return lines
 
@@ -125,12 +150,13 @@ def loss_of(lines: list[dict[str, Any]]) -> float:
 
 
 def held_down(lines: list[dict[str, Any]]) -> str:
-    """How many contributions of honest workers, and of the first one, were bounded and trimmed."""
-    rounds = [line for line in lines if line["kind"] == "round" and "bounded" in line]
+    """How many contributions were bounded and trimmed: of the worker that was most often, and of others."""
+    rounds = [line for line in lines if line["kind"] == "round"]
     counts = []
     for what in ("bounded", "trimmed"):
-        first = sum("w0" in line[what] for line in rounds)
-        counts.append(f"{first} + {sum(len(line[what]) for line in rounds) - first}")
+        named = Counter(who for line in rounds for who in line.get(what, ()))
+        most = max(named.values(), default=0)
+        counts.append(f"{most} + {named.total() - most}")
     return " / ".join(counts)
 
 
@@ -141,7 +167,13 @@ def main() -> None:
     shards = shards_of(text, RUNS)
     losses: dict[tuple[str, str], list[float]] = {}
     header(
-        ["attack of one worker of four", "merging", "loss", "of each seed", "bounded / trimmed: it + others"]
+        [
+            "attack of one worker of four",
+            "merging",
+            "loss",
+            "of each seed",
+            "rounds bounded / trimmed: one + others",
+        ]
     )
     for attack in (*ATTACKS, RATE):
         for name, settings in SETTINGS.items():

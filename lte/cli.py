@@ -25,6 +25,7 @@ from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
+from lte.server import rollback
 from lte.server.folder import is_complete
 from lte.transport import keys
 
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_server(commands)
     _add_worker(commands)
+    _add_rollback(commands)
     _add_eval(commands)
     _add_generate(commands)
     _add_plan(commands)
@@ -313,6 +315,40 @@ def _worker(arguments: argparse.Namespace) -> int:
         heads=arguments.heads,
         recipe=recipe,
         say=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+# rollback
+
+
+def _add_rollback(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "rollback",
+        "bring a stopped run back to an earlier version",
+        "examples:\n"
+        "  lte rollback runs/quickstart                  which versions there are\n"
+        "  lte rollback runs/quickstart --version 60\n"
+        "  lte train configs/quickstart.yaml optimizer.lr=5e-4     goes on from there\n\n"
+        "What came after is kept in RUN/rolled-back-N. Workers start over from what is merged of them.",
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run that no server holds")
+    command.add_argument(
+        "--version", type=_whole, metavar="V", help="to go back to (default: only tell what there is)"
+    )
+    command.set_defaults(run=_rollback)
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder
+    if arguments.version is None:
+        Console().print(report.versions(folder, rollback.versions(folder)))
+        return 0
+    done = language.roll_back(folder, arguments.version)
+    print(
+        f"{folder}: back at version {done.version}; what came after, up to version {done.last}, is in"
+        f" {done.aside}. 'lte train' or 'lte server' goes on from here, also with another optimizer.lr."
     )
     return 0
 

@@ -515,7 +515,7 @@ def check(recipe: Recipe) -> list[str]:
         ),
         (
             outer.trim is None or outer.bound_norm is not None,
-            "outer.trim: looks at directions alone; it needs outer.bound_norm, such as 3, against lengths",
+            "outer.trim: looks at directions alone; it needs outer.bound_norm, such as 1.5, against lengths",
         ),
         (
             recipe.server.quorum <= train.workers,

@@ -8,7 +8,7 @@
     |   |-- ConnectError     no server answers or admits the key, or the address cannot be bound
     |   |-- KeysError        key files or allow-lists that are missing, damaged or open to others
     |   |-- RefusedError     the server refused this worker, and said why
-    |   |   `-- PlaceTakenError  it was silent, and another was given its part of the data
+    |   |   `-- JoinAnewError    its place is another's, or the run went back; it may join anew
     |   `-- DivergedError    what is trained is not finite any more
     |-- WireError            bytes that are not a message of this protocol
     |-- DigestError          server and worker do not hold the same bits
@@ -71,11 +71,12 @@ class RefusedError(UserError):
         super().__init__(f"the server refused this worker: {reason}; {cure}")
 
 
-class PlaceTakenError(RefusedError):
-    """A worker was silent for so long that another was given its part of the data; it may join anew."""
+class JoinAnewError(RefusedError):
+    """The server has no place any more for this worker as it was: it went back, or gave its part of the
+    data to another. It may join anew."""
 
-    def __init__(self) -> None:
-        super().__init__("another has taken its place meanwhile", "start the worker again")
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "start the worker again")
 
 
 class DivergedError(UserError):

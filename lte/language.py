@@ -14,10 +14,10 @@ from torch import nn
 from lte import config
 from lte.config import Recipe
 from lte.data import Index, TrainingStream, tokenizer, validation_batches
-from lte.errors import ConfigError, PlaceTakenError, RefusedError, RunError
+from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
 from lte.models import GPT, build
 from lte.nn import convert, describe
-from lte.server import Server, checkpoint
+from lte.server import Server, checkpoint, rollback
 from lte.server.master import Master
 from lte.server.service import Evaluate
 from lte.worker import Worker, state
@@ -111,7 +111,7 @@ def work(
             try:
                 _train(session, _of_own(given, rank, heads), folder, say)
                 return
-            except PlaceTakenError as error:
+            except JoinAnewError as error:
                 say(f"{error.reason}; joining anew")
 
 
@@ -214,6 +214,11 @@ def load_run(folder: Path, which: str = "published") -> tuple[GPT, Recipe, int]:
     master.fill(model, which)
     model.eval()
     return model, recipe, progress.version
+
+
+def roll_back(folder: Path, version: int) -> rollback.RolledBack:
+    """Bring a recipe's run back to a version; see `rollback.roll_back`."""
+    return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
 
 
 def sample(model: GPT, recipe: Recipe, prompt: str, num_tokens: int, *, temperature: float, seed: int) -> str:

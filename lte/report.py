@@ -95,6 +95,28 @@ def outcome(folder: Path) -> Outcome:
     return Outcome(**{**seen, "finished": finished})
 
 
+# Versions
+
+
+def versions(folder: Path, available: Sequence[int]) -> RenderableType:
+    """What the records tell of these versions, a row each.
+
+    Raises:
+        RunError: when its records are damaged.
+    """
+    losses: dict[str, dict[int, float | None]] = {"round": {}, "eval": {}}
+    for line in Records.read(folder / METRICS):
+        if line["kind"] in losses:
+            losses[line["kind"]][line["version"]] = line["train_loss" if line["kind"] == "round" else "loss"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("version", "train loss", "valid loss"):
+        table.add_column(title, justify="right")
+    for version in available:
+        rounds, evals = (loss_text(losses[kind].get(version)) for kind in ("round", "eval"))
+        table.add_row(f"{version:,}", rounds, evals)
+    return table
+
+
 # Summary
 
 

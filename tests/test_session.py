@@ -12,7 +12,7 @@ import torch
 
 from lte import config, transport, wire
 from lte.config import Recipe
-from lte.errors import ConnectError, PlaceTakenError, RefusedError, RunEnded
+from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded
 from lte.transport import Frames, Peer, ServerEndpoint
 from lte.worker.session import Session
 
@@ -275,8 +275,8 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
 @pytest.mark.parametrize(
     ("fields", "error", "says"),
     [
-        ({"run_id": "another"}, RefusedError, "serves another run now"),
-        ({"slot": 1}, PlaceTakenError, "another has taken its place"),
+        ({"run_id": "another"}, JoinAnewError, "gone back to an earlier version, or serves another run"),
+        ({"slot": 1}, JoinAnewError, "another has taken its place"),
         ({"settings": {}}, RunEnded, "other settings"),
         ({"holds": False}, RunEnded, "this worker's 0 is none of its own"),
     ],

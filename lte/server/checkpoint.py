@@ -54,11 +54,13 @@ class _Described(msgspec.Struct, frozen=True, kw_only=True):
 _JSON, _DECODER = msgspec.json.Encoder(), msgspec.json.Decoder(_Described)
 
 
-def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]], *, keep: int) -> Path:
+def save(
+    folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]], *, keep: int | None
+) -> Path:
     """Write `folder/version-V`, durably, then delete all but the newest `keep` checkpoints.
 
     Args:
-        state: groups of tensors; each becomes a file GROUP.safetensors.
+        state: groups of tensors; each becomes a file GROUP.safetensors. keep: None: delete none.
 
     Raises:
         OSError: the disk; what was written is gone again.
@@ -83,7 +85,7 @@ def save(folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tens
         shutil.rmtree(partial)  # the journal may need the room
         raise
     _name(partial, final)
-    for old in versions(folder)[:-keep]:
+    for old in versions(folder)[:-keep] if keep else []:
         shutil.rmtree(old)
     return final
 
@@ -106,31 +108,48 @@ def version_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("version-"))
 
 
+def progress(checkpoint: Path) -> Progress:
+    """How far a checkpoint is, without its tensors.
+
+    Raises:
+        RunError: it is missing, damaged, or of another format.
+    """
+    return _described(checkpoint).progress
+
+
 def load(checkpoint: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
     """Read a checkpoint and check its digests.
 
     Raises:
         RunError: it is missing, damaged, or of another format.
     """
+    described = _described(checkpoint)
+    digests = described.digests
     try:
-        written = msgspec.json.decode((checkpoint / "progress.json").read_bytes())["format"]
-        if written != FORMAT:
-            raise RunError(
-                f"{checkpoint}: written by another version of lte (format {written}, not {FORMAT})"
-            )
-        described = _DECODER.decode((checkpoint / "progress.json").read_bytes())
-        progress, digests = described.progress, described.digests
         state = {group: load_file(checkpoint / f"{group}.safetensors") for group in digests}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RunError(
-            f"{checkpoint}: not a readable checkpoint ({error}); delete it to use an older one"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(checkpoint, error) from None
     for group, expected in digests.items():
         if quantize.digest(sorted(state[group].items())) != expected:
             raise RunError(
                 f"{checkpoint / group}.safetensors: damaged; delete {checkpoint} to use an older one"
             )
-    return progress, state
+    return described.progress, state
+
+
+def _described(checkpoint: Path) -> _Described:
+    try:
+        text = (checkpoint / "progress.json").read_bytes()
+        written = msgspec.json.decode(text)["format"]
+        if written == FORMAT:
+            return _DECODER.decode(text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(checkpoint, error) from None
+    raise RunError(f"{checkpoint}: written by another version of lte (format {written}, not {FORMAT})")
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> RunError:
+    return RunError(f"{checkpoint}: not a readable checkpoint ({error}); delete it to use an older one")
 
 
 def newest(run_folder: Path) -> Path:

@@ -17,6 +17,8 @@ from lte.track import METRICS, Records
 
 LOCKS = ("lock", "starting")
 """Names of files: locked by the server that has the folder, and by the one that is starting on it."""
+RUN_ID = "run_id"
+"""Name of the file in a run's folder that names the run."""
 
 
 def is_complete(recipe: Recipe) -> bool:
@@ -80,11 +82,11 @@ def claim(folder: Path, recipe: Recipe, *, take_over: bool) -> Claim:
         run in it does not fit.
     """
     resume = recipe.run.resume
-    lock = _lock(folder, take_over=take_over)
+    held = lock(folder, take_over=take_over)
     try:
-        claim = Claim(lock, _lock_to_start(folder))
+        claim = Claim(held, _lock_to_start(folder))
     except BaseException:
-        lock.close()
+        held.close()
         raise
     try:
         holds_run = bool(checkpoint.versions(folder / "checkpoints"))
@@ -113,8 +115,21 @@ def _move_aside(folder: Path) -> None:
         path.rename(old / path.name)
 
 
-def _lock(folder: Path, *, take_over: bool) -> IO[str]:
-    """Have a run folder, until the returned file is closed."""
+def lock(
+    folder: Path,
+    *,
+    take_over: bool = False,
+    cure: str = "choose another run.dir, or take it over from one that hangs (lte server --take-over)",
+) -> IO[str]:
+    """Claim a run folder for this process, until the returned file is closed.
+
+    Args:
+        take_over: also from a process that has it: its generation fences it then.
+        cure: what to do about another process that has it.
+
+    Raises:
+        RunError: another process has it, or nothing can be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / LOCKS[0]).open("w")
@@ -124,10 +139,7 @@ def _lock(folder: Path, *, take_over: bool) -> IO[str]:
         ) from None
     if _is_locked(handle) and not take_over:
         handle.close()
-        raise RunError(
-            f"{folder}: in use by another server; choose another run.dir, or take it over from one that"
-            " hangs (lte server --take-over)"
-        )
+        raise RunError(f"{folder}: in use by another server; {cure}")
     return handle
 
 
@@ -160,7 +172,7 @@ def next_generation(folder: Path) -> int:
 
 def run_id(folder: Path) -> str:
     """The name of the run in a folder, made up when it has none."""
-    path, partial = folder / "run_id", folder / ".run_id"
+    path, partial = folder / RUN_ID, folder / f".{RUN_ID}"
     if not path.exists():
         partial.write_text(f"{secrets.token_hex(8)}\n")
         durable.name(partial, path)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,15 @@ class Segment:
         for body in self._bodies:
             yield _DECODER.decode(body)
 
+    def end_of(self, version: int) -> int | None:
+        """Bytes up to and with the merge that makes this version; None if it is not in here."""
+        end = 0
+        for body, record in zip(self._bodies, self, strict=True):
+            end += _HEADER_BYTES + len(body)
+            if isinstance(record, Merged) and record.version == version:
+                return end
+        return None
+
 
 def history(run_folder: Path) -> list[Segment]:
     """The segments that count, in order. Nothing after one with a fault does."""
@@ -255,6 +264,15 @@ def history(run_folder: Path) -> list[Segment]:
     follows = next(iter(own.values())).follows
     earlier = [Segment(folder / name, size) for name, size in follows.items() if (folder / name).exists()]
     return [*earlier, *(found[name] for name in own)]
+
+
+def until(segments: Sequence[Segment], version: int) -> list[Segment]:
+    """These segments, which count in this order, as far as the merge that makes a version; none where
+    they do not tell of it."""
+    for k, segment in enumerate(segments):
+        if (end := segment.end_of(version)) is not None:
+            return [*segments[:k], Segment(segment.path, end)]
+    return []
 
 
 def read_generation(path: Path) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,16 @@ class Outcome:
     in_steps: float
     bounded: dict[str, float]
     trimmed: tuple[str, ...]
+
+    @property
+    def held_down(self) -> dict[str, Any]:
+        """What the records say of robust merging."""
+        return {
+            "num_bounded": len(self.bounded),
+            "num_trimmed": len(self.trimmed),
+            "bounded": self.bounded,
+            "trimmed": self.trimmed,
+        }
 
 
 class Master:

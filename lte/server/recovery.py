@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +30,15 @@ class Recovered:
         default_factory=lambda: Progress(version=0, tokens=0, master_digest="", base_digest="")
     )
     follows: dict[str, int] = field(default_factory=dict)
-    rounds: list[dict[str, float | None]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
 
-def recover(folder: Path, master: Master) -> Recovered:
+def recover(folder: Path, master: Master, *, until: int | None = None) -> Recovered:
     """Bring a new master to the last version that the run in this folder has merged.
+
+    Args:
+        until: to this version instead, or as near to it as what is left leads.
 
     Raises:
         RunError: no checkpoint is good; or what the journal holds does not make the master that it
@@ -42,6 +46,10 @@ def recover(folder: Path, master: Master) -> Recovered:
     """
     found = Recovered()
     checkpoints = checkpoint.versions(folder / "checkpoints")
+    segments = journal.history(folder)
+    if until is not None:
+        checkpoints = [path for path in checkpoints if checkpoint.version_of(path) <= until]
+        segments = journal.until(segments, until)
     for path in reversed(checkpoints):
         try:
             found.progress, state = checkpoint.load(path)
@@ -52,7 +60,6 @@ def recover(folder: Path, master: Master) -> Recovered:
             if path == checkpoints[0]:
                 raise
             found.faults.append(f"{error.args[0].partition(';')[0]}; the one before it is used")
-    segments = journal.history(folder)
     found.follows = {segment.path.name: segment.size for segment in segments}
     _replay_all(segments, master, found, folder)
     return found
@@ -116,7 +123,7 @@ class _Replay:
         self._kept = {}
         master, progress = self._master, self._found.progress
         assert merged.version == progress.version + 1
-        master.merge([received(master, record) for record in kept], merged.num_missing_heads)
+        outcome = master.merge([received(master, record) for record in kept], merged.num_missing_heads)
         master.requantize()
         master.publish_dense()
         master.keep_only(merged.remain)
@@ -139,6 +146,7 @@ class _Replay:
                 "train_loss": sum(losses) / len(losses) if losses else None,
                 "num_merged": len(kept),
                 "uplink_bytes": sum(len(blob) for record in kept for blob in record.blobs.values()),
+                **(outcome.held_down if master.recipe.outer.bound_norm else {}),
             }
         )
 

@@ -608,15 +608,9 @@ class Server:
         """What the records say of robust merging."""
         if self.recipe.outer.bound_norm is None:
             return {}
-        bounded, trimmed = outcome.bounded, outcome.trimmed
-        for what, worker_id, words in self._outliers.saw(worker_ids, bounded, trimmed):
+        for what, worker_id, words in self._outliers.saw(worker_ids, outcome.bounded, outcome.trimmed):
             self._event(what, words, worker_id=worker_id)
-        return {
-            "num_bounded": len(bounded),
-            "num_trimmed": len(trimmed),
-            "bounded": bounded,
-            "trimmed": trimmed,
-        }
+        return outcome.held_down
 
     def _publish_if_durable(self) -> None:
         """Publish what was merged, if the journal holds it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte import config, transport, wire
 from lte.clock import Watch
-from lte.errors import ConnectError, PlaceTakenError, RefusedError, RunEnded, WireError
+from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded, WireError
 
 _ASK_AGAIN_S = 3.0
 """A Hello without an answer is sent again after this: no server may have been there."""
@@ -415,9 +415,9 @@ class Session:
     def _welcome_again(self, welcome: wire.Welcome) -> None:
         mine = self.welcome
         if welcome.run_id != mine.run_id:
-            raise RefusedError("the server serves another run now", "start the worker again to join it")
+            raise JoinAnewError("the server has gone back to an earlier version, or serves another run now")
         if welcome.slot != mine.slot:
-            raise PlaceTakenError
+            raise JoinAnewError("another has taken its place meanwhile")
         if welcome.settings != mine.settings:
             raise RunEnded("the server was started anew with other settings", finished=False)
         held = self._progress[0]
