@@ -891,7 +891,7 @@ def test_mistakes_in_processes_of_their_own(family: Family, folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "server", "worker", "eval", "generate", "data", "data pack"]
+    "command", ["", "train", "server", "worker", "rollback", "eval", "generate", "data", "data pack"]
 )
 def test_help_shows_an_example(lte: Lte, command: str) -> None:
     code, out, err = lte(*command.split(), "--help")
