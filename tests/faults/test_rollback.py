@@ -27,6 +27,7 @@ EXACT: dict[str, Any] = {
     "lora__A": "frozen",
     "compress__factors": "fp32",
     "compress__dense": "fp32",
+    "schedule__join_warmup_steps": 0,
 }
 
 
