@@ -593,7 +593,7 @@ def test_ctrl_c_before_the_server_can_hear_it(family: Family, folder: Path) -> N
     command.until(lambda: family.members("server") or None, "server process")
     command.signal(signal.SIGINT)
 
-    assert command.ended(within_s=ENDS_WITHIN_S) == 130
+    assert command.ended() == 130, "it must start first, however long that takes"
     assert family.members() == []
     assert command.err in ("", "lte: interrupted\n")
 
@@ -662,7 +662,7 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
         welcome = wire.Welcome(
             holds=False,
             run_id="run",
-            merged_digest=master.merged_digest("w0"),
+            merged_digest=master.merged_digest("w0", recipe.lora.heads, recipe.lora.rank),
             generation=2,
             worker_id="w0",
             incarnation=1,
