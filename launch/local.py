@@ -17,21 +17,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from lte import language
+from lte import language, signals
 from lte.config import Recipe
 from lte.errors import RunEnded, RunError
 from lte.track import METRICS, Records
+from lte.worker import Worker
 
 EXIT_RUN_ENDED = 3
 """Exit code of a worker whose run ended before its last round, as the server told it."""
 PARENT_VARIABLE = "LTE_PARENT_PID"
 KEY_VARIABLE, SERVER_KEY_VARIABLE = "LTE_KEY", "LTE_SERVER_KEY"
 """Environment of batch jobs: what `lte worker` takes where --key and --server-key are not given."""
-_ENDINGS = (signal.SIGINT, signal.SIGTERM)
 _LEAVE_S = 2.0
 """How long workers have to leave by themselves once the server is gone; then they get SIGTERM."""
-_KILL_S = 15.0
-"""How long a child has to end after SIGTERM; then it is killed."""
+_KILL_S = 30.0
+"""How long a worker has to save and end after its signal; then it is killed, and the steps since its
+last contribution are lost."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +46,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it died before the line above
         raise SystemExit(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDINGS)
 
 
 def train_in_processes(recipe: Recipe, arguments: Sequence[str]) -> int:
@@ -75,7 +76,7 @@ class _Processes:
         self.signal = 0  # that this process got first
 
     def run(self) -> int:
-        for number in _ENDINGS:
+        for number in signals.ENDINGS:
             signal.signal(number, self._on_signal)
         try:
             address = self._start_server()
@@ -112,7 +113,7 @@ class _Processes:
     def _spawn(self, command: list[str], **options: object) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C reaches only this process, which then ends the run in order.
         # The child inherits that signals are held back, until it can handle them (`end_with_parent`).
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDINGS)
         try:
             process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, "-m", "lte", *command],
@@ -194,13 +195,15 @@ class _Processes:
         return self.logs / f"worker-{k}.log"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        """Pass the first signal on to the server, and to the workers when it is gone: if they left
+        before, it would merge rounds without them. A second Ctrl-C ends all at once."""
+        if self.signal and number == signal.SIGINT:
             for child in self._children():
                 _send(child, signal.SIGKILL)
-            return
-        self.signal = number
-        if self.server is not None:
-            _send(self.server, number)
+        elif not self.signal:
+            self.signal = number
+            if self.server is not None:
+                _send(self.server, number)
 
     def _children(self) -> list[subprocess.Popen[bytes]]:
         return [*self.workers.values(), *([self.server] if self.server else [])]
@@ -210,9 +213,9 @@ class _Processes:
         the server do not."""
         if self.server is not None and self.server.poll() is None:  # this process failed
             self.server.terminate()
-        left = self._ended(self._children(), _LEAVE_S)
+        left = self._ended(self._children(), 0.0 if self.signal else _LEAVE_S)
         for child in left:
-            child.terminate()
+            _send(child, self.signal or signal.SIGTERM)
         for child in self._ended(left, _KILL_S):
             child.kill()
             child.wait()
@@ -246,11 +249,14 @@ def train_in_threads(recipe: Recipe) -> int:
         Exception: what ended a worker before its time.
     """
     failures: list[Exception] = []
+    workers: list[Worker] = []
 
     def work(address: str, worker_id: str) -> None:
         try:
             folder = Path(recipe.run.dir) / "workers" / worker_id
-            language.work(address, worker_id=worker_id, folder=folder, say=lambda line: None)
+            language.work(
+                address, worker_id=worker_id, folder=folder, say=lambda line: None, began=workers.append
+            )
         except RunEnded:
             pass  # the server was stopped, and says so itself
         except Exception as error:
@@ -269,6 +275,8 @@ def train_in_threads(recipe: Recipe) -> int:
         try:
             finished = server.serve()
         finally:
+            for worker in workers:  # who is in the midst of a round hears of the end only after it
+                worker.stop()
             for thread in threads:
                 thread.join()
     if failures:

@@ -9,18 +9,15 @@ import os
 import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn, TypeVar
 
 import torch
 from rich.console import Console
 
 from launch import local
-from lte import __version__, config, cost, language, report
+from lte import __version__, config, cost, language, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack
@@ -43,10 +40,6 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER_ERROR)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command in order, as Ctrl-C does."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -55,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ended before its last round; 128 and the signal's number if that ended the command.
     """
     try:
-        with _signals():
+        with signals.raised():
             try:
                 local.end_with_parent()
                 arguments = _parser().parse_args(argv)
@@ -72,32 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunEnded as error:
         print(f"lte: the run ended: {error}", file=sys.stderr)
         return 0 if error.finished else local.EXIT_RUN_ENDED
-    except KeyboardInterrupt as error:
+    except signals.Ended as error:
         print("lte: interrupted", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+        return 128 + error.number
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except (LTEError, OSError) as error:
         print(f"lte: {error}", file=sys.stderr)
         return 1
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Have SIGTERM raise where the command stands, as SIGINT does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise _Terminated
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_server(commands)
     _add_worker(commands)
+    _add_status(commands)
     _add_rollback(commands)
     _add_eval(commands)
     _add_generate(commands)
@@ -179,7 +156,8 @@ def _add_server(commands: argparse._SubParsersAction[_Parser]) -> None:
         "example (each line in a terminal of its own):\n"
         "  lte server configs/quickstart.yaml server.address=tcp://127.0.0.1:5555\n"
         "  lte worker --server tcp://127.0.0.1:5555        as often as train.workers says\n\n"
-        "Ctrl-C saves and ends; the same command goes on from there. Settings: lte train --help",
+        "Ctrl-C, SIGTERM and SIGUSR1 save and end, a second Ctrl-C at once; the same command goes on from\n"
+        "there. After SIGUSR1 the workers wait for it (worker.patience_s). Settings: lte train --help",
     )
     _add_recipe(command)
     command.add_argument(
@@ -204,7 +182,7 @@ def _server(arguments: argparse.Namespace) -> int:
     with language.make_server(recipe, announce=announce, take_over=arguments.take_over) as server:
         server.stop_on_signals()
         finished = server.serve()
-    _conclude(recipe, finished)
+    _conclude(recipe, finished, in_haste=server.stopped_by in (signal.SIGTERM, signal.SIGUSR1))
     return 0 if finished else 128 + server.stopped_by
 
 
@@ -218,11 +196,15 @@ def _say_complete(recipe: Recipe) -> int:
     return 0
 
 
-def _conclude(recipe: Recipe, finished: bool) -> None:
-    """Print what a run came to: summary, plot, and a sample of what the model writes."""
+def _conclude(recipe: Recipe, finished: bool, *, in_haste: bool = False) -> None:
+    """Print what a run came to: summary, plot, and a sample of what the model writes.
+
+    Args:
+        in_haste: this machine is wanted back: no plot.
+    """
     console = Console()
     folder = Path(recipe.run.dir)
-    if report.outcome(folder).rounds:
+    if report.outcome(folder).rounds and not in_haste:
         report.plot(folder)
     console.print(report.summary(folder))
     if finished and recipe.eval.sample_tokens:
@@ -252,7 +234,9 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         "  lte worker --server tcp://127.0.0.1:5555 --rank 8       a small device, or a thin link\n"
         "  lte worker --server tcp://10.0.0.1:5555 --key alice.secret --server-key server.public\n\n"
         "Workers may join and leave at any time, more of them than train.workers, too. Everything but the\n"
-        "address comes from the server. A CONFIG makes the worker refuse a server that trains another model.",
+        "address comes from the server. A CONFIG makes the worker refuse a server of another model.\n"
+        "Ctrl-C, SIGTERM and SIGUSR1 save after the local step at hand and leave, a second Ctrl-C at once;\n"
+        "with --id and --state the next one takes the next step.",
     )
     command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
     command.add_argument("--id", default="", metavar="NAME", help="name of this worker (default: given)")
@@ -265,18 +249,7 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument(
         "--wait", type=_number, default=30.0, metavar="S", help="seconds to look for the server (default: 30)"
     )
-    command.add_argument(
-        "--key",
-        metavar="FILE",
-        default=os.environ.get(local.KEY_VARIABLE) or None,
-        help=f"this worker's secret key, from 'lte keys new' (default: ${local.KEY_VARIABLE})",
-    )
-    command.add_argument(
-        "--server-key",
-        metavar="FILE",
-        default=os.environ.get(local.SERVER_KEY_VARIABLE) or None,
-        help=f"the server's public key (default: ${local.SERVER_KEY_VARIABLE})",
-    )
+    _add_keys_of_worker(command, "this worker's secret key")
     command.add_argument(
         "--data", metavar="FOLDER", help="shards, where the recipe's path is not theirs here"
     )
@@ -316,6 +289,41 @@ def _worker(arguments: argparse.Namespace) -> int:
         recipe=recipe,
         say=lambda line: print(line, flush=True),
     )
+    return 0
+
+
+# status
+
+
+def _add_status(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "status",
+        "ask a server how its run is: version, workers, when they were seen, rates",
+        "examples:\n"
+        "  lte status --server tcp://127.0.0.1:5555\n"
+        "  lte status --server tcp://10.0.0.1:5555 --key alice.secret --server-key server.public --json\n\n"
+        "Exit code 0 if the server answers, 2 if none does: a health check. A server in the midst of a\n"
+        "merge or of an evaluation answers after it: give it --wait.",
+    )
+    command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
+    command.add_argument(
+        "--wait", type=_number, default=10.0, metavar="S", help="seconds to wait for an answer (default: 10)"
+    )
+    _add_keys_of_worker(command, "a key that may join")
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
+    command.set_defaults(run=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    found = status.inquire(
+        arguments.server, wait_s=arguments.wait, key=arguments.key, server_key=arguments.server_key
+    )
+    if arguments.json:
+        print(status.to_json(found))
+    else:
+        console = Console()
+        console.print(status.to_text(found, console.width))
     return 0
 
 
@@ -600,6 +608,21 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+
+
+def _add_keys_of_worker(command: argparse.ArgumentParser, which: str) -> None:
+    command.add_argument(
+        "--key",
+        metavar="FILE",
+        default=os.environ.get(local.KEY_VARIABLE) or None,
+        help=f"{which}, from 'lte keys new' (default: ${local.KEY_VARIABLE})",
+    )
+    command.add_argument(
+        "--server-key",
+        metavar="FILE",
+        default=os.environ.get(local.SERVER_KEY_VARIABLE) or None,
+        help=f"the server's public key (default: ${local.SERVER_KEY_VARIABLE})",
     )
 
 

@@ -12,6 +12,7 @@
     |   `-- DivergedError    what is trained is not finite any more
     |-- WireError            bytes that are not a message of this protocol
     |-- DigestError          server and worker do not hold the same bits
+    |-- StoppedError         this process was told to stop, and did not finish what it was at
     `-- RunEnded             the run is over (finished, stopped, or its server is gone)
         `-- FencedError      for this process alone: a newer one has taken its place
 
@@ -89,6 +90,10 @@ class WireError(LTEError):
 
 class DigestError(LTEError):
     """Server and worker do not hold the same bits."""
+
+
+class StoppedError(LTEError):
+    """What was under way was given up, as this process was told to stop."""
 
 
 class RunEnded(LTEError):

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from lte import config
+from lte import config, signals
 from lte.config import Recipe
 from lte.data import Index, TrainingStream, tokenizer, validation_batches
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
@@ -64,9 +64,11 @@ def work(
     heads: int = 0,
     recipe: Recipe | None = None,
     say: Callable[[str], None] = print,
+    began: Callable[[Worker], object] = lambda worker: None,
 ) -> None:
-    """Join a server and train the model of its recipe until the run ends. A worker that was silent for
-    so long that another was given its part of the data joins anew, for another part.
+    """Join a server and train the model of its recipe until the run ends, or a signal or `Worker.stop`
+    ends this worker. One that was silent for so long that another was given its part of the data joins
+    anew, for another part.
 
     Args:
         folder: of this worker's state; see `lte.Worker`.
@@ -74,10 +76,11 @@ def work(
         shards: folder of the training data, where it is not at the recipe's path on this machine.
         rank, heads: train heads of this lora_rank, and so many, at most; 0: the recipe's.
         recipe: refuse a server that trains another model than this one's.
-        say: prints a line for a person.
+        say: prints a line for a person. began: called with the worker before its first step.
 
     Raises:
-        ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here.
+        ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here. Ended: by a
+        signal; what is to be saved is.
     """
     described = describe(_with_heads(_of_own(recipe, rank, heads))) if recipe else None
     while True:
@@ -88,7 +91,7 @@ def work(
             model=described,
             heads=heads,
             rank=rank,
-            version=saved.contribution.version if saved else 0,
+            version=saved.version if saved else 0,
             wait_s=wait_s,
             key=key,
             server_key=server_key,
@@ -109,13 +112,19 @@ def work(
                 raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
             say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
             try:
-                _train(session, _of_own(given, rank, heads), folder, say)
+                _train(session, _of_own(given, rank, heads), folder, say, began)
                 return
             except JoinAnewError as error:
                 say(f"{error.reason}; joining anew")
 
 
-def _train(session: Session, recipe: Recipe, folder: Path | None, say: Callable[[str], None]) -> None:
+def _train(
+    session: Session,
+    recipe: Recipe,
+    folder: Path | None,
+    say: Callable[[str], None],
+    began: Callable[[Worker], object],
+) -> None:
     """Train for the server that a session has joined, on this worker's part of the data.
 
     Args:
@@ -125,16 +134,26 @@ def _train(session: Session, recipe: Recipe, folder: Path | None, say: Callable[
     stream = _stream(recipe, session.welcome.slot)
     device = device_of(recipe)
     model = cast(GPT, materialize(_with_heads(recipe), device))
-    worker = Worker(model, session, folder=folder)
-    while not worker.done:
-        sequences = stream.batch(worker.step_index).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            loss = model.loss(sequences)
-        loss.backward()  # type: ignore[no-untyped-call]
-        worker.step(loss, tokens=sequences[:, 1:].numel())
-    say(f"{worker.worker_id} finished at version {worker.version}")
+    worker, ended_by = Worker(model, session, folder=folder), list[int]()
+
+    def stop(number: int) -> None:
+        ended_by.append(number)
+        worker.stop()
+
+    began(worker)
+    with signals.told(stop):
+        goes_on = not worker.done
+        while goes_on:
+            sequences = stream.batch(worker.step_index).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+                loss = model.loss(sequences)
+            loss.backward()  # type: ignore[no-untyped-call]
+            goes_on = worker.step(loss, tokens=sequences[:, 1:].numel())
+    say(f"{worker.worker_id} {'finished' if worker.done else 'stopped'} at version {worker.version}")
     if session.num_damaged:
         say(f"{session.num_damaged} messages were damaged on their way, and dropped")
+    if ended_by and not worker.done:
+        raise signals.Ended(ended_by[0])
 
 
 def initial_model(recipe: Recipe) -> GPT:

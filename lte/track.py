@@ -181,7 +181,7 @@ class Tracker:
         console: Console | None = None,
     ) -> None:
         self._folder, self._recipe, self._version = folder, recipe, version
-        self._progress = _Progress(recipe, folder.resolve().name)
+        self._progress = Standing(recipe, folder.resolve().name)
         console = console or Console()
         self._display: _Live | _Plain | None = None
         if display:
@@ -200,6 +200,11 @@ class Tracker:
     def elapsed_s(self) -> float:
         """Seconds of this run so far, interruptions left out."""
         return self._progress.elapsed_s
+
+    @property
+    def standing(self) -> Standing:
+        """Where the run stands; only to be read."""
+        return self._progress
 
     def __enter__(self) -> Self:
         path = self._folder / METRICS
@@ -253,7 +258,7 @@ class Tracker:
 # Display
 
 
-class _Progress:
+class Standing:
     """Where a run stands: what the displays show, told by the lines recorded."""
 
     def __init__(self, recipe: Recipe, name: str) -> None:
@@ -322,7 +327,7 @@ class _Progress:
 class _Plain:
     """Lines for pipes and log files: at most one round a second, but all else and the last round."""
 
-    def __init__(self, progress: _Progress, console: Console) -> None:
+    def __init__(self, progress: Standing, console: Console) -> None:
         self._progress, self._console = progress, console
         self._printed_s = -math.inf
 
@@ -376,12 +381,13 @@ class _Plain:
 class _Live:
     """A bar and the numbers that matter, redrawn in place; events scroll by above them."""
 
-    def __init__(self, progress: _Progress, console: Console) -> None:
+    def __init__(self, progress: Standing, console: Console) -> None:
         self._progress, self._console = progress, console
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
         self._live.start(refresh=True)
+        self._console.show_cursor()  # whoever ends this process at once must not be left without it
         return self
 
     def __exit__(self, *_: object) -> None:

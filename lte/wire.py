@@ -19,6 +19,8 @@ field or dtype, and peers of another schema refuse each other.
                           <-            Update                 again
       Leave               ->
                           <-            Farewell               the run ended, or the server stops
+      Inquiry             ->
+                          <-            Status | Refusal       for people; whoever asks needs not join
 
 Contributions and updates are as large as the model is, so their tensors travel ahead of them in
 parts, each sent as soon as it is encoded; the message that names their number closes them. They are
@@ -270,7 +272,71 @@ class Farewell(Message, frozen=True, kw_only=True):
     returns: bool
 
 
-FromWorker = Hello | Part | Contribution | Heartbeat | Behind | Recall | Leave
+class Inquiry(Message, frozen=True, kw_only=True):
+    """How is the run? Answered as often as `admission.inquiries` says, and else not at all."""
+
+    schema: Text
+
+
+WorkerState = Literal["training", "contributed", "behind", "waiting", "silent", "gone"]
+"""In the open round: taking local steps, done with them, still without the version that it is on, or not
+expected in it. Or: not heard for some heartbeats, or no member any more."""
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the server knows of one worker.
+
+    `version` and `local_step` are what it said last, None before it did; `heard_s` is how long ago it
+    was heard. Since this server knows it: `rounds` are contributions merged. Of the last one:
+    `step_s` is the mean time of a local step, and `tokens_per_s` the speed of these. `address` is of
+    its machine, where the transport tells; `reason`, why it is gone.
+    """
+
+    worker_id: str
+    slot: Whole
+    state: WorkerState
+    version: Whole | None
+    local_step: Whole | None
+    heard_s: float
+    rounds: Whole
+    step_s: float | None
+    tokens_per_s: float | None
+    address: str
+    reason: str
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """How the run is. Times are in seconds, ago where they are of events; losses are nats a token.
+
+    `phase` is the rounds' (see `server.rounds`) and `words` tells people what is waited for; `version`
+    is published, of `rounds` in all. `num_members` and `num_gone` count all workers, of which
+    `workers` holds some hundreds at most. `tokens_per_s` is of all workers, waits included, over the
+    last rounds. None: not known yet.
+    """
+
+    generation: Whole
+    run_id: str
+    folder: str
+    phase: Literal["starting", "collecting", "merging", "finished"]
+    words: str
+    version: Whole
+    rounds: Whole
+    local_steps: Whole
+    train_loss: float | None
+    valid_loss: float | None
+    tokens: Whole
+    tokens_per_s: float | None
+    uplink_bytes: Whole
+    downlink_bytes: Whole
+    merged_s: float | None
+    elapsed_s: float
+    left_s: float | None
+    num_members: Whole
+    num_gone: Whole
+    workers: tuple[WorkerStatus, ...]
+
+
+FromWorker = Hello | Part | Contribution | Heartbeat | Behind | Recall | Leave | Inquiry
 """What a server hears."""
 
 AnyMessage = (
@@ -290,6 +356,8 @@ AnyMessage = (
     | Factors
     | Leave
     | Farewell
+    | Inquiry
+    | Status
 )
 
 DTYPES: dict[str, torch.dtype] = {
@@ -330,7 +398,7 @@ class _HeaderFromWorker(msgspec.Struct, frozen=True, array_like=True):
 
 def schema_of(kinds: Sequence[type[msgspec.Struct]]) -> str:
     """Names a vocabulary by its fields, their types, and what tensors may hold."""
-    everything: list[type[msgspec.Struct]] = [*kinds, TensorEntry]
+    everything: list[type[msgspec.Struct]] = [*kinds, WorkerStatus, TensorEntry]
     described = [
         (kind.__name__, [(f.name, str(f.type)) for f in msgspec.structs.fields(kind)]) for kind in everything
     ]

@@ -21,7 +21,7 @@ import yaml
 from processes import DEADLINE_S, Command, Family, done, lines, saved_versions, versions
 
 from launch import local
-from lte import config, language, transport, wire
+from lte import config, language, signals, transport, wire
 from lte.cli import main
 from lte.errors import RunEnded
 from lte.server.folder import LOCKS
@@ -112,12 +112,12 @@ def lte(capfd: pytest.CaptureFixture[str]) -> Lte:
 
     def run(*arguments: str | Path) -> Outcome:
         capfd.readouterr()
-        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        before = [signal.getsignal(number) for number in signals.ENDINGS]
         try:
             code = main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = int(end.code or 0)
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        assert [signal.getsignal(number) for number in signals.ENDINGS] == before
         return Outcome(code, *capfd.readouterr())
 
     return run
@@ -558,6 +558,33 @@ def test_sigterm_saves_and_ends_too(lte: Lte, family: Family, folder: Path) -> N
     finish(lte, folder, version + 2)
 
 
+def test_a_preempted_run_goes_on_with_the_same_bits(family: Family, folder: Path) -> None:
+    """SLURM's --signal=USR1@60, and its SIGTERM while everybody saves."""
+    settings = {"train__rounds": 30, "train__local_steps": 10}
+    undisturbed = digest_in_threads(folder, **LONG | settings, run__dir="calm")
+    command = start_long_run(family, folder, **settings)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        command.signal(number)
+
+    assert command.ended(within_s=ENDS_WITHIN_S) in (138, 143)  # whichever the kernel gave first
+    assert (command.err, family.members()) == ("", [])
+    assert versions(folder / "run")[-1] < 30
+    again = family.start("train", folder / "recipe.yaml")
+    assert again.ended() == 0
+    assert_whole(folder / "run", 30)
+    assert done(folder / "run")["master_digest"] == undisturbed
+    assert not [line for line in lines(folder / "run", "event") if line["what"] in ("refused", "recalled")]
+
+
+@pytest.mark.parametrize("number", signals.ENDINGS)
+def test_a_worker_that_looks_for_its_server_leaves_at_once(
+    lte: Lte, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(transport, "connect", lambda *_, **__: os.kill(os.getpid(), number))
+    outcome = lte("worker", "--server", "tcp://127.0.0.1:1")
+    assert outcome == (128 + number, "", "lte: interrupted\n")
+
+
 def test_a_second_ctrl_c_ends_at_once_even_if_the_server_hangs(family: Family, folder: Path) -> None:
     command = start_long_run(family, folder, train__workers=1)
     (server,) = family.members("server")
@@ -813,6 +840,8 @@ MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["worker", "--server", "127.0.0.1:5555"], ["an address is tcp://HOST:PORT"]),
     (["worker"], ["the following arguments are required: --server (see 'lte worker --help')"]),
     (["worker", "--server", "tcp://127.0.0.1:1", "--wait", "soon"], ["'soon' is not a number"]),
+    (["status"], ["the following arguments are required: --server (see 'lte status --help')"]),
+    (["status", "--server", "inprocess://x"], ["no server of this process has this address"]),
     (["eval", "nowhere"], ["nowhere: not a run folder"]),
     (["eval", "text.txt"], ["text.txt: not a run folder"]),
     (["generate", "data"], ["data: not a run folder (it has no config.yaml); give the run.dir of a run"]),
@@ -891,7 +920,8 @@ def test_mistakes_in_processes_of_their_own(family: Family, folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "server", "worker", "rollback", "eval", "generate", "data", "data pack"]
+    "command",
+    ["", "train", "server", "worker", "status", "rollback", "eval", "generate", "data", "data pack"],
 )
 def test_help_shows_an_example(lte: Lte, command: str) -> None:
     code, out, err = lte(*command.split(), "--help")

@@ -299,7 +299,7 @@ def test_a_death_after_the_contribution_keeps_it() -> None:
     trace = Trace.opened("a", "b")
     trace.contribute("a")
     assert kinds(trace.leave("a")) == [Forget]
-    assert trace.contribute("b")[-1] == Merge(("b", "a"), 0), "those who have died since come last"
+    assert trace.contribute("b")[-1] == Merge(("a", "b"), 0), "who has left keeps its place"
     assert trace.merged() == (Open(("b",)),)
 
 

@@ -19,11 +19,16 @@ def vouched(message: wire.FromWorker, sender: str) -> wire.FromWorker | None:
         sender: the worker_id that the key is bound to; "" where there are no keys, and anyone may be
             anyone. A Hello that names nobody gets this name.
     """
-    if not sender:
+    if not sender or isinstance(message, wire.Inquiry):
         return message
     if isinstance(message, wire.Hello) and not message.worker_id:
         return msgspec.structs.replace(message, worker_id=sender)
     return message if message.worker_id == sender else None
+
+
+def inquiries() -> Buckets:
+    """How often one key may ask how the run is; where there are no keys, everyone together."""
+    return Buckets(burst=20, per_s=5.0, most=1024)
 
 
 class Joins:

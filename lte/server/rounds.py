@@ -319,7 +319,8 @@ def _forgetful(state: State) -> State:
     num_too_many = len(state.known) - 2 * state.rules.most_workers
     if num_too_many <= 0:
         return state
-    gone = [member for member in state.known.values() if member.worker_id not in state.members]
+    kept = state.members.keys() | state.held  # the order of a merge is by the slots of these
+    gone = [member for member in state.known.values() if member.worker_id not in kept]
     gone.sort(key=lambda member: (member.worker_id in state.contributed, member.incarnation))
     forgotten = {member.worker_id for member in gone[:num_too_many]}
     return replace(
@@ -420,14 +421,8 @@ def _closing_time(state: State) -> float:
 
 
 def _by_slot(state: State, worker_ids: frozenset[str]) -> tuple[str, ...]:
-    """In an order that no arrival and no name decides; those who have died since come last."""
-    last = len(state.members) + len(worker_ids)
-
-    def place(worker_id: str) -> tuple[int, str]:
-        member = state.members.get(worker_id)
-        return (last if member is None else member.slot, worker_id)
-
-    return tuple(sorted(worker_ids, key=place))
+    """In an order that no arrival and no departure decides, and a name only where two had one slot."""
+    return tuple(sorted(worker_ids, key=lambda worker_id: (state.known[worker_id].slot, worker_id)))
 
 
 def _free_id(state: State, slot: int) -> str:

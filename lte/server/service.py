@@ -8,30 +8,30 @@ import re
 import signal
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lte import config, schedule, transport, wire
+from lte import config, schedule, signals, transport, wire
 from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
-from lte.errors import FencedError, WireError
+from lte.errors import FencedError, StoppedError, WireError
 from lte.nn import difference
 from lte.server import folder, recovery, rounds
-from lte.server.admission import Complaints, Joins, vouched
+from lte.server.admission import Complaints, Joins, inquiries, vouched
 from lte.server.checkpoint import Progress
 from lte.server.journal import Admitted, Gone, Kept, Merged
 from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
+from lte.server.status import Roll, in_words
 from lte.server.store import Store
 from lte.server.watch import TRIMS_IN_A_ROW, Divergence, Outliers, Rise
 from lte.track import METRICS, Records, Tracker
@@ -160,6 +160,9 @@ class Server:
         # worker_id -> the attempt at which its last welcome was sent.
         self._attempts: dict[str, int] = {}
         self._published_s = self._now_s()
+        self._merged_s: float | None = None
+        # What is told to whoever asks how the run is; who does.
+        self._roll, self._inquiries, self._asking = Roll(), inquiries(), list[Peer]()
         self._stop_reason: str | None = None
         self.stopped_by = 0
         self._said = ""
@@ -225,14 +228,13 @@ class Server:
     # The loop: hear, let the rounds decide, act
 
     def serve(self) -> bool:
-        """Serve until the last round is merged or `stop` is called.
+        """Serve until the last round is merged and measured, or `stop` is called.
 
         Returns:
             Whether the run is finished. Either way what was trained is saved.
         """
         if self.finished:  # ended after its last merge and before its last line
-            self._finish()
-            return True
+            return self._finish()
         reason, returns = "the server failed", True
         try:
             while not self.finished and self._stop_reason is None:
@@ -246,6 +248,7 @@ class Server:
                     num_heard += 1
                     enough = self.finished or self._stop_reason is not None or num_heard >= _MOST_AT_ONCE
                     received = None if enough else self._endpoint.receive(0)
+                self._answer_inquiries()
                 for notice in self._endpoint.notices():
                     self._complain("admission", notice)
                 self._happened(rounds.Ticked())
@@ -261,13 +264,15 @@ class Server:
             self._peers = {}  # they are another server's now
             raise
         finally:
+            # A finished run needs its workers no more; with threads of this process no server comes back.
+            is_apart = not self.address.startswith("inprocess://")
+            returns = returns and is_apart and not self.finished
             self._broadcast(wire.encode(self._farewell(reason, returns=returns)))
         self._save()
         if self.finished:
-            self._finish()
-        else:
-            self._event("stopped", reason)
-        return self.finished
+            return self._finish()
+        self._event("stopped", reason)
+        return False
 
     def _see_off(self) -> None:
         """Hear the workers until all have gone: over a slow link the last update takes its time. Who
@@ -276,25 +281,23 @@ class Server:
         while self.finished and self._state.members and self._stop_reason is None and self._now_s() < ends_s:
             if received := self._endpoint.receive(self._patience_s()):
                 self._hear(*received)
+                self._answer_inquiries()
             self._happened(rounds.Ticked())
 
     def stop(self, reason: str) -> None:
-        """Make `serve` save and return; may be called from a signal handler or another thread."""
+        """Make `serve` save and return: an evaluation is given up, a merge under way is not. May be
+        called from a signal handler or another thread."""
         self._stop_reason = reason
 
     def stop_on_signals(self) -> None:
-        """SIGINT and SIGTERM stop the server, until it is closed; a second SIGINT ends it at once."""
+        """Until it is closed, SIGINT, SIGTERM and SIGUSR1 stop the server; a SIGINT after one of them
+        ends it at once."""
 
-        def handle(number: int, _: FrameType | None) -> None:
-            if self._stop_reason is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
+        def stop(number: int) -> None:
             self.stopped_by = number
             self.stop(f"stopped by {signal.Signals(number).name}")
 
-        assert threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous = signal.signal(number, handle)
-            self._resources.callback(signal.signal, number, previous or signal.SIG_DFL)
+        self._resources.enter_context(signals.told(stop))
 
     def _hear(self, peer: Peer, frames: Frames) -> None:
         """Turn a message into an event, having checked all that the rounds need not know of."""
@@ -324,6 +327,9 @@ class Server:
                     peer, message.generation
                 ):
                     self._follow(peer, message.worker_id, message.incarnation)
+                    self._roll.heard(
+                        message.worker_id, message.version, message.local_step, self._endpoint.origin
+                    )
                     self._pulse(peer, message.number)
                     if message.version == self.version and message.local_step == 0:
                         self._remind(peer, message.worker_id)
@@ -339,6 +345,8 @@ class Server:
                     self._recall(peer, message.worker_id, message.incarnation)
             case wire.Leave():
                 self._happened(rounds.Left(message.worker_id, message.incarnation, message.reason), peer)
+            case wire.Inquiry():
+                self._hear_inquiry(peer, message)
 
     def _hear_hello(self, peer: Peer, hello: wire.Hello) -> None:
         if self.finished:
@@ -348,11 +356,7 @@ class Server:
         rank, heads = hello.rank or plan.rank, hello.heads or lora.heads
         refusal = None
         if hello.schema != wire.SCHEMA:
-            refusal = wire.Refusal(
-                generation=self.generation,
-                reason="it speaks another version of the protocol",
-                cure="install the server's version of lte on every machine",
-            )
+            refusal = self._other_version()
         elif rank > plan.rank or heads > lora.heads:
             refusal = wire.Refusal(
                 generation=self.generation,
@@ -388,6 +392,29 @@ class Server:
     def _described(self, rank: int) -> dict[str, str]:
         """The model as a worker must have it whose heads are of this lora_rank at most."""
         return self.master.plan.capped(rank).describe(self.recipe.lora)
+
+    def _other_version(self) -> wire.Refusal:
+        return wire.Refusal(
+            generation=self.generation,
+            reason="it speaks another version of the protocol",
+            cure="install the server's version of lte on every machine",
+        )
+
+    def _hear_inquiry(self, peer: Peer, inquiry: wire.Inquiry) -> None:
+        if not self._inquiries.take(self._endpoint.sender, self._now_s()):
+            return
+        if inquiry.schema != wire.SCHEMA:
+            self._send(peer, self._other_version())
+        else:
+            self._asking.append(peer)
+
+    def _answer_inquiries(self) -> None:
+        """Tell how the run is, once all that had come is heard: else living workers seem silent."""
+        if self._asking:
+            status = self._status()
+            for peer in self._asking:
+                self._send(peer, status)
+            self._asking = []
 
     def _hear_part(
         self, peer: Peer, part: wire.Part, frames: Frames, entries: tuple[wire.TensorEntry, ...]
@@ -536,6 +563,7 @@ class Server:
                 self._send(peer, wire.HelloAgain(generation=self.generation))
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
+                self._roll.left(member, reason)
                 self._staged.pop(member.worker_id, None)
                 self._attempts.pop(member.worker_id, None)
                 self._store.write(Gone(incarnation=member.incarnation))
@@ -562,7 +590,7 @@ class Server:
         incarnations = [message.incarnation for _, message in held]
         recent = version - self.recipe.server.remember_rounds
         absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
-        remain = sorted(absent.union(self._state.members))
+        remain = sorted(absent.union(self._state.members, worker_ids))
         self.master.keep_only(remain)
         self._tokens += sum(message.tokens for _, message in held)
         self._store.write(
@@ -585,6 +613,9 @@ class Server:
             peers = list(self._peers.values())
             changed = self._publisher.publish(peers, before, dense, incarnations, base_digest)
             wait_s, self._published_s = closed_s - self._published_s, self._now_s()
+            self._merged_s = self._published_s
+            for _, message in held:
+                self._roll.merged(message, self.recipe.train.local_steps)
             if self.recipe.compress.measure_entropy:
                 pairs = ((before[name], now) for name, now in self.master.base.items())
                 changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
@@ -665,9 +696,11 @@ class Server:
         self._warn("training", self._train_losses.saw(self.version, train_loss))
         every = self.recipe.eval.every
         if not self.finished and every and self.version % every == 0:
-            loss, _ = self._measure(self.recipe.eval.tokens)
-            self._warn("validation", self._eval_losses.saw(self.version, loss))
-        if not self.finished and self.version % self.recipe.server.checkpoint_every == 0:
+            valid = self._measure(self.recipe.eval.tokens)
+            self._warn("validation", self._eval_losses.saw(self.version, valid and valid[0]))
+        if self.finished or self._stop_reason is not None:
+            return  # a checkpoint of the end follows
+        if self.version % self.recipe.server.checkpoint_every == 0:
             self._store.save_meanwhile(self._progress(), self.master.state())
 
     def _warn(self, which: str, rise: Rise | None) -> None:
@@ -686,24 +719,48 @@ class Server:
         step = version * self.recipe.train.local_steps - 1
         return self.recipe.optimizer.lr * schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
 
-    def _measure(self, max_tokens: int) -> tuple[float | None, float | None]:
-        """Evaluate the published model and the master, and record both."""
+    def _measure(self, max_tokens: int) -> tuple[float | None, float | None] | None:
+        """Evaluate the published model and the master, and record both; None if told to stop meanwhile."""
         if self._evaluate is None:
             return None, None
         losses = []
         torch.set_num_threads(self.recipe.server.num_threads)
-        for which in ("published", "master"):
-            self.master.fill(self._model, which)
-            with torch.no_grad():
-                losses.append(self._evaluate(self._model, max_tokens))
-        torch.set_num_threads(1)
+        try:
+            with self._given_up_when_stopped(), torch.no_grad():
+                for which in ("published", "master"):
+                    self.master.fill(self._model, which)
+                    losses.append(self._evaluate(self._model, max_tokens))
+        except StoppedError:
+            return None
+        finally:
+            torch.set_num_threads(1)
         self._tracker.record(
             "eval", version=self.version, tokens=self._tokens, loss=losses[0], loss_master=losses[1]
         )
         return losses[0], losses[1]
 
-    def _finish(self) -> None:
-        loss, loss_master = self._measure(self.recipe.eval.final_tokens)
+    @contextmanager
+    def _given_up_when_stopped(self) -> Iterator[None]:
+        """Have the model raise `StoppedError` at its next module, whoever runs it, once told to stop."""
+
+        def check(module: nn.Module, inputs: object) -> None:
+            if self._stop_reason is not None:
+                raise StoppedError(self._stop_reason)
+
+        hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _finish(self) -> bool:
+        """Measure the result and write the last line of the records; False if told to stop before it:
+        the next server does so then."""
+        if (measured := self._measure(self.recipe.eval.final_tokens)) is None:
+            self._event("stopped", f"{self._stop_reason} before the last evaluation was done")
+            return False
+        loss, loss_master = measured
         self._tracker.record(
             "done",
             rounds=self.version,
@@ -717,6 +774,7 @@ class Server:
             loss_master=loss_master,
             master_digest=self._master_digest,
         )
+        return True
 
     # Messages out
 
@@ -796,6 +854,33 @@ class Server:
     def _broadcast(self, frames: list[bytes | memoryview]) -> None:
         for peer in self._peers.values():
             self._endpoint.send(peer, frames)
+
+    def _status(self) -> wire.Status:
+        now_s, state, standing = self._watch.now_s(), self._state, self._tracker.standing
+        silent_after_s = max(3 * self.recipe.heartbeat_s, self.recipe.server.silence_s / 3)
+        words = f"waiting for room in {self.folder}" if self._store.is_full else in_words(state, now_s)
+        return wire.Status(
+            generation=self.generation,
+            run_id=self.run_id,
+            folder=str(self.folder),
+            phase=state.phase,
+            words=words,
+            version=self.version,
+            rounds=self.recipe.train.rounds,
+            local_steps=self.recipe.train.local_steps,
+            train_loss=standing.train_loss,
+            valid_loss=standing.valid_loss,
+            tokens=self._tokens,
+            tokens_per_s=standing.tokens_per_s,
+            uplink_bytes=standing.uplink_bytes,
+            downlink_bytes=standing.downlink_bytes,
+            merged_s=None if self._merged_s is None else self._now_s() - self._merged_s,
+            elapsed_s=standing.elapsed_s,
+            left_s=standing.left_s,
+            num_members=len(state.members),
+            num_gone=len(state.known.keys() - state.members.keys()),
+            workers=self._roll.workers(state, now_s, silent_after_s),
+        )
 
     # Time, words, disk
 

@@ -24,12 +24,14 @@ class ServerEndpoint(Protocol):
         received_bytes, sent_bytes: of all frames so far, those dropped at once left out.
         sender: the worker_id that the key behind the last message received is bound to; "" where
             there are no keys. A peer's name for its connection proves nothing, this does.
+        origin: the address of the machine that the last message came from, or ""; for people to read.
     """
 
     address: str
     received_bytes: int
     sent_bytes: int
     sender: str
+    origin: str
 
     def send(self, peer: Peer, frames: Frames) -> None:
         """Send to a peer; dropped without a word if its connection is gone."""

@@ -24,7 +24,7 @@ class InprocessServer:
     def __init__(self, address: str, *, max_message_bytes: int) -> None:
         self.address, self.max_message_bytes = address, max_message_bytes
         self.received_bytes = self.sent_bytes = 0
-        self.sender = ""
+        self.sender = self.origin = ""
         self.inbox: queue.Queue[tuple[Peer, list[bytes]]] = queue.Queue()
         self.peers: dict[Peer, InprocessWorker] = {}
 

@@ -56,6 +56,14 @@ _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[\w.-]+|\*):(?P<p
 _FORMS = "an address is tcp://HOST:PORT, ipc://PATH or inprocess://NAME"
 
 
+def _origin(frame: zmq.Frame) -> str:
+    """The address that a message came from, or "" where its connection is gone already."""
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return ""
+
+
 def _frame_bytes(frames: Frames) -> int:
     return sum(memoryview(frame).nbytes for frame in frames)
 
@@ -112,7 +120,7 @@ class ZmqServer:
             raise ConnectError(_bind_fault(address, error)) from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
-        self.sender = ""
+        self.sender = self.origin = ""
 
     def send(self, peer: Peer, frames: Frames) -> None:
         if self._socket.closed:
@@ -137,6 +145,7 @@ class ZmqServer:
                 self.sender = self._allowed.worker_id(str(peer.get("User-Id") or ""))
                 if not self.sender:
                     continue
+            self.origin = _origin(peer)
             views = [frame.buffer for frame in frames]
             self.received_bytes += _frame_bytes(views)
             return bytes(peer.buffer), views

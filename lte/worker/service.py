@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from lte import config, wire
 from lte.config import Recipe
-from lte.errors import DigestError, RefusedError, RunError
+from lte.errors import DigestError, RefusedError, RunError, StoppedError
 from lte.nn import adapted_modules, describe, difference
 from lte.worker import state
 from lte.worker.session import Session, Step, parting_words
-from lte.worker.state import Saved
+from lte.worker.state import Saved, Tally
 from lte.worker.trainer import MakeOptimizer, Trainer
 
 _MOST_REFUSALS = 2
@@ -42,6 +43,7 @@ class Worker:
     Attributes:
         worker_id, slot: the name that the server gave, and the place among all workers.
         recipe: the server's. version: merges that the model holds. done: the last one was reached.
+        stopped: `stop` was called, and this worker has left.
     """
 
     def __init__(
@@ -67,8 +69,9 @@ class Worker:
                 learning rates are peaks on which the recipe's schedule acts.
             worker_id: a name of your choice. wait_s: how long to look for the server.
             folder: where to keep this worker's state, which is written before each contribution is
-                sent: a new process with the same name and folder goes on where this one was, bit for
-                bit. None: it starts over from what the server has merged of this worker.
+                sent, and by `stop` and `save`: a new process with the same name and folder goes on where
+                this one was, bit for bit. None: it starts over from what the server has merged of this
+                worker.
             key: file of this worker's secret key, server_key: of the server's public one, both from
                 `lte keys new`, for a server that has keys.
             say: told, in a line, when the server is not heard for long, and when it is again.
@@ -81,7 +84,7 @@ class Worker:
         described = describe(model)
         self._folder = None if folder is None else Path(folder)
         saved = None if self._folder is None else state.load(self._folder)
-        self._replaces = saved.contribution.incarnation if saved else 0
+        self._replaces = saved.incarnation if saved else 0
         if isinstance(server, str):
             modules = [module for _, module in adapted_modules(model)]
             server = Session(
@@ -90,7 +93,7 @@ class Worker:
                 model=described,
                 heads=max((module.heads for module in modules), default=0),
                 rank=max((module.rank for module in modules), default=0),
-                version=saved.contribution.version if saved else 0,
+                version=saved.version if saved else 0,
                 wait_s=wait_s,
                 key=key,
                 server_key=server_key,
@@ -101,7 +104,8 @@ class Worker:
             welcome = server.welcome
             if differs := difference(described, welcome.model):
                 raise RefusedError(differs, "build the model that the server's recipe describes")
-            self.worker_id, self.slot, self.done = welcome.worker_id, welcome.slot, False
+            self.worker_id, self.slot = welcome.worker_id, welcome.slot
+            self.done = self.stopped = self._told_to_stop = False
             self.recipe: Recipe = config.from_dict(welcome.settings)
             self._trainer = Trainer(
                 model,
@@ -113,8 +117,10 @@ class Worker:
                 optimizer=optimizer,
             )
             server.base = {}  # the model holds it now
-            self._loss, self._tokens, self._batches = torch.zeros(()), 0, 0
-            self._pushed, self._refusals = False, 0
+            self._count(Tally())
+            # What was pushed on the version at hand: its message and blobs.
+            self._pushed: tuple[wire.Contribution, Mapping[str, Tensor]] | None = None
+            self._refusals = 0
             # Processes whose contributions are this one's: its own, and the one that it goes on from.
             self._incarnations = {welcome.incarnation}
             self._apply_s = self._waited_s = 0.0
@@ -122,8 +128,11 @@ class Worker:
                 self._resume(saved)
             if self._trainer.merged_digest() != welcome.merged_digest and not self._pushed:
                 self._start_over()
-            self._until_open()
+            if self._trainer.round == self._trainer.version:
+                self._until_open()
+            server.progress(self.version, self._trainer.local_step)
             self._began_s, self._waited_s, self._steps = time.monotonic(), 0.0, 0
+            self._follow_through()
         except BaseException as error:
             server.close(parting_words(type(error), error))
             raise
@@ -146,13 +155,13 @@ class Worker:
                 merging by tokens.
 
         Returns:
-            Whether the run goes on. Once it does not, steps do nothing.
+            Whether to go on. Not after the last round, nor once `stop` was called; then steps do nothing.
 
         Raises:
             RunEnded: the server stopped before the last round, or is not heard any more.
             RefusedError: the server refused a contribution or replaced this worker.
         """
-        if self.done:
+        if self.done or self.stopped:
             return False
         self._trainer.step()
         if loss is not None:
@@ -160,18 +169,80 @@ class Worker:
             self._batches += 1
         self._tokens += tokens
         self._steps += 1
+        self._session.progress(self.version, self._trainer.local_step)
+        with suppress(StoppedError):  # it waited
+            self._follow_through()
+        if self._told_to_stop and not self.done:
+            self._leave()
+        return not (self.done or self.stopped)
+
+    def _follow_through(self) -> None:
+        """Pull and push as it is time to after the local steps taken: the next one may follow."""
         trainer, train = self._trainer, self.recipe.train
-        self._session.progress(self.version, trainer.local_step)
         if trainer.round > trainer.version and trainer.local_step >= train.steps_ahead:
             self._until_published()
         if not self.done and trainer.local_step >= train.local_steps:
             self._push()
-            if train.overlap and trainer.round + 1 < train.rounds:
+            if self._can_go_ahead():
                 trainer.go_ahead()
             else:
                 self._until_open()
             self._began_s, self._waited_s, self._steps = time.monotonic(), 0.0, 0
-        return not self.done
+
+    def _can_go_ahead(self) -> bool:
+        train = self.recipe.train
+        return train.overlap and self._trainer.round + 1 < train.rounds
+
+    def stop(self) -> None:
+        """Have this worker save its state, if it has a folder, and leave: at the end of the local step
+        at hand, or, where it waits, within a second. `step` returns False then.
+
+        May be called from a signal handler or another thread.
+        """
+        self._told_to_stop = True
+        self._session.stop()
+
+    def _leave(self) -> None:
+        is_saved = self._pushed and self._trainer.round == self._trainer.version  # by the push
+        if self._folder is not None and not is_saved:
+            self.save()
+        self.stopped = True
+        self.close("interrupted")
+
+    def save(self) -> None:
+        """Write this worker's state to its folder, between two steps: a process that goes on from it
+        takes the next one.
+
+        Raises:
+            RunError: it was given no folder. OSError: the disk; the state before is still there.
+        """
+        if self._folder is None:
+            raise RunError("this worker has no folder to save to; give it one: lte.Worker(folder=...)")
+        tally = Tally(loss=float(self._loss), batches=self._batches, tokens=self._tokens)
+        contribution, blobs = self._pushed or (None, {})
+        self._write(self._folder, contribution, blobs, tally)
+
+    def _write(
+        self,
+        folder: Path,
+        contribution: wire.Contribution | None,
+        blobs: Mapping[str, Tensor],
+        tally: Tally,
+    ) -> None:
+        welcome = self._session.welcome
+        tensors, numbers = self._trainer.state()
+        saved = Saved(
+            run_id=welcome.run_id,
+            slot=self.slot,
+            incarnation=welcome.incarnation,
+            senders=sorted(self._incarnations | {welcome.incarnation}),
+            contribution=contribution,
+            blobs=blobs,
+            tally=tally,
+            tensors=tensors,
+            numbers=numbers,
+        )
+        state.save(folder, saved, self._replaces)
 
     def __enter__(self) -> Worker:
         return self
@@ -187,7 +258,7 @@ class Worker:
 
     def _push(self) -> None:
         trainer = self._trainer
-        step_s = (time.monotonic() - self._began_s - self._waited_s) / self._steps
+        step_s = (time.monotonic() - self._began_s - self._waited_s) / max(self._steps, 1)
         base_digest, merged_digest = trainer.base_digest(), trainer.merged_digest()
         started_s = time.monotonic()
 
@@ -211,29 +282,24 @@ class Worker:
                 merged_digest=merged_digest,
                 given_digest=trainer.given_digest(),
             )
+            self._incarnations = {welcome.incarnation}
             if self._folder is not None:
-                tensors, numbers = trainer.state()
-                saved = Saved(
-                    run_id=welcome.run_id,
-                    slot=welcome.slot,
-                    contribution=contribution,
-                    blobs=blobs,
-                    tensors=tensors,
-                    numbers=numbers,
-                )
-                state.save(self._folder, saved, self._replaces)
+                self._write(self._folder, contribution, blobs, Tally())
+            self._pushed = contribution, blobs
             return contribution
 
         self._session.push(trainer.version, trainer.contribution(), close)
-        self._pushed = True
-        self._incarnations = {self._session.welcome.incarnation}
-        self._loss, self._tokens, self._batches = torch.zeros(()), 0, 0
+        self._count(Tally())
+
+    def _count(self, tally: Tally) -> None:
+        """Begin to count local steps, after those of a tally."""
+        self._loss, self._batches, self._tokens = torch.tensor(tally.loss), tally.batches, tally.tokens
 
     def _resume(self, saved: Saved) -> None:
-        """Go on from what an earlier process saved before it pushed; push that again, unless a later
+        """Go on from what an earlier process saved. What it had pushed is pushed again, unless a later
         version is published already."""
         sent, version = saved.contribution, self.version
-        merged = sent.incarnation in self._session.merged
+        merged = sent is not None and not self._session.merged.isdisjoint(saved.senders)
         try:
             self._trainer.resume(saved.tensors, saved.numbers, merged=merged)
         except (KeyError, ValueError, RuntimeError) as error:
@@ -241,10 +307,18 @@ class Worker:
                 f"{self._folder}: the state of other heads, model or optimizer ({error}); delete it, and this"
                 " worker starts over"
             ) from None
-        self._incarnations.add(sent.incarnation)
-        if self.version == version == sent.version:
+        if self._trainer.local_step:
+            self._count(saved.tally)
+        if sent is None:
+            return
+        self._incarnations.update(saved.senders)
+        if version == saved.version:
+            if self._folder is not None:  # before it is pushed: whoever goes on must know that this one did
+                self._write(self._folder, sent, saved.blobs, saved.tally)
             self._session.push(version, saved.blobs.items(), lambda parts, _: _with_parts(sent, parts))
-            self._pushed = True
+            self._pushed = sent, saved.blobs
+            if self._trainer.round == version and self._can_go_ahead():
+                self._trainer.go_ahead()
 
     def _start_over(self) -> None:
         """Have the heads be what the server has merged of this worker, and nothing owed."""
@@ -254,7 +328,8 @@ class Worker:
             if isinstance(message, wire.Factors):
                 factors = {name: _floats(name, blob, self._trainer) for name, blob in blobs.items()}
                 self._trainer.adopt(factors)
-                self._pushed = False
+                self._count(Tally())
+                self._pushed = None
                 self._session.progress(self.version, 0)
                 return
             if isinstance(message, wire.Update):
@@ -297,11 +372,13 @@ class Worker:
     def _apply(self, update: wire.Update, blobs: dict[str, Tensor]) -> None:
         started_s = time.monotonic()
         own = self._incarnations | {self._session.welcome.incarnation}
-        merged = self._pushed and not own.isdisjoint(update.merged)
+        merged = self._pushed is not None and not own.isdisjoint(update.merged)
         self._trainer.apply(
             update.version, blobs, update.base_digest, merged=merged, whole=update.since is None
         )
-        self._pushed = False
+        self._pushed = None
+        if not self._trainer.local_step:  # those taken were of a round that is over
+            self._count(Tally())
         self._refusals = 0 if merged else self._refusals
         self._session.progress(self.version, self._trainer.local_step)
         self._session.base_digest = update.base_digest

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte import config, transport, wire
 from lte.clock import Watch
-from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded, WireError
+from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded, StoppedError, WireError
 
 _ASK_AGAIN_S = 3.0
 """A Hello without an answer is sent again after this: no server may have been there."""
@@ -137,6 +137,7 @@ class Session:
         self._asked_after = -1
         self._assembly: wire.Assembly | None = None
         self.num_damaged = 0
+        self._told_to_stop = False
         self._beating = threading.Lock()
         self._stopping = threading.Event()
         self._heartbeats: threading.Thread | None = None
@@ -248,9 +249,12 @@ class Session:
             RefusedError: the server fenced this worker.
             ConnectError: the connection broke, and its key is not admitted any more.
             RunEnded: the server went, or is not heard any more.
+            StoppedError: `stop` was called.
         """
         patience, begin = _Patience(self._patience_s, self._unheard_s, self._say), None
         while begin is None or self._endpoint.pending():
+            if self._told_to_stop:
+                raise StoppedError
             if self._asked_s is not None and time.monotonic() - self._asked_s >= _ASK_AGAIN_S:
                 self._say_hello()
             frames = self._endpoint.receive(_LOOK_UP_S)
@@ -307,6 +311,10 @@ class Session:
                 case wire.Pulse() if self._unanswered and message.number > self._pushed_after:
                     self._push_again()
         return begin, {}
+
+    def stop(self) -> None:
+        """Make `next_step` end, within a second. May be called from a signal handler or another thread."""
+        self._told_to_stop = True
 
     def _take(self, part: wire.Part, frames: wire.Frames, entries: Sequence[wire.TensorEntry]) -> None:
         """Stage a part. The server is trusted with its size: its model is to be trained here."""

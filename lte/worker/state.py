@@ -1,4 +1,5 @@
-"""A worker's state on its own disk: one file, written whole or not at all, each time before a push.
+"""A worker's state on its own disk: one file, written whole or not at all, before each push and when the
+worker is told to stop.
 
 Each process of a worker writes a file of its own, named by its incarnation, so that two in one folder do not
 spoil each other's, and one that was replaced and wakes up does not hide its successor's.
@@ -7,8 +8,8 @@ spoil each other's, and one that was replaced and wakes up does not hide its suc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,53 @@ from torch import Tensor
 from lte import durable, quantize, wire
 from lte.errors import FencedError, RunError
 
-FORMAT = "2"
+FORMAT = "3"
 _NAMES = "state-*.safetensors"
 _BLOB = "blob/"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Of the local steps that no contribution tells of yet: sum of the losses, how many there are of
+    them, and tokens."""
+
+    loss: float = 0.0
+    batches: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a worker needs to go on bit for bit where it was when it pushed.
+    """What a worker needs to go on bit for bit where it was.
 
     Attributes:
-        run_id, slot: of the run and the worker's place in it.
-        contribution, blobs: what it pushed, or was about to.
+        run_id, slot: of the run and the worker's place in it. incarnation: of the process that saved it.
+        contribution, blobs: what it has pushed, or was about to, on the version that it holds; None
+            and empty where it has not. senders: incarnations of all processes that have, or were.
+        tally: of its local steps since.
         tensors, numbers: of the trainer; see `Trainer.state`.
     """
 
     run_id: str
     slot: int
-    contribution: wire.Contribution
+    incarnation: int
+    senders: Sequence[int]
+    contribution: wire.Contribution | None
     blobs: Mapping[str, Tensor]
+    tally: Tally
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
+
+    @property
+    def version(self) -> int:
+        """Version of the base that it held."""
+        return int(self.numbers["version"])
 
     def continues(self, welcome: wire.Welcome) -> bool:
         """Whether it is of this run and place, and of no version that the server does not have: one
         that lost its journal went back."""
         same = (self.run_id, self.slot) == (welcome.run_id, welcome.slot)
-        return same and self.contribution.version <= welcome.version
+        return same and self.version <= welcome.version
 
 
 def save(folder: Path, saved: Saved, replaces: int = 0) -> None:
@@ -59,7 +80,7 @@ def save(folder: Path, saved: Saved, replaces: int = 0) -> None:
     Raises:
         OSError: the disk; the older one is still there. FencedError: a newer process saved its state.
     """
-    own = saved.contribution.incarnation
+    own = saved.incarnation
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
     tensors |= {_BLOB + name: blob for name, blob in saved.blobs.items()}
@@ -67,7 +88,10 @@ def save(folder: Path, saved: Saved, replaces: int = 0) -> None:
         "format": FORMAT,
         "run_id": saved.run_id,
         "slot": str(saved.slot),
+        "incarnation": str(saved.incarnation),
+        "senders": json.dumps(list(saved.senders)),
         "contribution": msgspec.json.encode(saved.contribution).decode(),
+        "tally": json.dumps(asdict(saved.tally)),
         "numbers": json.dumps(saved.numbers),
         "digest": quantize.digest(sorted(tensors.items())),
     }
@@ -108,8 +132,11 @@ def load(folder: Path) -> Saved | None:
     return Saved(
         run_id=described["run_id"],
         slot=int(described["slot"]),
-        contribution=msgspec.json.decode(described["contribution"], type=wire.Contribution),
+        incarnation=int(described["incarnation"]),
+        senders=json.loads(described["senders"]),
+        contribution=msgspec.json.decode(described["contribution"], type=wire.Contribution | None),
         blobs={n.removeprefix(_BLOB): t.to(torch.uint8) for n, t in tensors.items() if n.startswith(_BLOB)},
+        tally=Tally(**json.loads(described["tally"])),
         tensors={name: tensor for name, tensor in tensors.items() if not name.startswith(_BLOB)},
         numbers=json.loads(described["numbers"]),
     )

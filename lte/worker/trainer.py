@@ -404,13 +404,15 @@ class Trainer:
     # State
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that this worker alone knows when it has encoded a contribution: tensors and numbers.
+        """All that this worker alone knows between two local steps, or when it has encoded a contribution:
+        tensors and numbers.
 
         Raises:
             ConfigError: the optimizer keeps what is neither.
         """
         numbers: dict[str, Any] = {
             "version": self.version,
+            "round": self.round,
             "local_step": self.local_step,
             "draw": self.draw,
             "lost": self.lost,
@@ -443,7 +445,8 @@ class Trainer:
 
     @torch.no_grad()
     def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], *, merged: bool) -> None:
-        """Go on from the `state` of an earlier process, with the base at hand, which may be newer.
+        """Go on from the `state` of an earlier process, with the base at hand, which may be newer: the
+        local steps of a round that is over count as none of the new one, but stay in the heads.
 
         Args:
             merged: whether the contribution that the state was saved with is in the base at hand.
@@ -481,7 +484,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
-        self.version = self.round = int(numbers["version"])
+        self.version, self.round = int(numbers["version"]), int(numbers["round"])
         self.local_step, self.draw = int(numbers["local_step"]), int(numbers["draw"])
         self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
         self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])

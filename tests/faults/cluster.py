@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from forks import fork
 
-from lte import config, language
+from lte import config, language, signals
 from lte.config import Recipe
 from lte.data import pack
 from lte.server import journal, recovery
@@ -41,6 +41,16 @@ class Script(Protocol):
     def install(self) -> None: ...
 
 
+def _place_of(function: str) -> tuple[Any, str]:
+    """Where "module:Class.name" is, and by which name."""
+    module, _, path = function.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name
+
+
 @dataclass(frozen=True)
 class Scripted:
     """Something that happens at the n-th call of `function` ("module:Class.name") whose arguments hold a
@@ -55,11 +65,7 @@ class Scripted:
         raise NotImplementedError
 
     def install(self) -> None:
-        module, _, path = self.function.partition(":")
-        owner: Any = importlib.import_module(module)
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
+        owner, name = _place_of(self.function)
         original, calls = getattr(owner, name), 0
 
         def faulty(*arguments: Any, **named: Any) -> Any:
@@ -78,13 +84,34 @@ class Scripted:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Every call of `function` adds a byte to a file."""
+
+    function: str
+    path: Path
+
+    def install(self) -> None:
+        owner, name = _place_of(self.function)
+        original = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            with self.path.open("ab") as file:
+                file.write(b".")
+            return original(*arguments, **named)
+
+        setattr(owner, name, counted)
+
+
+@dataclass(frozen=True)
 class Fault(Scripted):
-    """The process sends itself a signal."""
+    """The process sends itself a signal, or several."""
 
     number: int = signal.SIGKILL
+    numbers: Sequence[int] = ()
 
     def happen(self) -> None:
-        os.kill(os.getpid(), self.number)
+        for number in self.numbers or [self.number]:
+            os.kill(os.getpid(), number)
 
 
 @dataclass(frozen=True)
@@ -135,7 +162,10 @@ def _work(
     address: str, worker_id: str, own: Mapping[str, Any], folder: Path, faults: Sequence[Script], log: Path
 ) -> None:
     _begin(faults, log)
-    language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S, **own)
+    try:
+        language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S, **own)
+    except signals.Ended as end:
+        raise SystemExit(128 + end.number) from None
 
 
 def _begin(faults: Iterable[Script], log: Path) -> None:

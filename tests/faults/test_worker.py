@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from cluster import ROUNDS, Cluster, Fault, audit
@@ -36,6 +37,28 @@ def test_a_killed_worker_goes_on_bit_for_bit(cluster: Cluster, undisturbed: str,
     assert cluster.master_digest() == undisturbed
     audit(cluster.run, ROUNDS, {"a", "b"})
     assert cluster.events("refused") == []
+
+
+def test_a_worker_that_is_killed_again_before_its_round_closes_knows_what_is_merged_of_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Its third contribution is sent by two processes, and merged while no third one is there."""
+    mode = {"lora__merge": "reset-b", "server__silence_s": 600.0}
+    calm = Cluster(tmp_path / "calm", cluster.settings)
+    calm.folder.mkdir()
+    for process in (calm.serve(**mode), calm.work("a"), calm.work("b")):
+        calm.ended(process, 0)
+    server = cluster.serve(**mode)
+    a = cluster.work("a", Fault("lte.worker.trainer:Trainer.step", call=5, number=signal.SIGSTOP))
+    cluster.ended(cluster.work("b", Fault(f"{PUSHES}._close_parts", call=3)), -signal.SIGKILL)
+    cluster.ended(cluster.work("b", Fault(f"{PUSHES}._is_stale", given="Receipt")), -signal.SIGKILL)
+    cluster.wake(a)
+    cluster.until(lambda: len(cluster.lines("round")) >= 3, "third round")
+    for process in (cluster.work("b"), server, a):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == calm.master_digest()
+    audit(cluster.run, ROUNDS, {"a", "b"})
+    calm.close()
 
 
 def test_a_worker_that_lost_its_disk_goes_on_from_what_was_merged_of_it(cluster: Cluster) -> None:
