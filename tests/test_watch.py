@@ -15,7 +15,7 @@ from torch import nn
 import lte
 from lte import config
 from lte.config import Recipe
-from lte.server.watch import Divergence, Rise
+from lte.server.watch import Divergence, Rise, typical
 from lte.track import METRICS, Records
 
 NOISE = 0.03
@@ -38,6 +38,14 @@ def rises(
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.3])
 def test_noise_is_no_divergence(noise: float) -> None:
     assert [seed for seed in range(200) if rises(falling(150, seed, noise))] == []
+
+
+def test_one_worker_cannot_make_a_run_seem_to_diverge() -> None:
+    assert typical([1.7, 90.0, 1.8, 1.6]) == 1.7
+    assert typical([1.7, math.nan, 1.8]) == 1.8
+    assert typical([1.7, math.nan]) == 1.7
+    assert typical([math.nan, math.nan, 1.7]) == math.inf
+    assert typical([]) is None
 
 
 def test_a_single_bad_round_is_none_either() -> None:

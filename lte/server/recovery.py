@@ -14,6 +14,7 @@ from lte.errors import RunError
 from lte.server import checkpoint, journal
 from lte.server.checkpoint import Progress
 from lte.server.master import Master, Received
+from lte.server.watch import typical
 
 
 @dataclass
@@ -144,6 +145,7 @@ class _Replay:
                 "version": merged.version,
                 "tokens": merged.tokens,
                 "train_loss": sum(losses) / len(losses) if losses else None,
+                "typical_loss": typical(losses),
                 "num_merged": len(kept),
                 "uplink_bytes": sum(len(blob) for record in kept for blob in record.blobs.values()),
                 **(outcome.held_down if master.recipe.outer.bound_norm else {}),

@@ -33,7 +33,7 @@ from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
 from lte.server.status import Roll, in_words
 from lte.server.store import Store
-from lte.server.watch import TRIMS_IN_A_ROW, Divergence, Outliers, Rise
+from lte.server.watch import TRIMS_IN_A_ROW, Divergence, Outliers, Rise, typical
 from lte.track import METRICS, Records, Tracker
 from lte.transport import Frames, Peer
 
@@ -182,7 +182,7 @@ class Server:
         for earlier in Records.read(self.folder / METRICS):
             if earlier["kind"] == "round":
                 told.add(earlier["version"])
-                self._train_losses.saw(earlier["version"], earlier["train_loss"])
+                self._train_losses.saw(earlier["version"], earlier.get("typical_loss"))
             elif earlier["kind"] == "eval":
                 self._eval_losses.saw(earlier["version"], earlier["loss"])
         for line in found.rounds:  # of versions that a crash kept from the records
@@ -672,12 +672,13 @@ class Server:
         losses = [message.loss for message in contributions if message.loss is not None]
         uplink, downlink, by_kind = self._publisher.close_round()
         bits = 8 / self.master.plan.num_parameters
-        train_loss = sum(losses) / len(losses) if losses else None
+        train_loss, typical_loss = sum(losses) / len(losses) if losses else None, typical(losses)
         self._tracker.record(
             "round",
             version=self.version,
             tokens=self._tokens,
             train_loss=train_loss,
+            typical_loss=typical_loss,
             num_merged=len(contributions),
             num_told=self._publisher.num_told,
             uplink_bytes=uplink,
@@ -693,7 +694,7 @@ class Server:
             **measured,
         )
         # From here on the workers train already, on the version that was just published.
-        self._warn("training", self._train_losses.saw(self.version, train_loss))
+        self._warn("training", self._train_losses.saw(self.version, typical_loss))
         every = self.recipe.eval.every
         if not self.finished and every and self.version % every == 0:
             valid = self._measure(self.recipe.eval.tokens)

@@ -82,6 +82,12 @@ class Rise:
     now: float
 
 
+def typical(losses: Sequence[float]) -> float | None:
+    """The loss of the worker in the middle, which no single one can drag along; of two the lower."""
+    known = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return statistics.median_low(known) if known else None
+
+
 class Divergence:
     """Notices that a loss rises for good: once, until it is lower than ever again.
 
