@@ -20,7 +20,7 @@ from lte.nn import convert, describe
 from lte.server import Server, checkpoint, rollback
 from lte.server.master import Master
 from lte.server.service import Evaluate
-from lte.worker import Worker, state
+from lte.worker import Worker
 from lte.worker.session import Session
 from lte.worker.trainer import materialize
 
@@ -84,14 +84,13 @@ def work(
     """
     described = describe(_with_heads(_of_own(recipe, rank, heads))) if recipe else None
     while True:
-        saved = None if folder is None else state.load(folder)
         with Session(
             server,
             worker_id=worker_id,
             model=described,
             heads=heads,
             rank=rank,
-            version=saved.version if saved else 0,
+            folder=folder,
             wait_s=wait_s,
             key=key,
             server_key=server_key,
@@ -112,7 +111,7 @@ def work(
                 raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
             say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
             try:
-                _train(session, _of_own(given, rank, heads), folder, say, began)
+                _train(session, _of_own(given, rank, heads), say, began)
                 return
             except JoinAnewError as error:
                 say(f"{error.reason}; joining anew")
@@ -121,7 +120,6 @@ def work(
 def _train(
     session: Session,
     recipe: Recipe,
-    folder: Path | None,
     say: Callable[[str], None],
     began: Callable[[Worker], object],
 ) -> None:
@@ -134,7 +132,7 @@ def _train(
     stream = _stream(recipe, session.welcome.slot)
     device = device_of(recipe)
     model = cast(GPT, materialize(_with_heads(recipe), device))
-    worker, ended_by = Worker(model, session, folder=folder), list[int]()
+    worker, ended_by = Worker(model, session, say=say), list[int]()
 
     def stop(number: int) -> None:
         ended_by.append(number)

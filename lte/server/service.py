@@ -551,7 +551,7 @@ class Server:
                 self._complain(
                     "fenced", f"a process of {worker_id} was fenced: {reason}", worker_id=worker_id
                 )
-                cure = "start the worker again"
+                cure = "start it again if the newer one does not go on"
                 self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
             case rounds.Decline(reason):
                 assert peer is not None

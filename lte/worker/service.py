@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from lte import config, wire
+from lte import config, durable, wire
 from lte.config import Recipe
 from lte.errors import DigestError, RefusedError, RunError, StoppedError
 from lte.nn import adapted_modules, describe, difference
@@ -22,6 +22,8 @@ from lte.worker.session import Session, Step, parting_words
 from lte.worker.state import Saved, Tally
 from lte.worker.trainer import MakeOptimizer, Trainer
 
+_LOOK_AGAIN_S = 1.0
+"""How often a worker whose disk is full tries to write its state."""
 _MOST_REFUSALS = 2
 """In a row, after which a worker whose heads were started over gives up."""
 
@@ -64,7 +66,7 @@ class Worker:
         Args:
             model: from `lte.convert`; its heads may be fewer, and of a smaller rank, than the server's
                 recipe says.
-            server: its address, or a session that has joined.
+            server: its address, or a session that has joined, with a worker_id, folder and keys of its own.
             optimizer: over the model's parameters, or a function that makes one of the model; its
                 learning rates are peaks on which the recipe's schedule acts.
             worker_id: a name of your choice. wait_s: how long to look for the server.
@@ -82,9 +84,6 @@ class Worker:
             folder is damaged.
         """
         described = describe(model)
-        self._folder = None if folder is None else Path(folder)
-        saved = None if self._folder is None else state.load(self._folder)
-        self._replaces = saved.incarnation if saved else 0
         if isinstance(server, str):
             modules = [module for _, module in adapted_modules(model)]
             server = Session(
@@ -93,13 +92,14 @@ class Worker:
                 model=described,
                 heads=max((module.heads for module in modules), default=0),
                 rank=max((module.rank for module in modules), default=0),
-                version=saved.version if saved else 0,
+                folder=folder,
                 wait_s=wait_s,
                 key=key,
                 server_key=server_key,
                 say=say,
             )
-        self._session = server
+        self._session, self._folder, saved, self._say = server, server.folder, server.saved, say
+        self._replaces = saved.incarnation if saved else 0
         try:
             welcome = server.welcome
             if differs := difference(described, welcome.model):
@@ -126,6 +126,7 @@ class Worker:
             self._apply_s = self._waited_s = 0.0
             if saved is not None and saved.continues(welcome):
                 self._resume(saved)
+            server.saved = saved = None  # it is in the trainer, if it is of use
             if self._trainer.merged_digest() != welcome.merged_digest and not self._pushed:
                 self._start_over()
             if self._trainer.round == self._trainer.version:
@@ -242,7 +243,17 @@ class Worker:
             tensors=tensors,
             numbers=numbers,
         )
-        state.save(folder, saved, self._replaces)
+        is_said = False
+        while True:
+            try:
+                return state.save(folder, saved, self._replaces)
+            except OSError as error:
+                if error.errno not in durable.DISK_FULL or self._told_to_stop:
+                    raise
+                if not is_said:
+                    self._say(f"{folder} has no room for this worker's state; waiting for some")
+                is_said = True
+                time.sleep(_LOOK_AGAIN_S)
 
     def __enter__(self) -> Worker:
         return self

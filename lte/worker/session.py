@@ -16,6 +16,7 @@ from torch import Tensor
 from lte import config, transport, wire
 from lte.clock import Watch
 from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded, StoppedError, WireError
+from lte.worker import state
 
 _ASK_AGAIN_S = 3.0
 """A Hello without an answer is sent again after this: no server may have been there."""
@@ -87,6 +88,7 @@ class Session:
         base: the bytes of the whole model that came with it. base_digest: of what the worker holds.
         merged: incarnations of this worker's name whose contribution to the version that it said it
             had pushed to, or a later one, is in that model.
+        folder: of this worker's state, or None. saved: what an earlier process left there, or None.
         num_damaged: messages that could not be read.
     """
 
@@ -98,7 +100,7 @@ class Session:
         model: Mapping[str, str] | None = None,
         heads: int = 0,
         rank: int = 0,
-        version: int = 0,
+        folder: str | Path | None = None,
         wait_s: float = 30.0,
         key: str | Path | None = None,
         server_key: str | Path | None = None,
@@ -110,7 +112,7 @@ class Session:
             worker_id: a name to join by, or "" to be given one.
             model: description of a model built before joining (`nn.Plan.describe`). heads, rank: how
                 many heads it trains, and the largest lora_rank of them; 0: the recipe's.
-            version: that an earlier process of this worker had pushed a contribution to.
+            folder: where this worker keeps its state; see `Worker`.
             wait_s: how long to look for a server.
             key, server_key: files of keys, for a server that has some (see `transport.connect`).
             say: told, in a line, when the server is not heard for long, and when it is again.
@@ -118,8 +120,11 @@ class Session:
         Raises:
             ConnectError: no server answered within `wait_s`, or keys do not fit. KeysError: the files
             of keys cannot be used.
-            RefusedError: the server refused this worker.
+            RefusedError: the server refused this worker. RunError: the state in the folder is damaged.
         """
+        self.folder = None if folder is None else Path(folder)
+        # Read once: what the server is told and what this worker goes on from must be the same state.
+        self.saved = None if self.folder is None else state.load(self.folder)
         self._endpoint = transport.connect(address, key=key, server_key=server_key)
         self._address, self._say = address, say
         self._progress = (0, 0)
@@ -148,7 +153,7 @@ class Session:
             model=dict(model or {}),
             heads=heads,
             rank=rank,
-            version=version,
+            version=self.saved.version if self.saved else 0,
         )
         try:
             self._join(wait_s)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +44,9 @@ class FullWhenStopped:
 Resize = Callable[[str], None]
 
 
-@pytest.fixture(
-    params=[("journal", "24k"), ("journal", "48k"), ("", "400k"), ("", "700k")],
-    ids=["in the middle of the run", "at its end", "of the whole run", "of the whole run, later"],
-)
-def resize(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Resize]:
-    """A small disk where the journal, or all that the server writes, will be; gives it another size."""
-    inside, size = request.param
-    place = cluster.run / inside
+@contextmanager
+def small_disk(place: Path, size: str, cluster: Cluster) -> Iterator[Resize]:
+    """A disk of this size, where a cluster will write; gives it another size."""
     place.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o"]
     if (
@@ -65,6 +61,17 @@ def resize(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Resize]
             process.kill()
             process.join()
         subprocess.run(["umount", place], check=True)
+
+
+@pytest.fixture(
+    params=[("journal", "24k"), ("journal", "48k"), ("", "400k"), ("", "700k")],
+    ids=["in the middle of the run", "at its end", "of the whole run", "of the whole run, later"],
+)
+def resize(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Resize]:
+    """A small disk where the journal, or all that the server writes, will be."""
+    inside, size = request.param
+    with small_disk(cluster.run / inside, size, cluster) as resize:
+        yield resize
 
 
 def test_a_full_disk_is_waited_for(
@@ -93,5 +100,18 @@ def test_a_server_that_is_stopped_while_its_disk_is_full_saves_what_it_published
         cluster.ended(worker, 1)
     for process in (cluster.serve(), *(cluster.work(name) for name in ("a", "b"))):
         cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+def test_a_worker_whose_disk_is_full_waits_for_room(cluster: Cluster, undisturbed: str) -> None:
+    """Its signs of life go on, and the round waits for it."""
+    with small_disk(cluster.state_of("b"), "64k", cluster) as resize:
+        processes = [cluster.serve(), *(cluster.work(name) for name in ("a", "b"))]
+        cluster.until(lambda: "no room for this worker's state" in cluster.logs(), "word of the full disk")
+        assert len(cluster.lines("round")) < ROUNDS
+        resize("4m")
+        for process in processes:
+            cluster.ended(process, 0)
     assert cluster.master_digest() == undisturbed
     audit(cluster.run, ROUNDS, {"a", "b"})
