@@ -106,7 +106,7 @@ class Family:
         """Start `lte ARGUMENTS` as a user does, by a new Python; options are Popen's, and `before`: words
         before python. For claims about what precedes `main`, or about what a process inherits."""
         stdout, stderr = files = self._output()
-        with stdout.open("wb") as out, stderr.open("wb") as err, _ctrl_c_arrives():
+        with stdout.open("wb") as out, stderr.open("wb") as err, ctrl_c_arrives():
             process: subprocess.Popen[bytes] = subprocess.Popen(
                 [*before, sys.executable, "-m", "lte", *map(str, arguments)],
                 cwd=self.folder,
@@ -180,7 +180,7 @@ def _watched(pid: int) -> Iterator[int]:
 
 
 @contextmanager
-def _ctrl_c_arrives() -> Iterator[None]:
+def ctrl_c_arrives() -> Iterator[None]:
     """Children ignore SIGINT if this process does, as in the background of a script."""
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_IGN:
