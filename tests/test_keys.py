@@ -877,7 +877,7 @@ def no_secret_in(folder: Path, ring: Ring) -> bool:
 def test_every_test_that_the_threat_model_names_is_there() -> None:
     root = Path(__file__).parent.parent
     said = (root / "docs" / "security.md").read_text()
-    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", said)
     assert len(named) > 20
     assert [name for name in named if f"def {name}(" not in tests] == []
