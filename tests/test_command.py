@@ -648,7 +648,7 @@ def test_ctrl_c_of_a_hand_run_worker_leaves_the_others_training(family: Family, 
             assert workers[0].ended(within_s=ENDS_WITHIN_S) == 130
             assert is_one_line(workers[0].err, "interrupted")
             assert workers[1].ended() == 0
-            serving.join(DEADLINE_S)
+            serving.join(DEADLINE_S)  # its last words come after its workers' end
         finally:
             server.stop("the test is over")
             serving.join()
