@@ -24,9 +24,13 @@ Writers may add fields; a number that is not finite is written as null. Losses a
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
+import ssl
+import urllib.error
+import urllib.request
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -56,6 +60,7 @@ METRICS = "metrics.jsonl"
 
 _WINDOW_ROUNDS = 10
 _PLAIN_EVERY_S = 1.0
+_WANDB_ANSWERS_S = 10.0
 _WANDB_START_S = 30.0
 _WANDB_FINISH_S = 60.0
 
@@ -280,6 +285,8 @@ class Standing:
 
     def take(self, line: Mapping[str, Any]) -> None:
         """Bring this up to date with a line."""
+        # Events count: a run that was restarted before its next round must not go back in time.
+        self._time_s, self._seen_s = max(self._time_s, line["time_s"]), monotonic()
         if line["kind"] == "round":
             self.version, self.tokens = line["version"], line["tokens"]
             self.train_loss = line["train_loss"]
@@ -288,7 +295,6 @@ class Standing:
             self.uplink_bytes += self.last_uplink_bytes
             self.downlink_bytes += self.last_downlink_bytes
             self.waiting = ""
-            self._time_s, self._seen_s = line["time_s"], monotonic()
             self._window.append((self.version, self._time_s, self.tokens))
         elif line["kind"] == "eval":
             self.valid_loss, self.evaluated = line["loss"], f"round {line['version']:,}"
@@ -468,11 +474,13 @@ def _start_wandb(folder: Path, recipe: Recipe, wandb_id: str | None) -> Run:
         init_timeout=_WANDB_START_S,
         finish_timeout=_WANDB_FINISH_S,
     )
-    wandb.setup(settings)
+    session = wandb.setup(settings)
     try:
-        # prompt=False: a run must not stop to ask for a key
-        if mode == "online" and not wandb.login(prompt=False):
-            raise UserError(_mend("there is no key on this machine"))
+        if mode == "online":
+            if not wandb.login(prompt=False, verify=False):  # a run must not stop to ask for a key
+                raise UserError(_mend("there is no key on this machine"))
+            _reach(session.settings.base_url)
+            wandb.login(prompt=False)
         return wandb.init(
             project=recipe.log.wandb_project,
             name=folder.resolve().name,
@@ -485,6 +493,22 @@ def _start_wandb(folder: Path, recipe: Recipe, wandb_id: str | None) -> Run:
         )
     except wandb.Error as error:
         raise UserError(_mend(str(error).partition("\n")[0])) from None
+
+
+def _reach(url: str) -> None:
+    """Raise UserError if nothing answers there.
+
+    Asked before W&B asks: its process, told to end while a request is under way, may miss the word,
+    and whoever started it then waits for its end for ever (seen with 0.30).
+    """
+    try:
+        urllib.request.urlopen(url, timeout=_WANDB_ANSWERS_S).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()
+    except (OSError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if not isinstance(reason, ssl.SSLError):  # W&B knows other certificates
+            raise UserError(_mend(f"{url} does not answer: {reason}")) from None
 
 
 def _mend(reason: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lte import config
+from lte import config, track
 from lte.errors import RunError, UserError
 from lte.track import METRICS, Records, Tracker, clock_text
 
@@ -193,6 +193,21 @@ def test_totals_and_time_go_on_where_the_kept_lines_end(
         assert tracker.elapsed_s == pytest.approx(1.25)
         tracker.record("event", what="joined", message="worker 5 joined")
     assert Records.read(tmp_path / METRICS)[-1]["time_s"] == 1.25
+
+
+def test_time_does_not_go_back_where_events_were_the_last_lines(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    with Tracker(tmp_path, RECIPE, version=0, display=False) as tracker:
+        tracker.record("round", **round_line(1))
+        clock(30)
+        tracker.record("event", what="left", message="worker 1 is gone")
+    with Tracker(tmp_path, RECIPE, version=1, display=False) as tracker:
+        clock(1)
+        tracker.record("event", what="joined", message="worker 1 joined")
+    first, left, joined = (line["time_s"] for line in Records.read(tmp_path / METRICS))
+    assert left == first + 30
+    assert joined == left + 1
 
 
 def test_time_starts_on_entering(tmp_path: Path, clock: Callable[[float], None]) -> None:
@@ -393,10 +408,10 @@ def test_wandb_online_does_not_hang_on_a_silent_server(
     tmp_path: Path, wandb_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    monkeypatch.setattr(track, "_WANDB_ANSWERS_S", 1.0)
     recipe = config.replace(RECIPE, **{"log.wandb": "online"})
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(UserError, match=r"cannot log in \(.*\); run `wandb login`") as caught:
+        with pytest.raises(UserError, match=r"cannot log in \(.* timed out\); run `wandb login`") as caught:
             Tracker(tmp_path, recipe, version=0).__enter__()
     assert "\n" not in str(caught.value)
