@@ -18,8 +18,8 @@ from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
 from lte.models import GPT, build
 from lte.nn import convert, describe
 from lte.server import Server, checkpoint, rollback
+from lte.server.evaluation import Evaluate
 from lte.server.master import Master
-from lte.server.service import Evaluate
 from lte.worker import Worker
 from lte.worker.session import Session
 from lte.worker.trainer import materialize

@@ -12,7 +12,7 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             changes; merge_in_steps (size of the merge in steps of the quantization); lost (share
             of the heads' change that nobody owes); with robust merging bounded (worker_id -> share of
             its length merged) and trimmed (worker_ids left out), num_bounded and num_trimmed; the
-            server's merge_s, of it requantize_s, and pack_s; step_s, encode_s and apply_s of the
+            server's merge_s (of it requantize_s), journal_s and pack_s; step_s, encode_s and apply_s of the
             median worker
     eval    version, tokens, loss (published model), loss_master
     event   what (a slug), message (for people)

@@ -14,6 +14,7 @@ from lte.config import Recipe
 from lte.data import pack
 from lte.errors import RefusedError
 from lte.server import checkpoint, recovery, rounds
+from lte.server.intake import Intake
 from lte.server.master import Master
 from lte.server.service import Server
 from lte.track import METRICS, Records
@@ -241,18 +242,23 @@ def test_parts_of_a_process_that_was_replaced_are_not_mixed_with_those_of_its_su
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever a worker is forgotten, what it had sent is forgotten with it."""
-    forgotten = []
-    act = Server._act
+    forgotten: list[str] = []
+    dropped: list[str] = []
+    act, drop = Server._act, Intake.drop
 
     def watching(server: Server, action: rounds.Action, peer: Peer | None) -> None:
-        if isinstance(action, rounds.Forget):
-            server._staged.setdefault(action.member.worker_id, wire.Assembly(1, 0))
+        dropped.clear()
         act(server, action, peer)
         if isinstance(action, rounds.Forget):
             forgotten.append(action.member.worker_id)
-            assert action.member.worker_id not in server._staged
+            assert dropped == [action.member.worker_id]
+
+    def dropping(intake: Intake, worker_id: str) -> None:
+        drop(intake, worker_id)
+        dropped.append(worker_id)
 
     monkeypatch.setattr(Server, "_act", watching)
+    monkeypatch.setattr(Intake, "drop", dropping)
     train()
     assert sorted(forgotten) == ["w0", "w1"]
 

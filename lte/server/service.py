@@ -4,57 +4,44 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lte import config, schedule, signals, transport, wire
 from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
-from lte.errors import FencedError, StoppedError, WireError
-from lte.nn import difference
+from lte.errors import FencedError, WireError
 from lte.server import folder, recovery, rounds
 from lte.server.admission import Complaints, Joins, inquiries, vouched
 from lte.server.checkpoint import Progress
+from lte.server.evaluation import Evaluate, Evaluation, Losses
+from lte.server.intake import OTHER_VERSION, Intake, Offered, objection, so_many
 from lte.server.journal import Admitted, Gone, Kept, Merged
 from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
 from lte.server.status import Roll, in_words
 from lte.server.store import Store
-from lte.server.watch import TRIMS_IN_A_ROW, Divergence, Outliers, Rise, typical
+from lte.server.watch import Divergence, Outliers, Rise, typical
 from lte.track import METRICS, Records, Tracker
 from lte.transport import Frames, Peer
 
-Evaluate = Callable[[nn.Module, int], float | None]
-"""(model in eval mode, most tokens to use or 0 for all) -> mean loss, or None where there is none."""
-
-_WORKER_ID = re.compile(r"[\w.-]{0,64}", re.ASCII)
 _LONGEST_WAIT_S = 1.0
 """The service looks at clock and signals at least this often."""
 _MOST_AT_ONCE = 1000
 """Messages heard before the clock is looked at: a flood must not stop it. Connections take turns, so
 that the first messages of all honest ones are among them."""
-
-
-@dataclass(frozen=True)
-class _Offered:
-    """A contribution as it came: what is in it, its message, and its bytes for the journal."""
-
-    received: Received
-    message: wire.Contribution
-    blobs: dict[str, Tensor]
 
 
 class Server:
@@ -113,9 +100,15 @@ class Server:
                 announce(self.address)
             torch.set_num_threads(1)  # the master shares layers out among threads of its own
             self.recipe = recipe
-            self._evaluate = evaluate
-            self._model = (model if isinstance(model, nn.Module) else model()).eval()
-            self.master = Master(self._model, recipe)
+            model = (model if isinstance(model, nn.Module) else model()).eval()
+            self.master = Master(model, recipe)
+            self._evaluation = Evaluation(
+                model,
+                self.master,
+                evaluate,
+                num_threads=recipe.server.num_threads,
+                is_stopped=lambda: self._stop_reason is not None,
+            )
             # Raised before the journal is read: from here on nobody else adds to what counts of it.
             self.generation = folder.next_generation(self.folder)
             self.run_id = folder.run_id(self.folder)
@@ -140,6 +133,7 @@ class Server:
             )
             self._complain = Complaints(self._event)
             self._joins, self._outliers = Joins(recipe.server.max_workers), Outliers()
+            self._intake = Intake(self.master, recipe, self._outliers)
             rise = recipe.server.diverging
             self._train_losses, self._eval_losses = Divergence(rise, window=3), Divergence(rise, window=2)
             # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
@@ -151,12 +145,10 @@ class Server:
             raise
         self._peers: dict[str, Peer] = {}
         # The contribution at hand with its bytes, until the rounds say whether it is kept; those kept.
-        self._offered: _Offered | None = None
+        self._offered: Offered | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
         # A merge that is not in the journal yet, and so not published: what is left to do then.
         self._unpublished: Callable[[], None] | None = None
-        # Of the open round: parts that have come of contributions, by worker_id.
-        self._staged: dict[str, wire.Assembly] = {}
         # worker_id -> the attempt at which its last welcome was sent.
         self._attempts: dict[str, int] = {}
         self._published_s = self._now_s()
@@ -311,7 +303,7 @@ class Server:
             reason = f"its key is {sender}'s, and it speaks as another worker"
             self._complain("refused", f"a {kind} was refused: {reason}")
             cure = f"join as {sender}, or by another key"
-            self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
+            self._refuse(peer, reason, cure)
             return
         match message := own:
             case wire.Hello():
@@ -353,39 +345,16 @@ class Server:
             self._send(peer, self._farewell("the run is finished"))
             return
         plan, lora = self.master.plan, self.recipe.lora
-        rank, heads = hello.rank or plan.rank, hello.heads or lora.heads
-        refusal = None
-        if hello.schema != wire.SCHEMA:
-            refusal = self._other_version()
-        elif rank > plan.rank or heads > lora.heads:
-            refusal = wire.Refusal(
-                generation=self.generation,
-                reason=f"it trains {_so_many(heads, rank)}, the recipe {_so_many(lora.heads, plan.rank)}",
-                cure="choose at most the recipe's rank and heads",
-            )
-        elif hello.model and (differs := difference(hello.model, self._described(rank))):
-            refusal = wire.Refusal(
-                generation=self.generation,
-                reason=f"it trains another model ({differs[:500]})",
-                cure="use the server's recipe, or leave the recipe out to get it from the server",
-            )
-        elif not _WORKER_ID.fullmatch(hello.worker_id):
-            refusal = wire.Refusal(
-                generation=self.generation,
-                reason="its name is not of letters, digits, '.', '_' and '-', 64 at most",
-                cure="choose another, or none to be given one",
-            )
-        elif not rounds.is_member(self._state, hello.session) and not self._joins.may(self._endpoint.sender):
-            refusal = wire.Refusal(
-                generation=self.generation,
-                reason="too many workers have joined lately",
-                cure="try again in a minute",
-            )
-        if refusal is not None:
-            self._complain("refused", f"a worker was refused: {refusal.reason}")
-            self._send(peer, refusal)
+        refusal = objection(hello, plan, lora)
+        is_new = not rounds.is_member(self._state, hello.session)
+        if not refusal and is_new and not self._joins.may(self._endpoint.sender):
+            refusal = "too many workers have joined lately", "try again in a minute"
+        if refusal:
+            self._complain("refused", f"a worker was refused: {refusal[0]}")
+            self._refuse(peer, *refusal)
             return
         self._hello = hello
+        rank, heads = hello.rank or plan.rank, hello.heads or lora.heads
         joined = rounds.Joined(hello.worker_id, hello.session, heads, rank, hello.incarnation)
         self._happened(joined, peer)
 
@@ -393,18 +362,11 @@ class Server:
         """The model as a worker must have it whose heads are of this lora_rank at most."""
         return self.master.plan.capped(rank).describe(self.recipe.lora)
 
-    def _other_version(self) -> wire.Refusal:
-        return wire.Refusal(
-            generation=self.generation,
-            reason="it speaks another version of the protocol",
-            cure="install the server's version of lte on every machine",
-        )
-
     def _hear_inquiry(self, peer: Peer, inquiry: wire.Inquiry) -> None:
         if not self._inquiries.take(self._endpoint.sender, self._now_s()):
             return
         if inquiry.schema != wire.SCHEMA:
-            self._send(peer, self._other_version())
+            self._refuse(peer, *OTHER_VERSION)
         else:
             self._asking.append(peer)
 
@@ -429,12 +391,7 @@ class Server:
         self._happened(rounds.Heard(part.worker_id, part.incarnation), peer)
         if member is None or not is_current or part.version != self.version:
             return
-        staged = self._staged.get(part.worker_id)
-        if staged is None or part.stream > staged.stream:
-            most = self.master.max_contribution(member.heads, member.rank)
-            staged = self._staged[part.worker_id] = wire.Assembly(part.stream, part.version, most)
-        if part.stream == staged.stream:
-            self._publisher.count("uplink", staged.add(part, frames, entries))
+        self._publisher.count("uplink", self._intake.add(part, member, frames, entries))
 
     def _hear_contribution(self, peer: Peer, message: wire.Contribution) -> None:
         if self._is_stale(peer, message.generation):
@@ -446,7 +403,7 @@ class Server:
         if is_current and message.version == self.version and self._state.phase != "merging":
             assert member is not None
             try:
-                self._offered = self._opened(message, member)
+                self._offered = self._intake.close(message, member, self._publisher.base_digest)
             except WireError as error:
                 self._complain("refused", f"a contribution of {message.worker_id} was refused: {error}")
                 self._outliers.started_over(message.worker_id)
@@ -456,51 +413,6 @@ class Server:
                 return  # parts were lost: without a receipt they come again
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
-
-    def _opened(self, message: wire.Contribution, member: rounds.Member) -> _Offered | None:
-        """A contribution to the open round with its tensors, or None where parts of it are missing.
-
-        Raises:
-            WireError: it cannot be merged.
-        """
-        if fault := self._fault_of(message, member):
-            raise WireError(fault)
-        assembly = self._staged.get(message.worker_id)
-        if assembly is None or assembly.stream != message.stream:
-            assembly = wire.Assembly(message.stream, message.version)
-        if (blobs := assembly.close(message.parts)) is None:
-            return None
-        self._staged.pop(message.worker_id, None)
-        received = Received(
-            worker_id=message.worker_id,
-            heads=member.heads,
-            rank=member.rank,
-            first_head=member.slot * self.recipe.lora.heads,
-            draw=message.draw,
-            tokens=message.tokens,
-            tensors=self.master.decode(blobs, message.worker_id, member.heads, member.rank),
-        )
-        return _Offered(received, message, blobs)
-
-    def _fault_of(self, message: wire.Contribution, member: rounds.Member) -> str:
-        """What is wrong with a contribution before its tensors are looked at, or ''."""
-        if message.base_digest != self._publisher.base_digest:
-            return f"its base is not bit for bit the published version {self.version}"
-        heads, rank = member.heads, member.rank
-        if message.merged_digest != self.master.merged_digest(member.worker_id, heads, rank):
-            return "it is encoded against merged factors that the server does not hold"
-        if self._outliers.is_stuck(message.worker_id):
-            return f"{TRIMS_IN_A_ROW} merges in a row left it out (outer.trim): its heads start over"
-        if message.draw > message.version:
-            return "it counts more draws of its A than there were merges"
-        if self.recipe.outer.weights == "tokens" and not message.tokens:
-            return "it counts no tokens, by which it would be weighted (worker.step(loss, tokens=...))"
-        first_head = member.slot * self.recipe.lora.heads
-        if message.given_digest != self.master.given_digest(first_head, heads, rank, message.draw):
-            return (
-                "its A is not what the server draws from the seed; use lora.A=trained between such machines"
-            )
-        return ""
 
     def _is_stale(self, peer: Peer, generation: int) -> bool:
         if generation == self.generation:
@@ -552,19 +464,19 @@ class Server:
                     "fenced", f"a process of {worker_id} was fenced: {reason}", worker_id=worker_id
                 )
                 cure = "start it again if the newer one does not go on"
-                self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
+                self._refuse(peer, reason, cure)
             case rounds.Decline(reason):
                 assert peer is not None
                 self._complain("refused", f"a worker was refused: {reason}")
                 cure = "try again when some have left, or raise server.max_workers"
-                self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
+                self._refuse(peer, reason, cure)
             case rounds.Ask(_):
                 assert peer is not None
                 self._send(peer, wire.HelloAgain(generation=self.generation))
             case rounds.Forget(member, reason):
                 self._peers.pop(member.worker_id, None)
                 self._roll.left(member, reason)
-                self._staged.pop(member.worker_id, None)
+                self._intake.drop(member.worker_id)
                 self._attempts.pop(member.worker_id, None)
                 self._store.write(Gone(incarnation=member.incarnation))
                 if not self.finished:
@@ -579,7 +491,8 @@ class Server:
         """Merge, and have the journal say so; then publish, at once or when the disk has room again."""
         closed_s = self._now_s()
         held = [self._held[worker_id] for worker_id in worker_ids]
-        self._held, self._staged = {}, {}
+        self._held = {}
+        self._intake.clear()
         outcome = self.master.merge([received for received, _ in held], num_missing_heads)
         merged_s = self._now_s()
         before = self.master.requantize()
@@ -649,7 +562,7 @@ class Server:
             publish, self._unpublished = self._unpublished, None
             publish()
 
-    def _keep(self, offered: _Offered) -> None:
+    def _keep(self, offered: Offered) -> None:
         """Hold a contribution, and write it ahead: it counts once a merge of it is in the journal."""
         received, message = offered.received, offered.message
         self._held[received.worker_id] = (received, message)
@@ -698,7 +611,7 @@ class Server:
         every = self.recipe.eval.every
         if not self.finished and every and self.version % every == 0:
             valid = self._measure(self.recipe.eval.tokens)
-            self._warn("validation", self._eval_losses.saw(self.version, valid and valid[0]))
+            self._warn("validation", self._eval_losses.saw(self.version, valid and valid.published))
         if self.finished or self._stop_reason is not None:
             return  # a checkpoint of the end follows
         if self.version % self.recipe.server.checkpoint_every == 0:
@@ -720,40 +633,18 @@ class Server:
         step = version * self.recipe.train.local_steps - 1
         return self.recipe.optimizer.lr * schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
 
-    def _measure(self, max_tokens: int) -> tuple[float | None, float | None] | None:
-        """Evaluate the published model and the master, and record both; None if told to stop meanwhile."""
-        if self._evaluate is None:
-            return None, None
-        losses = []
-        torch.set_num_threads(self.recipe.server.num_threads)
-        try:
-            with self._given_up_when_stopped(), torch.no_grad():
-                for which in ("published", "master"):
-                    self.master.fill(self._model, which)
-                    losses.append(self._evaluate(self._model, max_tokens))
-        except StoppedError:
-            return None
-        finally:
-            torch.set_num_threads(1)
-        self._tracker.record(
-            "eval", version=self.version, tokens=self._tokens, loss=losses[0], loss_master=losses[1]
-        )
-        return losses[0], losses[1]
-
-    @contextmanager
-    def _given_up_when_stopped(self) -> Iterator[None]:
-        """Have the model raise `StoppedError` at its next module, whoever runs it, once told to stop."""
-
-        def check(module: nn.Module, inputs: object) -> None:
-            if self._stop_reason is not None:
-                raise StoppedError(self._stop_reason)
-
-        hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _measure(self, max_tokens: int) -> Losses | None:
+        """Measure the published model and the master, and record both; None if told to stop meanwhile."""
+        losses = self._evaluation.losses(max_tokens)
+        if losses and losses.published is not None:
+            self._tracker.record(
+                "eval",
+                version=self.version,
+                tokens=self._tokens,
+                loss=losses.published,
+                loss_master=losses.master,
+            )
+        return losses
 
     def _finish(self) -> bool:
         """Measure the result and write the last line of the records; False if told to stop before it:
@@ -761,7 +652,6 @@ class Server:
         if (measured := self._measure(self.recipe.eval.final_tokens)) is None:
             self._event("stopped", f"{self._stop_reason} before the last evaluation was done")
             return False
-        loss, loss_master = measured
         self._tracker.record(
             "done",
             rounds=self.version,
@@ -771,8 +661,8 @@ class Server:
             num_adapted_parameters=self.master.plan.num_adapted_parameters,
             uplink_bytes=self._tracker.uplink_bytes,
             downlink_bytes=self._tracker.downlink_bytes,
-            loss=loss,
-            loss_master=loss_master,
+            loss=measured.published,
+            loss_master=measured.master,
             master_digest=self._master_digest,
         )
         return True
@@ -849,6 +739,9 @@ class Server:
         receipt = wire.Receipt(generation=self.generation, version=version, status=status, reason=reason)
         self._send(peer, receipt)
 
+    def _refuse(self, peer: Peer, reason: str, cure: str) -> None:
+        self._send(peer, wire.Refusal(generation=self.generation, reason=reason, cure=cure))
+
     def _send(self, peer: Peer, message: wire.AnyMessage) -> None:
         self._endpoint.send(peer, wire.encode(message))
 
@@ -915,8 +808,8 @@ class Server:
         return f"lte worker --server {self.address}{with_keys}"
 
     def _say_joined(self, member: rounds.Member) -> None:
-        who, own = member.worker_id, _so_many(member.heads, member.rank)
-        usual = own == _so_many(self.recipe.lora.heads, self.master.plan.rank)
+        who, own = member.worker_id, so_many(member.heads, member.rank)
+        usual = own == so_many(self.recipe.lora.heads, self.master.plan.rank)
         said = f"{who} joined" if usual else f"{who} joined with {own}"
         self._event("joined", said, worker_id=who)
         if who in self.master.merged and not self.master.merged_of(who, member.heads, member.rank):
@@ -979,10 +872,6 @@ def _admitted(member: rounds.Member) -> Admitted:
         heads=member.heads,
         rank=member.rank,
     )
-
-
-def _so_many(heads: int, rank: int) -> str:
-    return f"{heads} head{'s' if heads > 1 else ''} of lora_rank {rank}"
 
 
 def _rules(recipe: Recipe) -> rounds.Rules:

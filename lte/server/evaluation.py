@@ -1,0 +1,77 @@
+"""The losses of the published and of the master weights, unless the server is told to stop meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lte.errors import StoppedError
+from lte.server.master import Master
+
+Evaluate = Callable[[nn.Module, int], float | None]
+"""(model in eval mode, most tokens to use or 0 for all) -> mean loss, or None where there is none."""
+
+
+class Losses(NamedTuple):
+    """Mean losses on validation data; None where there is none to measure on."""
+
+    published: float | None
+    master: float | None
+
+
+class Evaluation:
+    """Measures on the server's own threads, with the master's model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        master: Master,
+        evaluate: Evaluate | None,
+        *,
+        num_threads: int,
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        """Make it.
+
+        Args:
+            model: in eval mode; the weights are filled into it.
+            is_stopped: asked before every module that the model runs.
+        """
+        self._model, self._master, self._evaluate = model, master, evaluate
+        self._num_threads, self._is_stopped = num_threads, is_stopped
+
+    def losses(self, max_tokens: int) -> Losses | None:
+        """The losses on so many tokens, or on all for 0; None if told to stop meanwhile."""
+        if self._evaluate is None:
+            return Losses(None, None)
+        losses = []
+        torch.set_num_threads(self._num_threads)
+        try:
+            with self._given_up_when_stopped(), torch.no_grad():
+                for which in ("published", "master"):
+                    self._master.fill(self._model, which)
+                    losses.append(self._evaluate(self._model, max_tokens))
+        except StoppedError:
+            return None
+        finally:
+            torch.set_num_threads(1)
+        return Losses(*losses)
+
+    @contextmanager
+    def _given_up_when_stopped(self) -> Iterator[None]:
+        """Have the model raise `StoppedError` at its next module, whoever runs it, once told to stop."""
+
+        def check(module: nn.Module, inputs: object) -> None:
+            if self._is_stopped():
+                raise StoppedError("told to stop")
+
+        hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
