@@ -1,0 +1,56 @@
+"""Recipes: frozen dataclasses, read from YAML and from `key=value` overrides.
+
+Unknown keys and impossible values are reported together.
+"""
+
+from lte.config.describe import describe
+from lte.config.read import checked, differences, from_dict, load, replace, to_dict, to_yaml
+from lte.config.recipe import (
+    Base,
+    Codec,
+    Compress,
+    Data,
+    Eval,
+    Log,
+    LoRA,
+    Model,
+    Optimizer,
+    Outer,
+    Override,
+    Recipe,
+    Run,
+    Schedule,
+    Server,
+    Train,
+    WorkerSettings,
+)
+from lte.config.rules import check
+
+__all__ = [
+    "Base",
+    "Codec",
+    "Compress",
+    "Data",
+    "Eval",
+    "LoRA",
+    "Log",
+    "Model",
+    "Optimizer",
+    "Outer",
+    "Override",
+    "Recipe",
+    "Run",
+    "Schedule",
+    "Server",
+    "Train",
+    "WorkerSettings",
+    "check",
+    "checked",
+    "describe",
+    "differences",
+    "from_dict",
+    "load",
+    "replace",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,364 @@
+"""The recipe: frozen dataclasses. Every default stands here and nowhere else.
+
+Units are part of the names (`_s`, `_bytes`, `_tokens`) or of the descriptions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from lte.lowrank import Init, Subspace
+from lte.quantize import Quant
+
+
+def _no_truth(value: Any) -> Any:
+    """Python takes true for 1; a person who writes `train.rounds=true` means something else."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number")
+    return value
+
+
+def _none_if_said(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+Codec = Literal["fp32", "bf16", "int8", "int4", "int2"]
+"""How small tensors travel (see `compress.blockwise`)."""
+
+_MAX_INT = 2**63 - 1
+"""What travels, and what torch counts with."""
+Count = Annotated[int, Field(ge=1, le=_MAX_INT), BeforeValidator(_no_truth)]
+Whole = Annotated[int, Field(ge=0, le=_MAX_INT), BeforeValidator(_no_truth)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Multiple = Annotated[float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Name = Annotated[str, Field(min_length=1)]
+_OrNone = BeforeValidator(_none_if_said)
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _doc(default: Any, text: str) -> Any:
+    """A field with its default and the description that `lte train --help` prints."""
+    return field(default=default, metadata={"doc": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run lives and how it starts."""
+
+    __pydantic_config__ = _STRICT
+    dir: Name = _doc("runs/default", "folder that the run writes")
+    seed: Whole = _doc(0, "seed of initialization, heads and data order")
+    resume: Literal["auto", "never", "must"] = _doc(
+        "auto", "auto: go on with the run in run.dir, if any; never: move it aside; must: demand it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The reference decoder, a GPT with rotary positions."""
+
+    __pydantic_config__ = _STRICT
+    num_layers: Count = _doc(4, "transformer blocks")
+    width: Count = _doc(128, "features of the residual stream")
+    num_attention_heads: Count = _doc(4, "attention heads a block; must divide width")
+    mlp_width: Count = _doc(512, "hidden features of a block's MLP")
+    context_tokens: Count = _doc(128, "tokens of a training sequence, and most that attention sees")
+    vocab_size: Count = _doc(256, "number of distinct tokens; 256 for bytes")
+    tie_embeddings: bool = _doc(False, "the output matrix is the embedding (then it stays dense)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from."""
+
+    __pydantic_config__ = _STRICT
+    shards: Name = _doc("data/shards", "folder made by `lte data pack`: WebDataset shards, index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how often merged, by how many."""
+
+    __pydantic_config__ = _STRICT
+    rounds: Count = _doc(50, "merges in the run")
+    local_steps: Count = _doc(10, "optimizer steps of a worker between merges (T)")
+    workers: Count = _doc(4, "workers that must have joined before the first round opens (N)")
+    batch_size: Count = _doc(8, "sequences a worker reads per local step, shared by its heads")
+    precision: Literal["fp32", "bf16"] = _doc(
+        "fp32", "bf16: the recipe's model computes under torch.autocast; all that is kept stays fp32"
+    )
+    overlap: bool = _doc(False, "take local steps of the next round while a merge is under way")
+    overlap_steps: Annotated[Count | None, _OrNone] = _doc(
+        None, "local steps of the next round after which the update is applied; none: all T"
+    )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Local steps that a worker takes of a round before the update that opens it is due."""
+        if not self.overlap:
+            return 0
+        return self.local_steps if self.overlap_steps is None else self.overlap_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """Other head settings for the modules that a pattern names; None keeps the recipe's."""
+
+    __pydantic_config__ = _STRICT
+    modules: str = _doc("*", "pattern of module names, such as 'blocks.*.mlp.*'")
+    rank: Annotated[Count | None, _OrNone] = _doc(None, "lora_rank r of these modules")
+    scale: Annotated[Positive | None, _OrNone] = _doc(None, "lora_scale s of these modules")
+    init: Annotated[Init | None, _OrNone] = _doc(None, "initialization of A of these modules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """The heads: what is trained on top of the frozen base."""
+
+    __pydantic_config__ = _STRICT
+    rank: Count = _doc(32, "lora_rank r; a worker may have a smaller one (lte worker --rank)")
+    scale: Positive = _doc(16.0, "lora_scale s (alpha / r, held fixed when ranks change)")
+    heads: Count = _doc(1, "heads a worker trains (H), at most; they share its batch in equal slices")
+    merge: Literal["reset-less", "reset-b", "reset"] = _doc(
+        "reset-b", "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0"
+    )
+    A: Literal["trained", "frozen", "rotating"] = _doc(
+        "trained", "A is trained; or drawn once from the seed; or redrawn after merges; not sent then"
+    )
+    init: Init = _doc("semi-orthogonal", "initialization of A; semi-orthogonal has factor sqrt(in/r)")
+    subspace: Subspace = _doc(
+        "random", "heads draw A independently; or disjoint: they share out one orthogonal matrix"
+    )
+    rotate_every: Count = _doc(1, "merges between rotations of a rotating A")
+    moments: Literal["keep", "transport", "clear"] = _doc(
+        "clear", "optimizer moments of a head whose A was redrawn: kept, carried over, or cleared"
+    )
+    modules: tuple[str, ...] = _doc(
+        ("*",), "patterns of the nn.Linear modules (and see embeddings) that get heads"
+    )
+    embeddings: bool = _doc(
+        False, "nn.Embedding modules that the patterns match get heads too, instead of training densely"
+    )
+    exclude: tuple[str, ...] = _doc((), "patterns of modules that get none and stay dense")
+    overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
+
+    def capped(self, rank: int, heads: int) -> LoRA:
+        """These settings for a worker whose heads are of this lora_rank at most, and so many; 0: as here."""
+
+        def least(met: int) -> int:
+            return min(met, rank) if rank else met
+
+        overrides = tuple(
+            dataclasses.replace(o, rank=None if o.rank is None else least(o.rank)) for o in self.overrides
+        )
+        return dataclasses.replace(
+            self, rank=least(self.rank), heads=heads or self.heads, overrides=overrides
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The frozen weights that a worker holds."""
+
+    __pydantic_config__ = _STRICT
+    quant: Quant = _doc("nf4", "nf4: 4 bits, bitsandbytes' layout; int8: 8 bits; none: fp32")
+    hysteresis: NonNegative = _doc(
+        0.5, "a code changes only if the new one is nearer by more than this share: fewer changes"
+    )
+    keep_scale_from: Positive = _doc(
+        0.8, "a block keeps its scale while its largest weight is at least this share of it ..."
+    )
+    keep_scale_to: Positive = _doc(1.05, "... and at most this one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress:
+    """How contributions and dense changes travel. What a codec leaves out is owed, and sent later."""
+
+    __pydantic_config__ = _STRICT
+    factors: Codec = _doc("int4", "codec of lora_A and lora_B")
+    dense: Codec = _doc("int8", "codec of the changes of dense parameters, both ways")
+    truncate_rank: Annotated[Count | None, _OrNone] = _doc(
+        None, "send so many singular directions of each factor's change; none: all"
+    )
+    part_bytes: Annotated[Count, Field(ge=4096)] = _doc(
+        1 << 18, "largest piece of a contribution or update, bytes: whatever is urgent waits for one"
+    )
+    measure_entropy: bool = _doc(
+        False, "record how far above the entropy of the changes their bytes are; costs the server some time"
+    )
+    error_feedback: bool = _doc(True, "false forgets what codecs leave out: only to measure its worth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """A worker's own (inner) optimizer. Its state never leaves the worker."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["adamw", "sgd"] = _doc("adamw", "torch's AdamW, or SGD with momentum")
+    lr: NonNegative = _doc(1e-3, "learning rate of lora_B, at its peak")
+    lr_A: Annotated[NonNegative | None, _OrNone] = _doc(
+        None, "learning rate of lora_A, at its peak; none: the same as lr"
+    )
+    dense_lr: NonNegative = _doc(3e-3, "learning rate of dense parameters, at its peak")
+    beta1: Fraction = _doc(0.9, "AdamW's first decay")
+    beta2: Fraction = _doc(0.95, "AdamW's second decay")
+    eps: Positive = _doc(1e-8, "AdamW's epsilon")
+    momentum: Fraction = _doc(0.0, "SGD's momentum")
+    dense_weight_decay: NonNegative = _doc(0.0, "decoupled weight decay of dense matrices")
+    clip_norm: NonNegative = _doc(1.0, "largest gradient norm; 0: no clipping")
+    clip_by: Literal["all", "group"] = _doc(
+        "all", "clip the norm over all parameters, or lora_A, lora_B and dense each by itself"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Factor on every learning rate, as a function of the local steps since the run's start."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["cosine", "linear", "constant"] = _doc("cosine", "shape after the warmup")
+    warmup_steps: Whole = _doc(50, "local steps of linear warmup")
+    final: Share = _doc(0.1, "factor at the last step (cosine, linear)")
+    join_warmup_steps: Whole = _doc(
+        20, "local steps of linear warmup of heads that begin in the middle of a run, without moments"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """The outer optimizer: how the server moves the master by the mean delta."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["average", "sgd"] = _doc("average", "W += mean delta; or SGD on minus that delta")
+    lr: Positive = _doc(1.0, "SGD's learning rate on adapted weights")
+    momentum: Fraction = _doc(0.0, "SGD's momentum on adapted weights")
+    nesterov: bool = _doc(True, "SGD's momentum is Nesterov's")
+    dense: bool = _doc(False, "use SGD for dense parameters too, instead of averaging them")
+    weights: Literal["heads", "tokens"] = _doc("heads", "heads count the same, or by tokens trained on")
+    weight_decay: Fraction = _doc(0.0, "share of every adapted weight that a merge takes away")
+    bound_norm: Annotated[Multiple | None, _OrNone] = _doc(
+        None, "weigh a head less whose delta of a module is longer than so many medians of all; none: never"
+    )
+    trim: Annotated[Fraction | None, _OrNone] = _doc(
+        None,
+        "leave out whose delta, of 4 or more, agrees with the others' less than this share of the usual",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The parameter server."""
+
+    __pydantic_config__ = _STRICT
+    address: str = _doc(
+        "tcp://127.0.0.1:5555", "tcp://HOST:PORT (PORT * picks a free one), ipc://PATH, inprocess://NAME"
+    )
+    quorum: Count = _doc(1, "least contributions to merge a round")
+    grace_s: Annotated[NonNegative | None, _OrNone] = _doc(
+        None, "seconds that a round waits for the rest once it has its quorum; none: until its deadline"
+    )
+    deadline_s: Positive = _doc(600.0, "seconds after which a round with its quorum is merged anyway")
+    silence_s: Positive = _doc(
+        15.0, "seconds without a sign of life after which a worker is gone; more than one part takes"
+    )
+    max_workers: Count = _doc(1024, "most workers at a time; who comes then is turned away")
+    max_message_bytes: Count = _doc(
+        1 << 26, "largest message accepted, bytes; models and contributions travel in parts"
+    )
+    key: Annotated[Name | None, _OrNone] = _doc(
+        None, "file of the server's secret key ('lte keys new'); then only keys of server.allow may join"
+    )
+    allow: Annotated[Name | None, _OrNone] = _doc(
+        None, "file of lines 'WORKER_ID PUBLIC_KEY', read again whenever it changes"
+    )
+    insecure: bool = _doc(False, "bind beyond loopback without keys: trusted networks only")
+    num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
+    checkpoint_every: Count = _doc(10, "rounds between checkpoints")
+    keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")
+    diverging: Annotated[Share | None, _OrNone] = _doc(
+        0.1, "say so when the loss rises again by this share of all that it had fallen; none: never"
+    )
+    remember_rounds: Whole = _doc(10, "rounds for which what is merged of a worker that is gone is known")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker process does with its machine."""
+
+    __pydantic_config__ = _STRICT
+    device: Name = _doc("auto", "auto: a GPU if there is one; or cpu, cuda, cuda:1")
+    num_threads: Count = _doc(1, "CPU threads of a worker")
+    heartbeat_s: Annotated[Positive | None, _OrNone] = _doc(
+        None, "seconds between signs of life; none: a tenth of server.silence_s, 1 at most"
+    )
+    patience_s: Positive = _doc(
+        600.0, "seconds that a worker waits for a server that is not heard: how long one may be gone"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """How the published model is measured."""
+
+    __pydantic_config__ = _STRICT
+    every: Whole = _doc(5, "rounds between evaluations; 0: only after the last round")
+    tokens: Count = _doc(16384, "validation tokens of an evaluation during the run")
+    final_tokens: Whole = _doc(0, "validation tokens of the last evaluation; 0: all there are")
+    prompt: str = _doc("\n", "text that the sample at the end starts from")
+    sample_tokens: Whole = _doc(300, "tokens of that sample; 0: no sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Records beside metrics.jsonl."""
+
+    __pydantic_config__ = _STRICT
+    wandb: Literal["off", "offline", "online"] = _doc("off", "also log to Weights & Biases")
+    wandb_project: str = _doc("lte", "its project")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run is made of. The server's recipe is every worker's."""
+
+    __pydantic_config__ = _STRICT
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    lora: LoRA = field(default_factory=LoRA)
+    base: Base = field(default_factory=Base)
+    compress: Compress = field(default_factory=Compress)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    outer: Outer = field(default_factory=Outer)
+    server: Server = field(default_factory=Server)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+    eval: Eval = field(default_factory=Eval)
+    log: Log = field(default_factory=Log)
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps of a worker in the whole run."""
+        return self.train.rounds * self.train.local_steps
+
+    @property
+    def grace_s(self) -> float:
+        """`server.grace_s`, or what it is derived from."""
+        return self.server.deadline_s if self.server.grace_s is None else self.server.grace_s
+
+    @property
+    def heartbeat_s(self) -> float:
+        """`worker.heartbeat_s`, or what it is derived from."""
+        said = self.worker.heartbeat_s
+        return min(1.0, self.server.silence_s / 10) if said is None else said

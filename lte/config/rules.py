@@ -1,0 +1,117 @@
+"""What settings of a recipe must be to each other."""
+
+from __future__ import annotations
+
+from lte.config.recipe import Recipe
+
+_HEADER_ROOM = 1 << 20
+"""Bytes of a message beside the part that it carries."""
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Faults that no single field shows, one line each."""
+    lora, model, train, outer = recipe.lora, recipe.model, recipe.train, recipe.outer
+    inits = [lora.init, *(override.init for override in lora.overrides)]
+    other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
+    rules = [
+        (
+            model.width % model.num_attention_heads == 0
+            and (model.width // model.num_attention_heads) % 2 == 0,
+            f"model.num_attention_heads: {model.num_attention_heads} must divide model.width"
+            f" ({model.width}) into an even number of features",
+        ),
+        (
+            train.batch_size % lora.heads == 0,
+            f"train.batch_size: {train.batch_size} cannot be cut into lora.heads ({lora.heads}) equal slices",
+        ),
+        (
+            lora.A != "rotating" or lora.merge == "reset-b",
+            f"lora.A: rotating needs lora.merge = reset-b, not {lora.merge} (a kept B would act"
+            " through another A)",
+        ),
+        (
+            lora.A == "trained" or lora.merge != "reset",
+            f"lora.A: {lora.A} contradicts lora.merge = reset, which redraws A; use reset-b",
+        ),
+        (
+            lora.moments != "transport" or lora.A == "rotating",
+            "lora.moments: transport needs lora.A = rotating (clear or keep otherwise)",
+        ),
+        (
+            lora.subspace == "random" or other_init is None,
+            f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {other_init} (in"
+            " lora.overrides, too)",
+        ),
+        (
+            not train.overlap or (lora.A != "rotating" and lora.merge != "reset"),
+            "train.overlap: needs an A that merges do not redraw (lora.A trained or frozen, lora.merge"
+            " reset-b or reset-less)",
+        ),
+        (
+            not train.overlap or train.steps_ahead <= train.local_steps,
+            f"train.overlap_steps: {train.overlap_steps} is more than train.local_steps"
+            f" ({train.local_steps})",
+        ),
+        (
+            train.overlap or train.overlap_steps is None,
+            "train.overlap_steps: needs train.overlap=true",
+        ),
+        (
+            recipe.compress.error_feedback or not train.overlap,
+            "compress.error_feedback: false cannot be measured with train.overlap=true",
+        ),
+        (
+            train.workers <= recipe.server.max_workers,
+            f"server.max_workers: {recipe.server.max_workers} is less than train.workers ({train.workers})",
+        ),
+        (
+            recipe.compress.part_bytes + _HEADER_ROOM <= recipe.server.max_message_bytes,
+            f"compress.part_bytes: {recipe.compress.part_bytes} does not fit into server.max_message_bytes"
+            f" ({recipe.server.max_message_bytes}), which must be {_HEADER_ROOM} larger",
+        ),
+        (
+            recipe.base.keep_scale_from <= 1 <= recipe.base.keep_scale_to,
+            f"base.keep_scale_from, keep_scale_to: {recipe.base.keep_scale_from:g} to"
+            f" {recipe.base.keep_scale_to:g} must hold 1",
+        ),
+        (
+            outer.name == "sgd" or (outer.lr == 1.0 and outer.momentum == 0.0),
+            "outer.lr, outer.momentum: need outer.name = sgd (average has neither)",
+        ),
+        (
+            outer.trim is None or outer.bound_norm is not None,
+            "outer.trim: looks at directions alone; it needs outer.bound_norm, such as 1.5, against lengths",
+        ),
+        (
+            recipe.server.quorum <= train.workers,
+            f"server.quorum: {recipe.server.quorum} is more than train.workers ({train.workers})",
+        ),
+        (
+            recipe.grace_s <= recipe.server.deadline_s,
+            f"server.grace_s: {recipe.grace_s:g} s is more than server.deadline_s"
+            f" ({recipe.server.deadline_s:g} s), at which a round with its quorum closes anyway",
+        ),
+        (
+            recipe.heartbeat_s * 3 <= recipe.server.silence_s,
+            f"server.silence_s: {recipe.server.silence_s:g} s must be at least 3 times"
+            f" worker.heartbeat_s ({recipe.heartbeat_s:g} s)",
+        ),
+        (
+            recipe.server.silence_s <= recipe.worker.patience_s,
+            f"worker.patience_s: {recipe.worker.patience_s:g} s is less than server.silence_s"
+            f" ({recipe.server.silence_s:g} s): a pause that the server forgives would end a worker",
+        ),
+        (
+            recipe.server.address.partition("://")[0] in ("tcp", "ipc", "inprocess"),
+            f"server.address: {recipe.server.address!r} must start with tcp://, ipc:// or inprocess://",
+        ),
+        (
+            (recipe.server.key is None) == (recipe.server.allow is None),
+            "server.key, server.allow: the server's key and the list of those allowed need each other",
+        ),
+        (
+            recipe.server.key is None or recipe.server.address.startswith("tcp://"),
+            f"server.key: keys are for tcp:// addresses, not {recipe.server.address}",
+        ),
+    ]
+    return [line for holds, line in rules if not holds]
