@@ -111,7 +111,7 @@ class Fault(Scripted):
 
     def happen(self) -> None:
         for number in self.numbers or [self.number]:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class FullWhenStopped:
             nonlocal merges
             if merges == 3:
                 merges += 1
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
                 raise OSError(errno.ENOSPC, "No space left on device")
             sync(self)
 
