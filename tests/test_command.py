@@ -580,7 +580,6 @@ def test_a_preempted_run_goes_on_with_the_same_bits(family: Family, folder: Path
 def test_a_worker_that_looks_for_its_server_leaves_at_once(
     lte: Lte, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    # In this thread: the kernel may hand what is sent to the process to another one, and this goes on.
     monkeypatch.setattr(transport, "connect", lambda *_, **__: signal.raise_signal(number))
     outcome = lte("worker", "--server", "tcp://127.0.0.1:1")
     assert outcome == (128 + number, "", "lte: interrupted\n")
