@@ -27,7 +27,9 @@ from lte import config, language, signals
 from lte.config import Recipe
 from lte.data import pack
 from lte.server import journal, recovery
+from lte.server.checkpoint import Progress
 from lte.server.master import Master
+from lte.server.store import State, Store
 from lte.track import METRICS, Records
 
 ROUNDS = 6
@@ -112,6 +114,21 @@ class Fault(Scripted):
     def happen(self) -> None:
         for number in self.numbers or [self.number]:
             signal.raise_signal(number)
+
+
+@dataclass(frozen=True)
+class EveryCheckpoint:
+    """Rounds wait for each checkpoint, so that none is left out because another is being written still."""
+
+    def install(self) -> None:
+        meanwhile = Store.save_meanwhile
+
+        def waiting(store: Store, progress: Progress, state: State) -> None:
+            meanwhile(store, progress, state)
+            assert store._saving is not None
+            store._saving.result()
+
+        Store.save_meanwhile = waiting  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

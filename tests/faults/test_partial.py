@@ -128,8 +128,8 @@ def test_of_two_workers_with_one_id_the_newer_goes_on(
     fenced = cluster.first_ended(both)
     cluster.ended(fenced, 1)
     # Whichever it meets first: the server, or its successor's state.
-    words = "(b was replaced by a newer process|a newer process of this worker goes on)"
-    assert len(re.findall(words, logged(cluster, "b"))) == 1
+    words = r"^lte\.errors\.\w+: .*(b was replaced by a newer process|a newer process of this worker goes on)"
+    assert len(re.findall(words, logged(cluster, "b"), re.MULTILINE)) == 1
     gate.open()
     for process in {server, a, *both} - {fenced}:
         cluster.ended(process, 0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cluster import Cluster, Fault
+from cluster import Cluster, EveryCheckpoint, Fault
 
 from lte import config, language, merge
 from lte.errors import RunError
@@ -28,9 +28,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -
     """The folder of a run whose server was killed."""
     cluster = Cluster(tmp_path_factory.mktemp("killed"), settings)
     workers = [cluster.work(name) for name in ("a", "b")]
-    cluster.ended(
-        cluster.serve(Fault("lte.server.publisher:Publisher.publish", call=MERGED)), -signal.SIGKILL
-    )
+    kill = Fault("lte.server.publisher:Publisher.publish", call=MERGED)
+    cluster.ended(cluster.serve(EveryCheckpoint(), kill), -signal.SIGKILL)
     for worker in workers:
         worker.kill()
     yield cluster.run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import ROUNDS, Cluster, Fault, audit
+from cluster import ROUNDS, Cluster, EveryCheckpoint, Fault, audit
 
 from lte import config, language
 from lte.cli import main
@@ -32,7 +32,10 @@ EXACT: dict[str, Any] = {
 
 
 def train(cluster: Cluster, **settings: Any) -> None:
-    for process in (cluster.serve(**settings), *(cluster.work(name) for name in ("a", "b"))):
+    for process in (
+        cluster.serve(EveryCheckpoint(), **settings),
+        *(cluster.work(name) for name in ("a", "b")),
+    ):
         cluster.ended(process, 0)
 
 
