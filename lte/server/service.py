@@ -225,7 +225,8 @@ class Server:
         Returns:
             Whether the run is finished. Either way what was trained is saved.
         """
-        if self.finished:  # ended after its last merge and before its last line
+        if self.finished:  # the one before ended after its last merge and before its last line
+            self._see_off()
             return self._finish()
         reason, returns = "the server failed", True
         try:
@@ -341,12 +342,12 @@ class Server:
                 self._hear_inquiry(peer, message)
 
     def _hear_hello(self, peer: Peer, hello: wire.Hello) -> None:
-        if self.finished:
+        is_new = not rounds.is_member(self._state, hello.session)
+        if self.finished and is_new:
             self._send(peer, self._farewell("the run is finished"))
             return
         plan, lora = self.master.plan, self.recipe.lora
         refusal = objection(hello, plan, lora)
-        is_new = not rounds.is_member(self._state, hello.session)
         if not refusal and is_new and not self._joins.may(self._endpoint.sender):
             refusal = "too many workers have joined lately", "try again in a minute"
         if refusal:

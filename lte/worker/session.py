@@ -405,9 +405,8 @@ class Session:
     def _is_stale(self, message: wire.AnyMessage) -> bool:
         """Whether a message is not of the server that welcomed this worker. A newer one is asked to."""
         generation = getattr(message, "generation", 0)
-        if isinstance(message, wire.Welcome) and generation >= self.welcome.generation:
-            return False
-        if isinstance(message, wire.Refusal | wire.HelloAgain) and generation >= self.welcome.generation:
+        answers = wire.Welcome | wire.Refusal | wire.HelloAgain | wire.Farewell
+        if isinstance(message, answers) and generation >= self.welcome.generation:
             return False
         if generation > self.welcome.generation and self._asked_s is None:
             self._say_hello()

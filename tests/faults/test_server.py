@@ -17,6 +17,7 @@ KILLED = {
     "between journal and publishing": Fault("lte.server.publisher:Publisher.publish", call=3),
     "before one worker has the update": Fault("lte.server.publisher:Publisher._send", call=7, given="Update"),
     "when the update is out": Fault("lte.server.publisher:Publisher.publish", call=3, after=True),
+    "before the last update is out": Fault("lte.server.publisher:Publisher.publish", call=ROUNDS),
     "before a checkpoint": Fault("lte.server.checkpoint:save", call=2),
     "in a checkpoint": Fault("lte.server.checkpoint:save_tensors", call=8),
     "before a checkpoint has its name": Fault("lte.server.checkpoint:_name", call=2),
