@@ -23,6 +23,7 @@ FLOORS = [
     "config",
     "schedule",
     "merge",
+    "diagnostics",
     "compress",
     "wire",
     "nn",
