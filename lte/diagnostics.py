@@ -41,7 +41,7 @@ def cosines(deltas: Sequence[HeadDelta]) -> Tensor:
 
 def of_pairs(matrix: Tensor) -> Tensor:
     """What a symmetric (n, n) says of two different ones: its n (n - 1) / 2 elements above the diagonal."""
-    row, column = torch.triu_indices(*matrix.shape, offset=1)
+    row, column = torch.triu_indices(len(matrix), len(matrix), offset=1)
     return matrix[row, column]
 
 

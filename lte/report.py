@@ -89,6 +89,8 @@ def outcome(folder: Path) -> Outcome:
             names = {"loss", "loss_master"}
         elif line["kind"] == "event":  # one may tell the model's size before the end does
             names = {"num_parameters", "num_adapted_parameters"}
+        elif line["kind"] == "diagnostics":
+            names = set()
         else:
             finished, names = True, set(seen)
         seen.update({name: line[name] for name in names & line.keys()})

@@ -15,6 +15,14 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             server's merge_s (of it requantize_s), journal_s and pack_s; step_s, encode_s and apply_s of the
             median worker
     eval    version, tokens, loss (published model), loss_master
+    diagnostics
+            of every log.diagnostics_every-th round, once it is published (see lte/diagnostics.py):
+            version, tokens, noise_scale (B_simple, in tokens) with its parts signal and noise,
+            noise_scale_dense (of the dense parameters alone), diagnose_s; modules (name -> cosine_mean,
+            cosine_max, grassmann_columns and grassmann_rows (radians, means) between heads' deltas;
+            effective_rank, stable_rank and amplification of W - W_0; round_effective_rank and
+            round_stable_rank of this merge's mean delta; quantization_error (relative) and
+            quantization_error_steps; codes_flipped (share, in this merge)). What is not defined is null
     event   what (a slug), message (for people)
     done    rounds, tokens, workers, num_parameters, num_adapted_parameters, uplink_bytes and
             downlink_bytes (the whole run), loss, loss_master, master_digest, time_s
@@ -53,7 +61,7 @@ from lte.errors import RunError, UserError
 if TYPE_CHECKING:
     from wandb import Run
 
-Kind = Literal["round", "eval", "event", "done"]
+Kind = Literal["round", "eval", "diagnostics", "event", "done"]
 
 METRICS = "metrics.jsonl"
 """Name of the records in a run's folder."""
@@ -141,7 +149,7 @@ class Records:
 
 def _holds_at(line: Mapping[str, Any], version: int) -> bool:
     """Whether a line is still true of a run that goes on from `version`."""
-    if line["kind"] in ("round", "eval"):
+    if line["kind"] in ("round", "eval", "diagnostics"):
         return bool(line["version"] <= version)
     return bool(line["kind"] != "done")
 
@@ -525,4 +533,6 @@ def _log_wandb(run: Run, line: Mapping[str, Any]) -> None:
     elif line["kind"] != "event":
         kind = line["kind"]
         numbers = {f"{kind}/{key}": n for key, n in line.items() if isinstance(n, int | float)}
+        for name, of_module in line.get("modules", {}).items():
+            numbers |= {f"{kind}/{key}/{name}": n for key, n in of_module.items() if n is not None}
         run.log(numbers, step=line["version"])

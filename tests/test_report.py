@@ -129,6 +129,14 @@ def test_summary_of_a_run_that_hardly_began(tmp_path: Path, num_rounds: int) -> 
     assert "not evaluated yet" in text
 
 
+def test_diagnostics_are_not_the_end_of_a_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3)
+    before = outcome(folder)
+    with Records(folder / METRICS, version=3) as records:
+        records.append("diagnostics", version=3, tokens=1, time_s=1.0, noise_scale=1.0, modules={})
+    assert outcome(folder) == before
+
+
 def test_summary_of_a_diverged_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 1)
     with Records(folder / METRICS, version=1) as records:

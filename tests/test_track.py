@@ -96,6 +96,7 @@ def test_continuing_drops_what_the_older_attempt_wrote_beyond_the_version(tmp_pa
         for version in (1, 2, 3):
             records.append("round", **round_line(version))
             records.append("eval", **eval_line(version))
+            records.append("diagnostics", version=version, noise_scale=1e5)
         records.append("event", what="lost", message="worker 3 is gone")
         records.append("done", rounds=3)
     with Records(path, version=2) as records:
@@ -105,8 +106,10 @@ def test_continuing_drops_what_the_older_attempt_wrote_beyond_the_version(tmp_pa
     assert [(line["kind"], line.get("version")) for line in lines] == [
         ("round", 1),
         ("eval", 1),
+        ("diagnostics", 1),
         ("round", 2),
         ("eval", 2),
+        ("diagnostics", 2),
         ("event", None),
         ("round", 3),
     ]
@@ -378,6 +381,8 @@ def test_wandb_offline_needs_no_key_and_says_nothing(
     with Tracker(tmp_path, recipe, version=0, display=False) as tracker:
         tracker.record("round", **round_line(1, train_loss=math.nan))
         tracker.record("eval", **eval_line(1))
+        modules = {"blocks.0.up": {"cosine_mean": 0.125, "grassmann_rows": None}}
+        tracker.record("diagnostics", version=1, tokens=4096, noise_scale=1e5, modules=modules)
         tracker.record("done", rounds=1, loss=2.904, master_digest="digest-of-the-master")
     assert capfd.readouterr() == ("", "")
 
@@ -386,8 +391,11 @@ def test_wandb_offline_needs_no_key_and_says_nothing(
     wandb.teardown()  # its process writes on after a run's end
     (store,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     stored = store.read_bytes()
+    diagnostics = (b"diagnostics/noise_scale", b"diagnostics/cosine_mean/blocks.0.up")
     for text in (b"round/uplink_bytes", b"eval/loss_master", b"digest-of-the-master", b"local_steps"):
         assert text in stored
+    assert all(text in stored for text in diagnostics)
+    assert b"grassmann_rows" not in stored
     assert b"round/train_loss" not in stored  # it was not a number
     event = Records.read(tmp_path / METRICS)[0]
     assert event["what"] == "wandb"

@@ -325,6 +325,12 @@ class Log:
     __pydantic_config__ = _STRICT
     wandb: Literal["off", "offline", "online"] = _doc("off", "also log to Weights & Biases")
     wandb_project: str = _doc("lte", "its project")
+    diagnostics_every: Whole = _doc(
+        0, "rounds between diagnostics of heads, updates and base, which take the server time; 0: never"
+    )
+    diagnostics_modules: tuple[str, ...] = _doc(
+        ("*",), "patterns of the modules with heads that they look at, such as 'blocks.0.*'"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

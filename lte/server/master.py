@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -51,11 +51,13 @@ class Outcome:
             without any.
         bounded: worker_id -> share of its contribution's length that was merged, where bounds cut it.
         trimmed: workers whose contribution was left out of the change, though it counts as merged.
+        heads: by module, the weighted deltas of all heads, where they were to be kept.
     """
 
     in_steps: float
     bounded: dict[str, float]
     trimmed: tuple[str, ...]
+    heads: dict[str, list[HeadDelta]] = field(default_factory=dict)
 
     @property
     def held_down(self) -> dict[str, Any]:
@@ -170,8 +172,14 @@ class Master:
     # Merging
 
     @torch.no_grad()
-    def merge(self, contributions: Sequence[Received], num_missing_heads: int) -> Outcome:
-        """Fold contributions into W and the dense parameters. What is published stays."""
+    def merge(
+        self, contributions: Sequence[Received], num_missing_heads: int, *, keep_heads: bool = False
+    ) -> Outcome:
+        """Fold contributions into W and the dense parameters. What is published stays.
+
+        Args:
+            keep_heads: return the heads' deltas, which cannot be made again afterwards.
+        """
         shares = merge.shares(
             [c.heads for c in contributions],
             [c.tokens for c in contributions],
@@ -183,12 +191,15 @@ class Master:
             if not self.merged_of(c.worker_id, c.heads, c.rank):  # it had other heads once, or none
                 self.merged.pop(c.worker_id, None)
         robust = self._robust(contributions, shares)
+        kept: dict[str, list[HeadDelta]] = {}
 
         def merge_into(name: str) -> tuple[float, float]:
             heads = self._heads(name, contributions, shares)
             if robust:
                 factors = robust.factors[name]
                 heads = [replace(h, weight=h.weight * f) for h, f in zip(heads, factors, strict=True)]
+            if keep_heads:
+                kept[name] = heads
             before = self.weights[name]
             self._step(name, self.weights, merge.mean_delta(heads), outer)
             steps = quantize.step(self.base[name])
@@ -212,6 +223,7 @@ class Master:
             in_steps=change / step if step else 0.0,
             bounded={w: kept for w, kept in zip(who, robust.kept, strict=True) if kept < 1} if robust else {},
             trimmed=tuple(w for k, w in enumerate(who) if robust and k in robust.trimmed),
+            heads=kept,
         )
 
     def _heads(

@@ -13,6 +13,7 @@ from lte import config
 from lte.errors import RunError
 from lte.server import checkpoint, journal
 from lte.server.checkpoint import Progress
+from lte.server.diagnosis import Diagnosis
 from lte.server.master import Master, Received
 from lte.server.watch import typical
 
@@ -24,6 +25,7 @@ class Recovered:
     Attributes:
         progress: of the master now. follows: the journal's segments, and how much of each counts.
         rounds: of the versions that were replayed, what the records say of them.
+        diagnostics: the same, by version, of those whose diagnostics were due and are not in the records.
         faults: what was damaged, in words for a person.
     """
 
@@ -32,14 +34,18 @@ class Recovered:
     )
     follows: dict[str, int] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    diagnostics: dict[int, dict[str, Any]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
 
-def recover(folder: Path, master: Master, *, until: int | None = None) -> Recovered:
+def recover(
+    folder: Path, master: Master, *, until: int | None = None, diagnosis: Diagnosis | None = None
+) -> Recovered:
     """Bring a new master to the last version that the run in this folder has merged.
 
     Args:
         until: to this version instead, or as near to it as what is left leads.
+        diagnosis: measures what is replayed and was not measured before the crash.
 
     Raises:
         RunError: no checkpoint is good; or what the journal holds does not make the master that it
@@ -62,11 +68,17 @@ def recover(folder: Path, master: Master, *, until: int | None = None) -> Recove
                 raise
             found.faults.append(f"{error.args[0].partition(';')[0]}; the one before it is used")
     found.follows = {segment.path.name: segment.size for segment in segments}
-    _replay_all(segments, master, found, folder)
+    _replay_all(segments, master, found, folder, diagnosis)
     return found
 
 
-def _replay_all(segments: list[journal.Segment], master: Master, found: Recovered, folder: Path) -> None:
+def _replay_all(
+    segments: list[journal.Segment],
+    master: Master,
+    found: Recovered,
+    folder: Path,
+    diagnosis: Diagnosis | None,
+) -> None:
     """Merge what segments from the checkpoint's on say, as far as they can be read."""
     versions = [opened.version if (opened := segment.opened) else -1 for segment in segments]
     if found.progress.version not in versions:
@@ -76,7 +88,7 @@ def _replay_all(segments: list[journal.Segment], master: Master, found: Recovere
                 " checkpoint holds, and is not used"
             )
         return
-    replay = _Replay(master, found, folder)
+    replay = _Replay(master, found, folder, diagnosis)
     recipe = master.recipe
     for segment in segments[versions.index(found.progress.version) :]:
         for record in segment:
@@ -92,8 +104,9 @@ def _replay_all(segments: list[journal.Segment], master: Master, found: Recovere
 class _Replay:
     """Records of a journal, taken one after another."""
 
-    def __init__(self, master: Master, found: Recovered, folder: Path) -> None:
+    def __init__(self, master: Master, found: Recovered, folder: Path, diagnosis: Diagnosis | None) -> None:
         self._master, self._found, self._folder = master, found, folder
+        self._diagnosis = diagnosis
         self._kept: dict[int, journal.Kept] = {}
 
     def take(self, record: journal.AnyRecord) -> None:
@@ -124,8 +137,10 @@ class _Replay:
         self._kept = {}
         master, progress = self._master, self._found.progress
         assert merged.version == progress.version + 1
-        outcome = master.merge([received(master, record) for record in kept], merged.num_missing_heads)
-        master.requantize()
+        contributions = [received(master, record) for record in kept]
+        is_due = self._diagnosis is not None and self._diagnosis.is_due(merged.version)
+        outcome = master.merge(contributions, merged.num_missing_heads, keep_heads=is_due)
+        before = master.requantize()
         master.publish_dense()
         master.keep_only(merged.remain)
         where = f"{self._folder / 'journal'}: version {merged.version}"
@@ -139,6 +154,12 @@ class _Replay:
             merged_in=progress.merged_in
             | {record.worker_id: (merged.version, record.incarnation) for record in kept},
         )
+        if self._diagnosis is not None and is_due:
+            measured = self._diagnosis.measure(
+                merged.version, merged.tokens, contributions, outcome.heads, before
+            )
+            if measured is not None:
+                self._found.diagnostics[merged.version] = measured
         losses = [record.loss for record in kept if record.loss is not None]
         self._found.rounds.append(
             {

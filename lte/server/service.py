@@ -8,7 +8,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,11 @@ from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
 from lte.errors import FencedError, WireError
+from lte.quantize import Quantized
 from lte.server import folder, recovery, rounds
 from lte.server.admission import Complaints, Joins, inquiries, vouched
 from lte.server.checkpoint import Progress
+from lte.server.diagnosis import Diagnosis
 from lte.server.evaluation import Evaluate, Evaluation, Losses
 from lte.server.intake import OTHER_VERSION, Intake, Offered, objection, so_many
 from lte.server.journal import Admitted, Gone, Kept, Merged
@@ -112,7 +114,9 @@ class Server:
             # Raised before the journal is read: from here on nobody else adds to what counts of it.
             self.generation = folder.next_generation(self.folder)
             self.run_id = folder.run_id(self.folder)
-            found = recovery.recover(self.folder, self.master)
+            self._diagnosis = Diagnosis(self.folder, self.master)
+            found = recovery.recover(self.folder, self.master, diagnosis=self._diagnosis)
+            left_out = self._diagnosis.begin(found.progress.version)
             (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
             tracker = Tracker(self.folder, recipe, version=found.progress.version, display=display)
             self._tracker = self._resources.enter_context(tracker)
@@ -166,6 +170,8 @@ class Server:
         )
         for fault in found.faults:
             self._event("damaged", fault)
+        if left_out:
+            self._event("diagnostics", left_out)
 
     def _take_up(self, found: recovery.Recovered) -> None:
         """Go on from what was recovered: its records, its workers, a journal and checkpoint of its own."""
@@ -181,6 +187,8 @@ class Server:
             if line["version"] not in told:
                 lr = self._rate(int(line["version"] or 0))
                 self._tracker.record("round", **line, downlink_bytes=0, merge_s=0.0, wait_s=0.0, lr=lr)
+            if measured := found.diagnostics.get(line["version"]):
+                self._tracker.record("diagnostics", **measured)
         self._tokens = progress.tokens
         self._master_digest = self.master.master_digest()
         # worker_id -> the version that its last merged contribution is in, and which incarnation's it was.
@@ -494,13 +502,14 @@ class Server:
         held = [self._held[worker_id] for worker_id in worker_ids]
         self._held = {}
         self._intake.clear()
-        outcome = self.master.merge([received for received, _ in held], num_missing_heads)
+        version, contributions = self.version + 1, [received for received, _ in held]
+        is_due = self._diagnosis.is_due(version)
+        outcome = self.master.merge(contributions, num_missing_heads, keep_heads=is_due)
         merged_s = self._now_s()
         before = self.master.requantize()
         dense = self.master.publish_dense()
         digests = self.master.base_digest(), self.master.master_digest()
         requantized_s = self._now_s()
-        version = self.version + 1
         incarnations = [message.incarnation for _, message in held]
         recent = version - self.recipe.server.remember_rounds
         absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
@@ -534,7 +543,7 @@ class Server:
                 pairs = ((before[name], now) for name, now in self.master.base.items())
                 changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
             self._happened(rounds.Merged())
-            self._record_round(
+            typical_loss = self._record_round(
                 [message for _, message in held],
                 **changed,
                 merge_in_steps=outcome.in_steps,
@@ -545,6 +554,10 @@ class Server:
                 pack_s=self._published_s - journaled_s,
                 wait_s=wait_s,
             )
+            # From here on the workers train already, on the version that was just published.
+            if is_due:
+                self._diagnose(contributions, outcome, before)
+            self._look_back(typical_loss)
 
         self._unpublished = publish
         self._publish_if_durable()
@@ -582,7 +595,8 @@ class Server:
             )
         )
 
-    def _record_round(self, contributions: list[wire.Contribution], **measured: Any) -> None:
+    def _record_round(self, contributions: list[wire.Contribution], **measured: Any) -> float | None:
+        """Write the round's line. Returns the typical training loss."""
         losses = [message.loss for message in contributions if message.loss is not None]
         uplink, downlink, by_kind = self._publisher.close_round()
         bits = 8 / self.master.plan.num_parameters
@@ -607,7 +621,26 @@ class Server:
             lr=self._rate(self.version),
             **measured,
         )
-        # From here on the workers train already, on the version that was just published.
+        return typical_loss
+
+    def _diagnose(
+        self, contributions: Sequence[Received], outcome: Outcome, before: Mapping[str, Quantized]
+    ) -> None:
+        """Measure the round and record it, unless told to stop meanwhile. Before a checkpoint of it is
+        written: a server that is started anew makes up for what is due since the last one."""
+        line = self._diagnosis.measure(
+            self.version,
+            self._tokens,
+            contributions,
+            outcome.heads,
+            before,
+            is_stopped=lambda: self._stop_reason is not None,
+        )
+        if line is not None:
+            self._tracker.record("diagnostics", **line)
+
+    def _look_back(self, typical_loss: float | None) -> None:
+        """See whether the run diverges, evaluate and save it, as it is time to."""
         self._warn("training", self._train_losses.saw(self.version, typical_loss))
         every = self.recipe.eval.every
         if not self.finished and every and self.version % every == 0:

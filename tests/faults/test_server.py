@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from cluster import ROUNDS, Cluster, Fault, audit
@@ -57,3 +59,47 @@ def test_a_contribution_that_came_before_its_round_was_open_is_sent_again(
     assert cluster.master_digest() == undisturbed
     assert [line["version"] for line in cluster.lines("round")] == list(range(1, ROUNDS + 1))
     audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+DIAGNOSED = {
+    "when the update is out": Fault("lte.server.publisher:Publisher.publish", call=3, after=True),
+    "before it is measured": Fault("lte.server.diagnosis:Diagnosis.measure", call=4),
+    "before it is recorded": Fault("lte.server.diagnosis:Diagnosis.measure", call=4, after=True),
+    "once it is recorded": Fault("lte.server.service:Server._diagnose", call=3, after=True),
+    "before a checkpoint, all recorded": Fault("lte.server.checkpoint:save", call=3),
+}
+
+
+@pytest.fixture(scope="module")
+def measured(
+    tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]
+) -> Iterator[list[dict[str, Any]]]:
+    """The diagnostics of a run that nothing happened to."""
+    cluster = Cluster(tmp_path_factory.mktemp("measured"), settings)
+    cluster.serve(log__diagnostics_every=1)
+    for name in ("a", "b"):
+        cluster.work(name)
+    cluster.all_ended()
+    yield cluster.lines("diagnostics")
+    cluster.close()
+
+
+@pytest.mark.parametrize("fault", DIAGNOSED.values(), ids=DIAGNOSED.keys())
+def test_a_killed_server_makes_up_for_the_diagnostics_that_were_due(
+    cluster: Cluster, undisturbed: str, measured: list[dict[str, Any]], fault: Fault
+) -> None:
+    """A version has one line of them, the one that it would have had."""
+    workers = [cluster.work(name) for name in ("a", "b")]
+    cluster.ended(cluster.serve(fault, log__diagnostics_every=1), -signal.SIGKILL)
+    cluster.ended(cluster.serve(log__diagnostics_every=1), 0)
+    for worker in workers:
+        cluster.ended(worker, 0)
+    assert cluster.master_digest() == undisturbed
+    found = cluster.lines("diagnostics")
+    assert [line["version"] for line in found] == list(range(1, ROUNDS + 1))
+    for line, expected in zip(found, measured, strict=True):
+        assert line["tokens"] == expected["tokens"]
+        assert line["noise_scale_dense"] == pytest.approx(expected["noise_scale_dense"], rel=1e-4)
+        assert line["modules"].keys() == expected["modules"].keys()
+        for name, of_module in expected["modules"].items():
+            assert line["modules"][name] == pytest.approx(of_module, rel=1e-4, abs=1e-6)
