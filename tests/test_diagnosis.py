@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from test_diagnostics import whole
 
 from launch import local
 from lte import config, language, lowrank
 from lte.config import Recipe
 from lte.data import pack
 from lte.errors import ConfigError, RunError
+from lte.merge import HeadDelta
 from lte.server.diagnosis import INITIAL, Diagnosis
+from lte.server.master import Received
 from lte.track import METRICS, Records
 
 NAMES = itertools.count()
@@ -111,8 +115,8 @@ def test_heads_are_near_orthogonal_unless_they_start_the_same(
     for name in MODULES:
         first = {which: found[which][0]["modules"][name] for which in found}
         cosines = {which: of_module["cosine_mean"] for which, of_module in first.items()}
-        assert abs(cosines["other", "other"]) < 0.25 > abs(cosines["other", "same"])
-        assert 0.4 < cosines["same", "other"] < 0.9
+        assert max(abs(cosines["other", "other"]), abs(cosines["other", "same"])) < 0.3
+        assert 0.3 < cosines["same", "other"] < 0.95
         assert first["same", "other"]["grassmann_rows"] < 0.1 < 2 < first["other", "other"]["grassmann_rows"]
         # Two heads reach further than one can.
         assert first["same", "same"]["round_effective_rank"] < RANK + 1e-3
@@ -239,3 +243,69 @@ def test_a_server_that_is_told_to_stop_measures_no_more(run: Run, monkeypatch: p
     told = lines(run())
     assert [line["version"] for line in told] == [2, 3, 4]
     assert asked == 3 + 3 * len(MODULES)
+
+
+def test_lines_of_a_future_that_is_no_more_are_measured_anew(run: Run) -> None:
+    """As after damage, when a run goes back to an older version than its records tell of."""
+    folder = run("back", **{"train.rounds": 2})
+    with (folder / METRICS).open("a") as file:
+        file.write('{"kind": "diagnostics", "version": 4, "tokens": 0, "time_s": 0.0}\n')
+    told = lines(run("back"))
+    assert [line["version"] for line in told] == [1, 2, 3, 4]
+    assert told[-1]["modules"].keys() == set(MODULES)
+
+
+@pytest.mark.parametrize("merge", ["reset-b", "reset-less"])
+def test_a_lines_numbers_are_those_of_whole_matrices(
+    run: Run, monkeypatch: pytest.MonkeyPatch, merge: str
+) -> None:
+    """Workers' deltas in full, in float64: each is the mean of its heads', with the dense ones beside it."""
+    measure = Diagnosis.measure
+    naive: list[dict[str, float]] = []
+
+    def measured(
+        diagnosis: Diagnosis,
+        version: int,
+        tokens: int,
+        contributions: Sequence[Received],
+        heads: Mapping[str, Sequence[HeadDelta]],
+        *rest: Any,
+        **named: Any,
+    ) -> dict[str, Any] | None:
+        workers: list[list[np.ndarray]] = [[] for _ in contributions]
+        for name, of_module in heads.items():
+            scale = diagnosis._master.plan.adapted[name].scale
+            deltas = [scale * whole(head).numpy() for head in of_module]
+            if name == "output":
+                flat = np.stack([delta.ravel() / np.linalg.norm(delta) for delta in deltas])
+                cosines = (flat @ flat.T)[np.triu_indices(len(flat), 1)]
+                spectrum = np.linalg.svd(sum(deltas) / len(deltas), compute_uv=False)
+            for k, worker in enumerate(workers):
+                worker.append(sum(deltas[2 * k : 2 * k + 2]).ravel() / 2)
+        for contribution, worker in zip(contributions, workers, strict=True):
+            worker.extend(
+                tensor.double().numpy().ravel()
+                for name, tensor in contribution.tensors.items()
+                if name.endswith("/dense")
+            )
+        flat = np.stack([np.concatenate(worker) for worker in workers])
+        small = contributions[0].tokens
+        of_small, of_big = (flat**2).sum(1).mean(), (flat.mean(0) ** 2).sum()
+        share = spectrum / spectrum.sum()
+        share = share[share > 1e-9]
+        naive.append(
+            {
+                "signal": 2 * of_big - of_small,
+                "noise": (of_small - of_big) / (1 / small - 1 / (2 * small)),
+                "cosine_mean": cosines.mean(),
+                "cosine_max": cosines.max(),
+                "round_effective_rank": math.exp(-(share * np.log(share)).sum()),
+            }
+        )
+        return measure(diagnosis, version, tokens, contributions, heads, *rest, **named)
+
+    monkeypatch.setattr(Diagnosis, "measure", measured)
+    told = lines(run(**{"lora.merge": merge, "lora.heads": 2, "train.rounds": 2}))
+    for line, expected in zip(told, naive, strict=True):
+        found = line | line["modules"]["output"]
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3)
