@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_server(commands)
     _add_worker(commands)
     _add_status(commands)
+    _add_report(commands)
     _add_rollback(commands)
     _add_eval(commands)
     _add_generate(commands)
@@ -324,6 +325,39 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(status.to_text(found, console.width))
+    return 0
+
+
+# report
+
+
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "report",
+        "tell what a run came to, or how far it is, and draw its losses",
+        "examples:\n"
+        "  lte report runs/quickstart                                  a summary, and loss.png in the run\n"
+        "  lte report runs/quickstart --diagnostics heads.png\n\n"
+        "Diagnostics are recorded by runs with log.diagnostics_every: cosine and Grassmann distance between\n"
+        "heads, ranks of the update, its amplification of W, quantization error, gradient noise.",
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run, also of one that goes")
+    command.add_argument(
+        "--diagnostics", type=_figure, metavar="FILE", help="draw its diagnostics into a .png, .pdf or .svg"
+    )
+    command.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder
+    if arguments.diagnostics:
+        report.plot_diagnostics(folder, arguments.diagnostics)
+        print(arguments.diagnostics)
+        return 0
+    if report.outcome(folder).rounds:
+        report.plot(folder)
+    Console().print(report.summary(folder))
     return 0
 
 
@@ -647,6 +681,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _figure(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in report.FORMATS or not path.parent.is_dir():
+        kinds = ", ".join(report.FORMATS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in a folder that exists, ending in {kinds}")
+    return path
 
 
 def _unit(read: Callable[[str], Read]) -> Callable[[str], Read]:

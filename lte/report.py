@@ -1,11 +1,12 @@
-"""What a run looks like afterwards: a summary for the terminal and loss.png.
+"""What a run looks like afterwards: a summary for the terminal, loss.png, a figure of its diagnostics.
 
-Both read only config.yaml and metrics.jsonl, so that they work on a run that still goes, or stopped.
+All read only config.yaml and metrics.jsonl, so that they work on a run that still goes, or stopped.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,9 +25,30 @@ from lte.track import METRICS, Records, clock_text, loss_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PLOT = "loss.png"
 """Name of the plot in a run's folder."""
+
+FORMATS = (".png", ".pdf", ".svg")
+"""Endings of files that a figure can be drawn into."""
+
+_PANELS = {
+    "cosine_mean": "cosine between heads, mean",
+    "cosine_max": "cosine between heads, largest",
+    "grassmann_columns": "Grassmann distance of columns (radians)",
+    "grassmann_rows": "Grassmann distance of rows (radians)",
+    "effective_rank": "effective rank of W - W0",
+    "stable_rank": "stable rank of W - W0",
+    "round_effective_rank": "effective rank of a merge",
+    "round_stable_rank": "stable rank of a merge",
+    "amplification": "amplification of W0",
+    "quantization_error": "quantization error, relative",
+    "quantization_error_steps": "quantization error (steps)",
+    "codes_flipped": "share of codes flipped by a merge",
+}
+"""Title of each quantity of the modules."""
+_COLUMNS = 4
 
 _ARTEFACTS = ("config.yaml", METRICS, PLOT, "checkpoints", "journal", "logs", "wandb")
 
@@ -269,3 +291,89 @@ def _draw(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10, color="0.6")
+
+
+# Diagnostics
+
+
+def plot_diagnostics(folder: Path, path: Path) -> None:
+    """Draw a run's diagnostics over tokens: a panel a quantity, and in it a line a group of modules.
+
+    Modules of one name but for numbers in it are a group: the line is their median, the band all of them.
+
+    Args:
+        path: the file to draw into, of one of the `FORMATS`.
+
+    Raises:
+        ConfigError: when the folder holds no run.
+        RunError: when no diagnostics are recorded, or the records are damaged.
+    """
+    from matplotlib.figure import Figure  # late, as in `plot`
+
+    recipe = load(folder / "config.yaml")
+    lines = [line for line in Records.read(folder / METRICS) if line["kind"] == "diagnostics"]
+    if not lines:
+        raise RunError(f"{folder / METRICS}: no diagnostics; a run with log.diagnostics_every=1 records some")
+    groups = dict.fromkeys(_group(name) for line in lines for name in line["modules"])
+    colours = {group: f"C{k}" for k, group in enumerate(groups)}
+    num_rows = -(-(len(_PANELS) + 2) // _COLUMNS)  # noise and the legend have a place, too
+    figure = Figure(figsize=(3.6 * _COLUMNS, 2.5 * num_rows + 0.8), dpi=110)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.8 / (2.5 * num_rows + 0.8)))
+    places = [figure.add_subplot(num_rows, _COLUMNS, k + 1) for k in range(len(_PANELS) + 1)]
+    for axes, (key, title) in zip(places, _PANELS.items(), strict=False):
+        for group, colour in colours.items():
+            _draw_group(axes, lines, group, key, colour)
+        _tidy(axes, title)
+    _draw_noise(places[-1], lines)
+    _legend(figure, places[0])
+    figure.text(0.012, 0.99, folder.resolve().name, size=15, weight="bold", va="top", parse_math=False)
+    figure.text(0.012, 0.962, _subtitle(recipe), size=10.5, color="0.35", va="top")
+    figure.savefig(path)
+
+
+def _group(name: str) -> str:
+    """A module's name with a star for each number in it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _draw_group(axes: Axes, lines: Sequence[Mapping[str, Any]], group: str, key: str, colour: str) -> None:
+    x, low, middle, high = [], [], [], []
+    for line in lines:
+        known = [of[key] for name, of in line["modules"].items() if _group(name) == group]
+        if known := [number for number in known if number is not None]:
+            x.append(line["tokens"])
+            low.append(min(known))
+            middle.append(statistics.median(known))
+            high.append(max(known))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    axes.plot(x, middle, color=colour, lw=1.5, marker="o" if len(x) == 1 else "", label=group)
+
+
+def _draw_noise(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    for key, label, colour in (("noise_scale", "all", "0.2"), ("noise_scale_dense", "dense", "0.6")):
+        known = [(line["tokens"], line[key]) for line in lines if line[key]]
+        x, y = zip(*known, strict=True) if known else ((), ())
+        axes.plot(x, y, label=label, color=colour, lw=1.5, marker="o" if len(x) <= 30 else "", ms=3)
+        if known:
+            axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes, "gradient noise scale (tokens)")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="lower right", frameon=False, fontsize=9, ncols=1 + len(labels) // 9
+        )
+
+
+def _tidy(axes: Axes, title: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_title(title, size=9.5, loc="left")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, color="0.6")

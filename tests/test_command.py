@@ -843,6 +843,9 @@ MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["worker", "--server", "tcp://127.0.0.1:1", "--wait", "soon"], ["'soon' is not a number"]),
     (["status"], ["the following arguments are required: --server (see 'lte status --help')"]),
     (["status", "--server", "inprocess://x"], ["no server of this process has this address"]),
+    (["report", "nowhere"], ["nowhere/config.yaml: no such file"]),
+    (["report", "run", "--diagnostics", "heads.jpg"], ["'heads.jpg' is not a file", ".png, .pdf, .svg"]),
+    (["report", "run", "--diagnostics", "nowhere/heads.png"], ["is not a file in a folder that exists"]),
     (["eval", "nowhere"], ["nowhere: not a run folder"]),
     (["eval", "text.txt"], ["text.txt: not a run folder"]),
     (["generate", "data"], ["data: not a run folder (it has no config.yaml); give the run.dir of a run"]),
@@ -922,7 +925,19 @@ def test_mistakes_in_processes_of_their_own(family: Family, folder: Path) -> Non
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "server", "worker", "status", "rollback", "eval", "generate", "data", "data pack"],
+    [
+        "",
+        "train",
+        "server",
+        "worker",
+        "status",
+        "report",
+        "rollback",
+        "eval",
+        "generate",
+        "data",
+        "data pack",
+    ],
 )
 def test_help_shows_an_example(lte: Lte, command: str) -> None:
     code, out, err = lte(*command.split(), "--help")

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from lte import config
+from lte import cli, config, report
 from lte.errors import ConfigError, RunError
-from lte.report import outcome, plot, summary
+from lte.report import PLOT, outcome, plot, plot_diagnostics, summary
 from lte.track import METRICS, Records
 
 
@@ -181,3 +183,114 @@ def test_plot_leaves_pyplot_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     plot(make_run(tmp_path / "run", 3))
     assert "matplotlib.pyplot" not in sys.modules
+
+
+# Diagnostics
+
+
+def diagnosed(folder: Path, **noise: float | None) -> Path:
+    """A run with diagnostics of two versions: three blocks' layers `up`, and one `output`."""
+    make_run(folder, 4)
+    keys = report._PANELS
+    with Records(folder / METRICS, version=4) as records:
+        for version in (2, 4):
+            blocks = {
+                f"blocks.{k}.up": dict.fromkeys(keys, 1.0 * version * x) for k, x in enumerate((1, 2, 6))
+            }
+            modules = blocks | {"output": dict.fromkeys(keys, 3.0) | {"cosine_mean": None}}
+            records.append(
+                "diagnostics",
+                version=version,
+                tokens=1000 * version,
+                time_s=1.0,
+                modules=modules,
+                **{"noise_scale": 1e5, "noise_scale_dense": 1e4} | noise,
+            )
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *given: Any, **named: Any) -> None:
+        figures.append(figure)
+        save(figure, *given, **named)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def test_diagnostics_have_a_panel_a_quantity_and_a_line_a_group(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_diagnostics(diagnosed(tmp_path / "run"), tmp_path / "d.png")
+    width, height = png_size(tmp_path / "d.png")
+    assert min(width, height) > 1000
+    (figure,) = drawn
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [*report._PANELS.values(), "gradient noise scale (tokens)"]
+    rank = figure.axes[titles.index("effective rank of W - W0")]
+    up, output = rank.get_lines()
+    assert [line.get_label() for line in (up, output)] == ["blocks.*.up", "output"]
+    np.testing.assert_array_equal(
+        up.get_xydata(), [(2000, 4), (4000, 8)]
+    )  # the median of 2, 4, 12; of 4, 8, 24
+    np.testing.assert_array_equal(output.get_xydata(), [(2000, 3), (4000, 3)])
+    ((low, high),) = rank.collections[0].get_datalim(rank.transData).intervaly[None]
+    assert (low, high) == (2, 24)
+    assert len(figure.axes[0].get_lines()[1].get_xydata()) == 0, "a quantity that was null in every line"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["blocks.*.up", "output"]
+
+
+@pytest.mark.parametrize(
+    "noise", [{}, {"noise_scale": None, "noise_scale_dense": None}, {"noise_scale": 0.0}]
+)
+def test_noise_may_be_undefined(tmp_path: Path, drawn: list[Figure], noise: dict[str, float | None]) -> None:
+    plot_diagnostics(diagnosed(tmp_path / "run", **noise), tmp_path / "d.png")
+    drawn_points = [len(line.get_xydata()) for line in drawn[0].axes[-1].get_lines()]
+    values = {"noise_scale": 1e5, "noise_scale_dense": 1e4} | noise
+    assert drawn_points == [2 if value else 0 for value in values.values()]
+
+
+def test_without_adapted_modules_only_noise_is_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 1)
+    with Records(folder / METRICS, version=1) as records:
+        records.append(
+            "diagnostics",
+            version=1,
+            tokens=1,
+            noise_scale=1.0,
+            noise_scale_dense=1.0,
+            modules={},
+        )
+    plot_diagnostics(folder, tmp_path / "d.svg")
+    assert (tmp_path / "d.svg").read_text().startswith("<?xml")
+
+
+def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = diagnosed(tmp_path / "run"), tmp_path / "d.pdf"
+    assert cli.main(["report", str(folder)]) == 0
+    assert "stopped at round 4 of 50" in capsys.readouterr().out
+    assert (folder / PLOT).is_file()
+    assert cli.main(["report", str(folder), "--diagnostics", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file}\n"
+    assert file.read_bytes().startswith(b"%PDF")
+
+
+def test_a_report_of_a_run_that_hardly_began_has_no_plot(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 0)
+    assert cli.main(["report", str(folder)]) == 0
+    assert not (folder / PLOT).exists()
+
+
+def test_a_report_of_what_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run", 2)
+    assert cli.main(["report", str(folder), "--diagnostics", str(tmp_path / "d.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "no diagnostics; a run with log.diagnostics_every=1 records some" in said
+    assert not (tmp_path / "d.png").exists()
