@@ -37,6 +37,9 @@ class Diagnosis:
     The initial weights are read from the run's folder, a module at a time, when a round is measured. They
     are written there by the run's first server, before the first merge: whoever runs a model of their own
     need not make the same weights again when a server is started anew.
+
+    A measurement takes 1.7 s of a core for 10M parameters and four heads, most of it for the spectra of each
+    weight's updates: with square weights its time grows with the third power of their width.
     """
 
     def __init__(self, folder: Path, master: Master) -> None:
