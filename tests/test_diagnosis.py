@@ -20,6 +20,8 @@ from lte.errors import ConfigError, RunError
 from lte.merge import HeadDelta
 from lte.server.diagnosis import INITIAL, Diagnosis
 from lte.server.master import Received
+from lte.server.publisher import Publisher
+from lte.server.service import Server
 from lte.track import METRICS, Records
 
 NAMES = itertools.count()
@@ -309,3 +311,28 @@ def test_a_lines_numbers_are_those_of_whole_matrices(
     for line, expected in zip(told, naive, strict=True):
         found = line | line["modules"]["output"]
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_round_is_measured_once_it_is_published_and_recorded(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is, the workers train already."""
+    happened: list[str] = []
+
+    def note(owner: type, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*given: Any, **named: Any) -> Any:
+            happened.append(f"begins: {what}")
+            result = original(*given, **named)
+            happened.append(f"is done: {what}")
+            return result
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(Publisher, "publish", "publishing")
+    note(Server, "_record_round", "the round's line")
+    note(Diagnosis, "measure", "measuring")
+    run(**{"train.rounds": 1})
+    order = ["publishing", "the round's line", "measuring"]
+    assert happened == [f"{which}: {what}" for what in order for which in ("begins", "is done")]
