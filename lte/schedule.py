@@ -16,16 +16,37 @@ def join_factor(schedule: Schedule, own_step: int) -> float:
     return min(1.0, (own_step + 1) / max(1, schedule.join_warmup_steps))
 
 
-def factor(schedule: Schedule, step: int, total_steps: int) -> float:
+def factor(schedule: Schedule, step: int, total_steps: int, local_steps: int) -> float:
     """Factor on all learning rates at a local step of the run: linear warmup, then the shape.
 
     Args:
         step: counted from 0 at the start of the run. total_steps: of the whole run.
+        local_steps: between two merges.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.name == "constant":
         return 1.0
-    done = min((step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps), 1.0)
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if schedule.name == "cosine" else 1 - done
-    return schedule.final + (1 - schedule.final) * shape
+    if schedule.name == "jagged-cosine":
+        return _jagged(schedule, step, total_steps, schedule.restart_rounds * local_steps)
+    return schedule.final + (1 - schedule.final) * _shape(schedule, step, total_steps)
+
+
+def _shape(schedule: Schedule, step: int, total_steps: int) -> float:
+    """What falls from 1, at the end of the warmup or later, to 0 at the end of the run."""
+    decays_from = schedule.warmup_steps
+    if schedule.name == "wsd":
+        decays_from = max(decays_from, total_steps - round(schedule.decay_share * total_steps))
+    done = min(max(0, step - decays_from) / max(1, total_steps - decays_from), 1.0)
+    if schedule.name == "wsd":
+        return 1 - (math.sqrt(done) if schedule.decay_shape == "1-sqrt" else done)
+    return 1 - done if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _jagged(schedule: Schedule, step: int, total_steps: int, period: int) -> float:
+    """ReLoRA's: a cosine to which the factor climbs anew, in a straight line, after each period."""
+    restart, since = divmod(step, period)
+    climb = schedule.restart_warmup_steps if restart else 0
+    on_cosine = step if since >= climb else restart * period + climb - 1
+    reached = schedule.final + (1 - schedule.final) * _shape(schedule, on_cosine, total_steps)
+    return reached * min(1.0, (since + 1) / max(1, climb))

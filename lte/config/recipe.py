@@ -226,9 +226,20 @@ class Schedule:
     """Factor on every learning rate, as a function of the local steps since the run's start."""
 
     __pydantic_config__ = _STRICT
-    name: Literal["cosine", "linear", "constant"] = _doc("cosine", "shape after the warmup")
+    name: Literal["cosine", "linear", "constant", "wsd", "jagged-cosine"] = _doc(
+        "cosine",
+        "shape after the warmup; wsd: constant, then a decay; jagged-cosine: ReLoRA's, with restarts",
+    )
     warmup_steps: Whole = _doc(50, "local steps of linear warmup")
-    final: Share = _doc(0.1, "factor at the last step (cosine, linear)")
+    final: Share = _doc(0.1, "factor at the end of the run (all but constant); 0: down to nothing")
+    decay_share: Share = _doc(0.2, "share of the run's local steps in which wsd decays, its last ones")
+    decay_shape: Literal["linear", "1-sqrt"] = _doc(
+        "linear", "how wsd decays: in a line, or by 1 - the root of the share of the decay that is done"
+    )
+    restart_rounds: Count = _doc(1, "merges between restarts of jagged-cosine")
+    restart_warmup_steps: Whole = _doc(
+        10, "local steps after a restart in which jagged-cosine climbs to the cosine again, in a line"
+    )
     join_warmup_steps: Whole = _doc(
         20, "local steps of linear warmup of heads that begin in the middle of a run, without moments"
     )

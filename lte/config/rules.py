@@ -11,6 +11,8 @@ _HEADER_ROOM = 1 << 20
 def check(recipe: Recipe) -> list[str]:
     """Faults that no single field shows, one line each."""
     lora, model, train, outer = recipe.lora, recipe.model, recipe.train, recipe.outer
+    schedule = recipe.schedule
+    period_steps = schedule.restart_rounds * train.local_steps
     inits = [lora.init, *(override.init for override in lora.overrides)]
     other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
     rules = [
@@ -73,6 +75,11 @@ def check(recipe: Recipe) -> list[str]:
             recipe.base.keep_scale_from <= 1 <= recipe.base.keep_scale_to,
             f"base.keep_scale_from, keep_scale_to: {recipe.base.keep_scale_from:g} to"
             f" {recipe.base.keep_scale_to:g} must hold 1",
+        ),
+        (
+            schedule.name != "jagged-cosine" or schedule.restart_warmup_steps <= period_steps,
+            f"schedule.restart_warmup_steps: {schedule.restart_warmup_steps} is more than the {period_steps}"
+            " local steps between restarts (schedule.restart_rounds * train.local_steps)",
         ),
         (
             outer.name == "sgd" or (outer.lr == 1.0 and outer.momentum == 0.0),

@@ -664,8 +664,9 @@ class Server:
 
     def _rate(self, version: int) -> float:
         """Learning rate of the last local step before a version."""
-        step = version * self.recipe.train.local_steps - 1
-        return self.recipe.optimizer.lr * schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
+        recipe, local_steps = self.recipe, self.recipe.train.local_steps
+        step = version * local_steps - 1
+        return recipe.optimizer.lr * schedule.factor(recipe.schedule, step, recipe.total_steps, local_steps)
 
     def _measure(self, max_tokens: int) -> Losses | None:
         """Measure the published model and the master, and record both; None if told to stop meanwhile."""

@@ -133,11 +133,12 @@ class Trainer:
 
     def _factor(self) -> float:
         """Factor on the rates of the next local step, by how far the run is and how old these heads are."""
-        step = self.round * self.recipe.train.local_steps + self.local_step
-        factor = schedule.factor(self.recipe.schedule, step, self.recipe.total_steps)
+        recipe = self.recipe
+        step = self.round * recipe.train.local_steps + self.local_step
+        factor = schedule.factor(recipe.schedule, step, recipe.total_steps, recipe.train.local_steps)
         if self._own_steps is None:
             return factor
-        return factor * schedule.join_factor(self.recipe.schedule, self._own_steps)
+        return factor * schedule.join_factor(recipe.schedule, self._own_steps)
 
     def go_ahead(self) -> None:
         """Begin the local steps of the next round; the update that opens it is still to come."""
