@@ -27,6 +27,7 @@ FLOORS = [
     "compress",
     "wire",
     "nn",
+    "optim",
     "models",
     "data",
     "transport",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.config.describe import describe
-from lte.config.recipe import Override, Recipe
+from lte.config.recipe import Override, Rate, Recipe
 
 _EXPECTED = {
     "bool_parsing": "true or false",
@@ -26,6 +26,10 @@ _EXPECTED = {
     "tuple_type": "a list, such as [a, b]",
 }
 """What to say for pydantic's types of errors."""
+
+
+_LISTED = {"lora.overrides": Override, "optimizer.rates": Rate}
+"""What the lists hold whose entries have settings of their own."""
 
 
 def path_of(fault: Any) -> list[str]:
@@ -68,8 +72,8 @@ def missing_file(path: Path) -> str:
 def _nearest(key: str) -> str:
     """What was meant, most likely: `, did you mean ...?`, or what there is."""
     *above, leaf = key.split(".")
-    if above[:2] == ["lora", "overrides"]:
-        return _choose(leaf, [field.name for field in fields(Override)])
+    if listed := _LISTED.get(".".join(above[:2])):
+        return _choose(leaf, [field.name for field in fields(listed)])
     known = [key for key, *_ in describe()]
     if namesakes := [name for name in known if name.split(".")[-1] == leaf]:
         close = difflib.get_close_matches(key, namesakes, n=1, cutoff=0.75)

@@ -200,24 +200,54 @@ class Compress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Another learning rate for the parameters that a pattern names; the last that matches counts."""
+
+    __pydantic_config__ = _STRICT
+    modules: str = _doc("*", "pattern of parameter names, such as 'blocks.0.*' or '*.norm.weight'")
+    factor: NonNegative = _doc(1.0, "on the learning rate that they would have; 0 keeps them as they are")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """A worker's own (inner) optimizer. Its state never leaves the worker."""
 
     __pydantic_config__ = _STRICT
-    name: Literal["adamw", "sgd"] = _doc("adamw", "torch's AdamW, or SGD with momentum")
+    name: Literal["adamw", "sgd", "muon", "adamw8bit", "paged-adamw8bit"] = _doc(
+        "adamw",
+        "torch's AdamW; SGD with momentum; Muon; bitsandbytes' AdamW with 8-bit moments, also paged (GPU)",
+    )
     lr: NonNegative = _doc(1e-3, "learning rate of lora_B, at its peak")
     lr_A: Annotated[NonNegative | None, _OrNone] = _doc(
         None, "learning rate of lora_A, at its peak; none: the same as lr"
     )
     dense_lr: NonNegative = _doc(3e-3, "learning rate of dense parameters, at its peak")
+    rates: tuple[Rate, ...] = _doc(
+        (), "factors on the learning rates of single parameters, [{modules: 'blocks.0.*', factor: 0.5}, ...]"
+    )
+    layer_decay: Share = _doc(
+        1.0, "factor on the learning rates of a layer for every layer above it; 1: all the same"
+    )
     beta1: Fraction = _doc(0.9, "AdamW's first decay")
     beta2: Fraction = _doc(0.95, "AdamW's second decay")
     eps: Positive = _doc(1e-8, "AdamW's epsilon")
     momentum: Fraction = _doc(0.0, "SGD's momentum")
+    muon_momentum: Fraction = _doc(0.95, "Muon's momentum, Nesterov's")
+    muon_dtype: Literal["bf16", "fp32"] = _doc("bf16", "in which Muon orthogonalizes")
+    muon_scale: Literal["match-rms", "original"] = _doc(
+        "match-rms", "factor on Muon's steps: 0.2 sqrt(max(out, in)), for AdamW's rates; sqrt(max(1, out/in))"
+    )
+    muon_exclude: tuple[str, ...] = _doc(
+        ("*embed*", "output.*", "*head.*", "classifier.*"),
+        "patterns of parameters, besides vectors and embeddings, that get AdamW with optimizer.name = muon",
+    )
+    adamw_lr: Annotated[NonNegative | None, _OrNone] = _doc(
+        None, "learning rate of what gets AdamW with optimizer.name = muon; none: lr, lr_A, dense_lr"
+    )
     dense_weight_decay: NonNegative = _doc(0.0, "decoupled weight decay of dense matrices")
     clip_norm: NonNegative = _doc(1.0, "largest gradient norm; 0: no clipping")
-    clip_by: Literal["all", "group"] = _doc(
-        "all", "clip the norm over all parameters, or lora_A, lora_B and dense each by itself"
+    clip_by: Literal["all", "group", "head"] = _doc(
+        "all", "clip the norm over all; or lora_A, lora_B and dense each; or each head's A and B, and dense"
     )
 
 

@@ -40,6 +40,11 @@ def check(recipe: Recipe) -> list[str]:
             "lora.moments: transport needs lora.A = rotating (clear or keep otherwise)",
         ),
         (
+            lora.moments != "transport" or "8bit" not in recipe.optimizer.name,
+            f"lora.moments: transport cannot carry moments of 8 bits (optimizer.name ="
+            f" {recipe.optimizer.name}); use clear",
+        ),
+        (
             lora.subspace == "random" or other_init is None,
             f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {other_init} (in"
             " lora.overrides, too)",

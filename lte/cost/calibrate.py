@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lte import config, language
+from lte import config, language, optim
 from lte.compress import CODES, SCALES
 from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
@@ -23,7 +23,7 @@ from lte.nn import convert, dense_parameters, draw_heads
 from lte.quantize import Quant
 from lte.server.master import Master, Received
 from lte.track import METRICS, Records
-from lte.worker.trainer import Trainer, make_optimizer, materialize
+from lte.worker.trainer import Trainer, materialize
 
 GFLOP_S = 50.0
 """Assumed of a machine that nobody measured: billions of operations a second in local steps."""
@@ -188,7 +188,7 @@ def _step_s(recipe: Recipe) -> float:
     with torch.no_grad():
         for _, parameter in dense_parameters(model):
             parameter.normal_(std=0.02)
-    optimizer = make_optimizer(model, recipe.optimizer)
+    optimizer = optim.make_optimizer(model, recipe.optimizer)
     step_s: list[float] = []
     while len(step_s) < 2 or (sum(step_s) < _STEP_TRIAL_S and len(step_s) < _MAX_TRIAL_STEPS):
         with _timed(step_s):

@@ -316,22 +316,29 @@ def _step_s(site: Site, rates: Rates) -> float:
     return rates.step_s if site.step_s is None else site.step_s
 
 
+_MOMENTS_BYTES = {"adamw": 8, "sgd": 4, "muon": 4, "adamw8bit": 2, "paged-adamw8bit": 2}
+"""Of each trained element."""
+
+
 def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     """Bytes that a worker and the server hold, all but activations and one layer's scratch."""
     lora, outer = recipe.lora, recipe.outer
     factors_held = size.held_A + size.held_B
     given_A = 0 if lora.A == "trained" else size.held_A
     trained = factors_held - given_A
-    states = 2 + (2 if recipe.optimizer.name == "adamw" else 1 if recipe.optimizer.momentum else 0)
+    optimizer = recipe.optimizer
+    moments_bytes = (
+        0 if optimizer.name == "sgd" and not optimizer.momentum else _MOMENTS_BYTES[optimizer.name]
+    )
     known_A = size.held_A if factors.remembers_A(recipe) else 0
     merged = factors_held if lora.merge == "reset-less" else known_A
     sent_with = size.held_A if recipe.train.overlap else 0
     momentum = (size.adapted + (size.dense if outer.dense else 0)) if outer.momentum else 0
     worker = {
         "base": size.base_bytes,
-        "heads, gradients, moments": 4 * (states * trained + given_A),
+        "heads, gradients, moments": (8 + moments_bytes) * trained + 4 * given_A,
         "factors the server knows": 4 * merged,
-        "dense, gradients, moments": 4 * states * size.dense,
+        "dense, gradients, moments": (8 + moments_bytes) * size.dense,
         "published dense": 4 * size.dense,
         "contribution in flight": 4 * (trained + size.dense + sent_with),
         "update, staged": size.snapshot_bytes,

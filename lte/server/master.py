@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lte import lowrank, merge, quantize
+from lte import lowrank, merge, optim, quantize
 from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Outer, Recipe
 from lte.errors import ConfigError, WireError
@@ -100,6 +100,7 @@ class Master:
             raise ConfigError(["the server needs the plain model; this one was converted"])
         self.recipe = recipe
         self.plan = plan(model, recipe.lora, recipe.base.quant)
+        optim.check_patterns(self.plan, recipe.optimizer)
         parameters = dict(model.named_parameters())
         # On the CPU, where contributions arrive and where merges give the same bits everywhere.
         initial = {name: parameters[f"{name}.weight"].detach().cpu() for name in self.plan.adapted}

@@ -12,35 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lte import lowrank, quantize, schedule
+from lte import lowrank, optim, quantize, schedule
 from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
-from lte.config import Optimizer, Recipe
+from lte.config import Recipe
 from lte.errors import ConfigError, DigestError, DivergedError, WireError
-from lte.nn import Adapted, adapted_modules, dense_parameters, draw_A, draw_heads, parameter_groups
+from lte.nn import Adapted, adapted_modules, dense_parameters, draw_A, draw_heads
 from lte.quantize import Quantized
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The recipe's optimizer for a converted model: groups lora_A, lora_B, dense and dense vectors."""
-    rates = {
-        "lora_A": settings.lr if settings.lr_A is None else settings.lr_A,
-        "lora_B": settings.lr,
-        "dense": settings.dense_lr,
-    }
-    groups = []
-    for kind, parameters in parameter_groups(model).items():
-        matrices = [p for p in parameters if p.ndim >= 2]
-        vectors = [p for p in parameters if p.ndim < 2]
-        decay = settings.dense_weight_decay if kind == "dense" else 0.0
-        for chosen, weight_decay in ((matrices, decay), (vectors, 0.0)):
-            if chosen:
-                groups.append({"params": chosen, "lr": rates[kind], "weight_decay": weight_decay})
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
 
 
 class Trainer:
@@ -104,7 +83,7 @@ class Trainer:
                 parameter.copy_(self._published[name])
         draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
         if optimizer is None:
-            self.optimizer = make_optimizer(model, recipe.optimizer)
+            self.optimizer = optim.make_optimizer(model, recipe.optimizer)
         elif isinstance(optimizer, torch.optim.Optimizer):
             self.optimizer = optimizer
         else:
@@ -118,13 +97,7 @@ class Trainer:
         factor = self._factor()
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
-        settings = self.recipe.optimizer
-        if settings.clip_norm:
-            groups = parameter_groups(self.model)
-            if settings.clip_by == "all":
-                groups = {"all": [p for parameters in groups.values() for p in parameters]}
-            for parameters in groups.values():
-                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optim.clip(self.model, self.recipe.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.local_step += 1
@@ -430,10 +403,14 @@ class Trainer:
         for name, module in self.modules.items():
             if module.merged_A is not None and module.merged_B is not None:
                 tensors |= {f"merged/{name}{A}": module.merged_A, f"merged/{name}{B}": module.merged_B}
+        memory = set[int]()
         for index, held in self.optimizer.state_dict()["state"].items():
-            for key, value in held.items():
+            for key, value in _leaves(held):
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer/{index}/{key}"] = value
+                    # A file holds no memory twice, and bitsandbytes' maps are those of all parameters.
+                    is_shared = value.data_ptr() in memory
+                    memory.add(value.data_ptr())
+                    tensors[f"optimizer/{index}/{key}"] = value.clone() if is_shared else value
                 elif value is None or isinstance(value, bool | int | float):
                     numbers["optimizer"][f"{index}/{key}"] = value
                 else:
@@ -477,8 +454,11 @@ class Trainer:
                 module.merged_B.copy_(tensors[f"merged/{name}{B}"])
         held: dict[int, dict[str, Any]] = {}
         for path, value in (group("optimizer") | numbers["optimizer"]).items():
-            index, _, key = path.partition("/")
-            held.setdefault(int(index), {})[key] = value
+            index, *above, key = path.split("/")
+            node = held.setdefault(int(index), {})
+            for part in above:
+                node = node.setdefault(part, {})
+            node[key] = value
         self.optimizer.load_state_dict(
             {"state": held, "param_groups": self.optimizer.state_dict()["param_groups"]}
         )
@@ -529,6 +509,15 @@ class Trainer:
             self.modules[name].codes.copy_(base.codes)
             self.modules[name].scales.copy_(base.scales)
         self._published = published
+
+
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Path, A/B/C, and value of everything in mappings of mappings: bitsandbytes' state is one."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}/{path}", leaf) for path, leaf in _leaves(value))
+        else:
+            yield key, value
 
 
 def _on_cpu(base: Quantized) -> Quantized:

@@ -1,0 +1,398 @@
+"""Inner optimizers, their parameter groups and clipping, against torch's own and naive loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from simulation import Simulation, recipe
+from test_algorithm import Net, Regression, batches, mse, seeded
+from torch import Tensor, nn
+
+import lte
+from lte import config, durable, optim
+from lte.config import Optimizer, Recipe
+from lte.errors import ConfigError
+from lte.nn import parameter_groups
+from lte.optim.groups import groups, layers_above, rate_factors
+from lte.optim.muon import Muon, orthogonalized
+from lte.server.master import Master
+from lte.worker.trainer import Trainer
+
+OPTIMIZERS = ("adamw", "sgd", "muon", "adamw8bit")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def settings(**changed: object) -> Optimizer:
+    return config.replace(Recipe(), **{f"optimizer.{key}": value for key, value in changed.items()}).optimizer
+
+
+class Blocks(nn.Module):
+    """Everything that optimizers tell apart: a table, numbered layers, vectors, an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.norm = nn.LayerNorm(8)
+        self.output = nn.Linear(8, 11, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        logits: Tensor = self.output(self.norm(x))
+        return logits
+
+
+def converted(**lora: Any) -> nn.Module:
+    return lte.convert(seeded(Blocks), lte.LoRA(rank=2, **lora), "none")
+
+
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 9), (20, 4), (5, 3, 7), (2, 9, 4)])
+def test_singular_values_go_through_the_quintic_and_singular_vectors_stay(shape: tuple[int, ...]) -> None:
+    """In float64, matrix by matrix: what the polynomial makes of the singular values, between U and V^T."""
+    matrices = normal(*shape).double()
+    expected = []
+    for matrix in matrices.reshape(-1, *shape[-2:]):
+        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+        S = S / S.norm()
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        assert ((S > 0.3) & (S < 1.3)).all()
+        expected.append(U @ S.diag() @ V)
+    assert torch.allclose(
+        orthogonalized(matrices, torch.float64), torch.stack(expected).view(shape), rtol=0, atol=1e-9
+    )
+
+
+def test_a_matrix_of_zeros_has_no_direction() -> None:
+    """A's gradient is zero where B is."""
+    assert not orthogonalized(torch.zeros(2, 3, 4), torch.bfloat16).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has a Muon from 2.9 on")
+@pytest.mark.parametrize(("scale", "torchs"), [("original", "original"), ("match-rms", "match_rms_adamw")])
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_muon_is_torchs(scale: Any, torchs: str, shape: tuple[int, int]) -> None:
+    """Up to what bf16 rounds: both iterate in it, in another order."""
+    mine, other = nn.Parameter(normal(*shape)), nn.Parameter(normal(*shape))
+    common: dict[str, Any] = {"lr": 0.02, "momentum": 0.9}
+    muon = Muon(
+        [{"params": [mine], "orthogonal": True, "weight_decay": 0.1}],
+        dtype=torch.bfloat16,
+        scale=scale,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        **common,
+    )
+    reference = torch.optim.Muon([other], weight_decay=0.1, adjust_lr_fn=torchs, **common)
+    start = mine.detach().clone()
+    for step in range(6):
+        mine.grad = normal(*shape, seed=step)
+        other.grad = mine.grad.clone()
+        muon.step()
+        reference.step()
+    assert torch.dist(mine, other) < 0.03 * torch.dist(other, start)
+
+
+def test_each_head_is_orthogonalized_by_itself() -> None:
+    """Heads in one parameter step as they do in parameters of their own."""
+
+    def stepped(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        group = {"params": list(parameters), "orthogonal": True}
+        muon = Muon(
+            [group], lr=0.1, momentum=0.9, dtype=torch.float32, scale="original", betas=(0.9, 0.95), eps=1e-8
+        )
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        muon.step()
+
+    together, gradient = nn.Parameter(normal(3, 4, 6)), normal(3, 4, 6, seed=1)
+    apart = [nn.Parameter(head.detach().clone()) for head in together]
+    stepped([together], [gradient * torch.tensor([1.0, 10.0, 0.1])[:, None, None]])
+    stepped(apart, list(gradient))
+    assert torch.allclose(together, torch.stack(list(apart)), atol=1e-5)
+
+
+def test_what_is_no_matrix_steps_by_adamw_to_the_bit() -> None:
+    mine, other = [[nn.Parameter(normal(7, seed=k)) for k in range(2)] for _ in range(2)]
+    group = {"orthogonal": False, "weight_decay": 0.1}
+    muon = Muon(
+        [{"params": mine, **group}],
+        lr=0.1,
+        momentum=0.9,
+        dtype=torch.float32,
+        scale="original",
+        betas=(0.8, 0.9),
+        eps=1e-6,
+    )
+    adamw = torch.optim.AdamW(other, lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, fused=True)
+    for step in range(4):
+        for own, its in zip(mine, other, strict=True):
+            own.grad = normal(7, seed=step)
+            its.grad = own.grad.clone()
+        muon.step()
+        adamw.step()
+    assert all(torch.equal(own, its) for own, its in zip(mine, other, strict=True))
+
+
+def test_muon_takes_heads_and_dense_matrices_but_no_tables_vectors_and_outputs() -> None:
+    model = converted(embeddings=True, modules=("blocks.[01]", "embedding"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    own = settings(name="muon", lr=0.3, adamw_lr=0.001)
+    by_muon, by_adamw = set[str](), set[str]()
+    for group in groups(model, own):
+        (by_muon if group["orthogonal"] else by_adamw).update(names[p] for p in group["params"])
+        assert (group["lr"] == 0.001) == (not group["orthogonal"])
+    of_heads = {f"blocks.{layer}.lora_{factor}" for layer in (0, 1) for factor in "AB"}
+    assert by_muon == {*of_heads, "blocks.2.weight"}
+    assert by_adamw == {
+        *(f"blocks.{layer}.bias" for layer in range(3)),
+        *("embedding.lora_A", "embedding.lora_B", "norm.weight", "norm.bias", "output.weight"),
+    }
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_trainer_goes_on_bit_for_bit_from_its_state(name: str, tmp_path: Path) -> None:
+    """Also after a trip to the disk, in the middle of a round."""
+    own = recipe(
+        **{
+            "optimizer.name": name,
+            "optimizer.momentum": 0.9,
+            "optimizer.lr": 0.01,
+            "optimizer.clip_norm": 1.0,
+            "optimizer.layer_decay": 0.9,
+            "lora.merge": "reset-less",
+            "lora.heads": 2,
+            "lora.rank": 40,
+            "schedule.name": "wsd",
+        }
+    )
+    wide = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 5))  # with moments of 8 bits, and of 32
+    simulation = Simulation(wide, own, 1)
+    (trainer,) = simulation.trainers
+    simulation.local_steps(mse, batches(1, 3, 8))
+    simulation.merge()
+    simulation.local_steps(mse, batches(1, 3, 8, seed=5))
+    tensors, numbers = trainer.state()
+    durable.save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, tmp_path / "state")
+    other = Trainer(
+        lte.convert(copy.deepcopy(wide), own.lora, own.base.quant),
+        own,
+        slot=0,
+        version=1,
+        base=simulation.master.snapshot(),
+        base_digest=simulation.master.base_digest(),
+    )
+    saved = load_file(tmp_path / "state")
+    other.resume(saved, numbers, merged=False)
+    for each in (trainer, other):
+        for batch in batches(1, 4, 8, seed=6)[0]:
+            mse(each.model, batch).backward()
+            each.step()
+    met, expected = (dict(each.model.named_parameters()) for each in (other, trainer))
+    assert all(torch.equal(met[n], p) for n, p in expected.items())
+    assert all(not torch.equal(p, saved[f"parameter/{n}"]) for n, p in expected.items()), "nothing moved"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_learns(name: str) -> None:
+    own = recipe(**{"optimizer.name": name, "optimizer.lr": 0.02, "optimizer.dense_lr": 0.02})
+    simulation = Simulation(seeded(Net), own, 2)
+    data = batches(1, 1, 16, seed=3) * 2
+
+    def loss() -> float:
+        return sum(
+            float(mse(t.model, own[0]).detach()) for t, own in zip(simulation.trainers, data, strict=True)
+        )
+
+    before = loss()
+    for _ in range(3):
+        simulation.local_steps(mse, [own * 10 for own in data])
+        simulation.merge()
+    assert loss() < 0.8 * before
+
+
+def test_moments_of_8_bits_are_of_8_bits() -> None:
+    model = lte.convert(nn.Sequential(nn.Linear(512, 32)), lte.LoRA(rank=16), "none")
+    optimizer = optim.make_optimizer(model, settings(name="adamw8bit"))
+    model(normal(4, 512)).square().sum().backward()
+    optimizer.step()
+    kinds = {state["state1"].dtype for state in optimizer.state.values()}
+    assert kinds == {torch.uint8, torch.float32}, "small ones are not worth it"
+
+
+def test_pages_need_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer\.name: paged-adamw8bit needs a GPU"):
+        optim.make_optimizer(converted(), settings(name="paged-adamw8bit"))
+
+
+# Groups
+
+
+def test_without_further_settings_there_is_a_group_a_kind() -> None:
+    model = converted(modules=("blocks.0",))
+    own = settings(lr=1.0, lr_A=2.0, dense_lr=3.0, dense_weight_decay=0.5)
+    met = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups(model, own)]
+    assert met == [(1, 2.0, 0.0), (1, 1.0, 0.0), (4, 3.0, 0.5), (5, 3.0, 0.0)]
+    assert all("orthogonal" not in group for group in groups(model, own))
+
+
+def test_the_last_rate_that_matches_counts() -> None:
+    rates = [
+        {"modules": "blocks.*", "factor": 0.5},
+        {"modules": "blocks.1.*", "factor": 0.25},
+        {"modules": "*.bias", "factor": 0.0},
+    ]
+    model, own = converted(), settings(lr=1.0, lr_A=2.0, dense_lr=4.0, rates=rates)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    met = {names[p]: group["lr"] for group in groups(model, own) for p in group["params"]}
+    assert met["blocks.0.lora_A"] == 1.0
+    assert met["blocks.0.lora_B"] == 0.5
+    assert (met["blocks.1.lora_A"], met["blocks.1.lora_B"]) == (0.5, 0.25)
+    assert met["blocks.1.bias"] == met["norm.bias"] == 0.0
+    assert met["norm.weight"] == 4.0
+    assert met.keys() == set(names.values())
+
+
+def test_a_rate_acts_on_what_it_names() -> None:
+    """With factor 0 a block stays as it is, while the others move."""
+    own = recipe(**{"optimizer.rates": [{"modules": "up.*", "factor": 0}], "optimizer.lr": 0.1})
+    simulation = Simulation(seeded(Net), own, 1)
+    before = copy.deepcopy(simulation.trainers[0].model.state_dict())
+    simulation.local_steps(mse, batches(1, 2, 8))
+    after = simulation.trainers[0].model.state_dict()
+    still = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
+    assert still == {name for name in after if name.startswith("up.")}
+
+
+def test_rates_that_fall_with_depth() -> None:
+    names = ["embedding.weight", "blocks.0.a", "blocks.0.b", "blocks.2.a", "norm.weight"]
+    assert layers_above(names) == [4, 3, 3, 1, 0]
+    own = settings(layer_decay=0.5, rates=[{"modules": "*.b", "factor": 8}])
+    assert rate_factors(names, own) == [0.5**4, 0.5**3, 1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        (
+            {"rates": [{"modules": "block.1.*"}, {"modules": "norm.*"}]},
+            "optimizer.rates: 'block.1.*' matches no parameter, did you mean one like blocks.1.",
+        ),
+        ({"rates": [{"modules": "xyz"}]}, "optimizer.rates: 'xyz' matches no parameter"),
+    ],
+)
+def test_patterns_that_match_nothing_are_told_what_is_near(changed: dict[str, Any], fault: str) -> None:
+    """By the worker, and by the server before any worker comes."""
+    own = config.replace(Recipe(), **{f"optimizer.{key}": value for key, value in changed.items()})
+    with pytest.raises(ConfigError) as raised:
+        optim.make_optimizer(converted(), own.optimizer)
+    (met,) = raised.value.faults
+    assert met.startswith(fault)
+    with pytest.raises(ConfigError) as raised:
+        Master(seeded(Blocks), own)
+    (met,) = raised.value.faults
+    assert met.startswith(fault)
+
+
+def test_layers_without_numbers_cannot_decay() -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer\.layer_decay: no parameter"):
+        optim.make_optimizer(lte.convert(seeded(Net), lte.LoRA(rank=2), "none"), settings(layer_decay=0.9))
+
+
+# Clipping
+
+
+def of_kinds(model: nn.Module) -> dict[str, list[Tensor]]:
+    return {
+        kind: [p.grad.clone() for p in parameters if p.grad is not None]
+        for kind, parameters in parameter_groups(model).items()
+    }
+
+
+@pytest.mark.parametrize("by", ["all", "group", "head"])
+@pytest.mark.parametrize("most", [0.5, 3.0, 1e6])
+def test_clipping_against_a_naive_loop(by: str, most: float) -> None:
+    H = 3
+    model = lte.convert(seeded(Net), lte.LoRA(rank=2, heads=H), "none")
+    for k, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        size = torch.tensor([0.01, 1.0, 5.0]).view(3, 1, 1) if parameter.ndim == 3 else 1.0
+        parameter.grad = normal(*parameter.shape, seed=k) * size
+    before = of_kinds(model)
+
+    def length(vectors: list[Tensor]) -> float:
+        return math.sqrt(sum(float(v.double().square().sum()) for v in vectors))
+
+    def factor(vectors: list[Tensor]) -> float:
+        return min(1.0, most / length(vectors))
+
+    optim.clip(model, settings(clip_norm=most, clip_by=by))
+    for kind, gradients in of_kinds(model).items():
+        for gradient, was in zip(gradients, before[kind], strict=True):
+            if by == "all":
+                expected = was * factor([g for some in before.values() for g in some])
+            elif by == "group" or kind == "dense":
+                expected = was * factor(before[kind])
+            else:
+                expected = torch.stack(
+                    [
+                        was[h] * factor([g[h] for k in ("lora_A", "lora_B") for g in before[k]])
+                        for h in range(H)
+                    ]
+                )
+            assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_clipping() -> None:
+    model = converted()
+    model(torch.arange(4)).square().sum().backward()
+    before = of_kinds(model)
+    optim.clip(model, settings(clip_norm=0.0, clip_by="head"))
+    assert all(
+        torch.equal(a, b) for k, some in of_kinds(model).items() for a, b in zip(some, before[k], strict=True)
+    )
+
+
+@pytest.mark.parametrize("merge", ["reset-less", "reset-b"])
+def test_heads_of_one_worker_clip_like_workers_of_one_head(merge: str) -> None:
+    """Regression has no dense parameters: what differs else is only that a worker's heads share one norm."""
+    H = 4
+    masters = {}
+    for heads, by in ((1, "head"), (H, "head"), (H, "all")):
+        own = recipe(
+            **{
+                "lora.heads": heads,
+                "lora.merge": merge,
+                "optimizer.lr": 0.05,
+                "optimizer.clip_norm": 0.05,
+                "optimizer.clip_by": by,
+                "train.batch_size": 8 * heads,
+            }
+        )
+        simulation = Simulation(seeded(Regression), own, H // heads)
+        for round_ in range(3):
+            data = batches(H, 2, 8, seed=round_)
+            if heads == H:
+                data = [[tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*data, strict=True)]]
+            simulation.local_steps(mse, data)
+            simulation.merge()
+        masters[heads, by] = simulation.master.weights["layer"]
+    assert torch.allclose(masters[1, "head"], masters[H, "head"], atol=1e-6)
+    assert not torch.allclose(masters[1, "head"], masters[H, "all"], atol=1e-4)
