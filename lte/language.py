@@ -22,7 +22,7 @@ from lte.server.evaluation import Evaluate
 from lte.server.master import Master
 from lte.worker import Worker
 from lte.worker.session import Session
-from lte.worker.trainer import materialize
+from lte.worker.trainer import materialize, micro_batches
 
 EVAL_BATCH = 32
 """Sequences evaluated at a time."""
@@ -106,8 +106,9 @@ def work(
             if shards is not None:
                 given = config.replace(given, **{"data.shards": shards})
             check_data(given)
-            if heads and given.train.batch_size % heads:
-                batch = f"the recipe's batches of {given.train.batch_size}"
+            pieces = f", in {given.train.accumulate} pieces" if given.train.accumulate > 1 else ""
+            if heads and given.train.batch_size % (heads * given.train.accumulate):
+                batch = f"the recipe's batches of {given.train.batch_size}{pieces}"
                 raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
             say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
             try:
@@ -143,10 +144,13 @@ def _train(
         goes_on = not worker.done
         while goes_on:
             sequences = stream.batch(worker.step_index).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                loss = model.loss(sequences)
-            loss.backward()  # type: ignore[no-untyped-call]
-            goes_on = worker.step(loss, tokens=sequences[:, 1:].numel())
+            total = torch.zeros((), device=device)
+            for part in micro_batches(sequences, recipe.lora.heads, recipe.train.accumulate):
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+                    loss = model.loss(part) / recipe.train.accumulate
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            goes_on = worker.step(total, tokens=sequences[:, 1:].numel())
     say(f"{worker.worker_id} {'finished' if worker.done else 'stopped'} at version {worker.version}")
     if session.num_damaged:
         say(f"{session.num_damaged} messages were damaged on their way, and dropped")

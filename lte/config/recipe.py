@@ -6,6 +6,7 @@ Units are part of the names (`_s`, `_bytes`, `_tokens`) or of the descriptions.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -93,6 +94,15 @@ class Train:
     local_steps: Count = _doc(10, "optimizer steps of a worker between merges (T)")
     workers: Count = _doc(4, "workers that must have joined before the first round opens (N)")
     batch_size: Count = _doc(8, "sequences a worker reads per local step, shared by its heads")
+    accumulate: Count = _doc(
+        1, "pieces that a local step's batch is cut into, one after another: less memory, the same gradients"
+    )
+    checkpoint_activations: bool = _doc(
+        False, "compute activations of blocks anew in the backward pass: less memory, about a third more time"
+    )
+    checkpoint_modules: tuple[str, ...] = _doc(
+        ("*",), "patterns of those blocks: children of nn.ModuleList or nn.Sequential, such as 'blocks.*'"
+    )
     precision: Literal["fp32", "bf16"] = _doc(
         "fp32", "bf16: the recipe's model computes under torch.autocast; all that is kept stays fp32"
     )
@@ -127,6 +137,14 @@ class LoRA:
     __pydantic_config__ = _STRICT
     rank: Count = _doc(32, "lora_rank r; a worker may have a smaller one (lte worker --rank)")
     scale: Positive = _doc(16.0, "lora_scale s (alpha / r, held fixed when ranks change)")
+    scaling: Literal["given", "rank-stabilized"] = _doc(
+        "given", "lora_scale s is lora.scale; or lora.alpha / sqrt(r), with each module's own lora_rank"
+    )
+    alpha: Annotated[Positive | None, _OrNone] = _doc(None, "lora_alpha, for lora.scaling = rank-stabilized")
+    dropout: Fraction = _doc(
+        0.0,
+        "share of the inputs of A that are dropped in training (not of embeddings, whose inputs are tokens)",
+    )
     heads: Count = _doc(1, "heads a worker trains (H), at most; they share its batch in equal slices")
     merge: Literal["reset-less", "reset-b", "reset"] = _doc(
         "reset-b", "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0"
@@ -151,6 +169,10 @@ class LoRA:
     exclude: tuple[str, ...] = _doc((), "patterns of modules that get none and stay dense")
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
 
+    def scale_of(self, rank: int) -> float:
+        """lora_scale s of a module with this lora_rank, without an override."""
+        return self.scale if self.alpha is None else self.alpha / math.sqrt(rank)
+
     def capped(self, rank: int, heads: int) -> LoRA:
         """These settings for a worker whose heads are of this lora_rank at most, and so many; 0: as here."""
 
@@ -158,10 +180,22 @@ class LoRA:
             return min(met, rank) if rank else met
 
         overrides = tuple(
-            dataclasses.replace(o, rank=None if o.rank is None else least(o.rank)) for o in self.overrides
+            dataclasses.replace(
+                o,
+                rank=None if o.rank is None else least(o.rank),
+                scale=o.scale if o.rank is None or self.alpha is None else self.scale_of(o.rank),
+            )
+            for o in self.overrides
         )
         return dataclasses.replace(
-            self, rank=least(self.rank), heads=heads or self.heads, overrides=overrides
+            self,
+            rank=least(self.rank),
+            heads=heads or self.heads,
+            # What a worker adds is measured by the recipe's ranks, not by its own.
+            scale=self.scale_of(self.rank),
+            scaling="given",
+            alpha=None,
+            overrides=overrides,
         )
 
 

@@ -27,6 +27,19 @@ def check(recipe: Recipe) -> list[str]:
             f"train.batch_size: {train.batch_size} cannot be cut into lora.heads ({lora.heads}) equal slices",
         ),
         (
+            train.batch_size % lora.heads != 0 or train.batch_size // lora.heads % train.accumulate == 0,
+            f"train.accumulate: the {train.batch_size // lora.heads} sequences of a head (train.batch_size /"
+            f" lora.heads) cannot be cut into {train.accumulate} equal pieces",
+        ),
+        (
+            (lora.scaling == "rank-stabilized") == (lora.alpha is not None),
+            "lora.scaling, lora.alpha: rank-stabilized and an alpha need each other",
+        ),
+        (
+            lora.scaling == "given" or all(override.scale is None for override in lora.overrides),
+            "lora.overrides: a scale of its own contradicts lora.scaling = rank-stabilized",
+        ),
+        (
             lora.A != "rotating" or lora.merge == "reset-b",
             f"lora.A: rotating needs lora.merge = reset-b, not {lora.merge} (a kept B would act"
             " through another A)",

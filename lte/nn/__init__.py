@@ -17,6 +17,7 @@ from lte.nn.convert import (
 )
 from lte.nn.embedding import LoRAEmbedding
 from lte.nn.linear import LoRALinear
+from lte.nn.recompute import blocks, recompute_activations
 
 __all__ = [
     "Adapted",
@@ -24,6 +25,7 @@ __all__ = [
     "LoRALinear",
     "Plan",
     "adapted_modules",
+    "blocks",
     "convert",
     "dense_parameters",
     "describe",
@@ -34,4 +36,5 @@ __all__ = [
     "parameter_groups",
     "plan",
     "plan_of",
+    "recompute_activations",
 ]

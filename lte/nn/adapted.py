@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lte import lowrank, quantize
 from lte.config import LoRA
@@ -41,6 +42,7 @@ class Adapted(nn.Module):
         merged_A, merged_B: A' and B', of the same shapes; None where they are zero (all modes
             but reset-less).
         codes, scales: the base (see `quantize.Quantized`), frozen.
+        dropout_seeds: of each head's masks of dropout; None: these come from torch's own generator.
     """
 
     codes: Tensor
@@ -69,6 +71,7 @@ class Adapted(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.lora, self.heads, self.quant = lora, lora.heads, quant
         self.rank, self.scale, self.init = rank, scale, init
+        self.dropout_seeds: list[int] | None = None
         shape = (self.out_features, self.in_features)
         if weight.is_meta:
             device = torch.device("cpu")
@@ -106,6 +109,23 @@ class Adapted(nn.Module):
                 f"a batch of {batch.shape[0]} cannot be cut into {self.heads} equal slices, one a head"
             )
         return batch.reshape(self.heads, batch.shape[0] // self.heads, *batch.shape[1:])
+
+    def dropped(self, slices: Tensor) -> Tensor:
+        """What A is given of its inputs, (H, ...): `lora.dropout` of them are 0, the others larger.
+
+        The masks are a function of the seeds, so that a head has them on any worker, and again where its
+        activations are computed anew.
+        """
+        share = self.lora.dropout
+        if not share:
+            return slices
+        if self.dropout_seeds is None:
+            return F.dropout(slices, share)
+        kept = torch.empty_like(slices, requires_grad=False)
+        for of_head, seed in zip(kept, self.dropout_seeds, strict=True):
+            generator = torch.Generator(slices.device).manual_seed(seed)
+            of_head.bernoulli_(1 - share, generator=generator)
+        return slices * kept / (1 - share)
 
     def of_heads(self, factor: Tensor) -> Tensor:
         """The same tensor, through which each head gets the gradient that it would have had alone."""

@@ -263,13 +263,13 @@ def _with_heads(plain: nn.Module, spec: HeadSpec, lora: LoRA, base: Quant) -> Ad
 def _head_spec(name: str, shape: tuple[int, int], lora: LoRA) -> HeadSpec:
     """Settings of one module, whose weight has this shape: those of the last override that names it,
     else the recipe's."""
-    rank, scale, init = lora.rank, lora.scale, lora.init
+    rank, scale, init = lora.rank, None, lora.init
     for override in lora.overrides:
         if fnmatchcase(name, override.modules):
             rank = override.rank if override.rank is not None else rank
             scale = override.scale if override.scale is not None else scale
             init = override.init if override.init is not None else init
-    return HeadSpec(shape, rank, scale, init)
+    return HeadSpec(shape, rank, lora.scale_of(rank) if scale is None else scale, init)
 
 
 def _check_dtypes(model: nn.Module) -> None:

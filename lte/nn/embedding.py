@@ -17,7 +17,8 @@ from lte.quantize import Quant, Quantized
 class LoRAEmbedding(Adapted):
     """y = deq(Q)[t] + s [(B - B')[t] A + B'[t] (A - A')] of tokens t; no product has the table's shape.
 
-    The table's weight is (num_embeddings, width): out_features rows of in_features.
+    The table's weight is (num_embeddings, width): out_features rows of in_features. Of tokens
+    `lora.dropout` drops none.
     """
 
     def __init__(

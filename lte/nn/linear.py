@@ -66,7 +66,7 @@ class LoRALinear(Adapted):
         if self.merged_A is not None and self.merged_B is not None:
             B, A = lowrank.stacked(A, B, self.merged_A, self.merged_B)
         if self.heads == 1:
-            return ((x @ A[0].T) * self.scale) @ B[0].T
-        slices = self.sliced(x).flatten(1, -2)
+            return ((self.dropped(x.unsqueeze(0))[0] @ A[0].T) * self.scale) @ B[0].T
+        slices = self.dropped(self.sliced(x).flatten(1, -2))
         product = torch.bmm(torch.bmm(slices, A.mT) * self.scale, B.mT)
         return product.view(*x.shape[:-1], self.out_features)

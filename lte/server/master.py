@@ -16,7 +16,7 @@ from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors
 from lte.config import Outer, Recipe
 from lte.errors import ConfigError, WireError
 from lte.merge import HeadDelta, Robust
-from lte.nn import adapted_modules, plan
+from lte.nn import adapted_modules, blocks, plan
 from lte.quantize import Quantized
 
 Result = TypeVar("Result")
@@ -101,6 +101,8 @@ class Master:
         self.recipe = recipe
         self.plan = plan(model, recipe.lora, recipe.base.quant)
         optim.check_patterns(self.plan, recipe.optimizer)
+        if recipe.train.checkpoint_activations:
+            blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
         parameters = dict(model.named_parameters())
         # On the CPU, where contributions arrive and where merges give the same bits everywhere.
         initial = {name: parameters[f"{name}.weight"].detach().cpu() for name in self.plan.adapted}

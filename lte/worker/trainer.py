@@ -16,7 +16,7 @@ from lte import lowrank, optim, quantize, schedule
 from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
 from lte.config import Recipe
 from lte.errors import ConfigError, DigestError, DivergedError, WireError
-from lte.nn import Adapted, adapted_modules, dense_parameters, draw_A, draw_heads
+from lte.nn import Adapted, adapted_modules, dense_parameters, draw_A, draw_heads, recompute_activations
 from lte.quantize import Quantized
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -88,6 +88,12 @@ class Trainer:
             self.optimizer = optimizer
         else:
             self.optimizer = optimizer(model)
+        if recipe.train.checkpoint_activations:
+            recompute_activations(model, recipe.train.checkpoint_modules)
+        if recipe.lora.dropout:
+            model.register_forward_pre_hook(lambda *_: self._seed_dropout())
+        # Forward passes since the last local step: micro-batches have masks of their own.
+        self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     # Local steps
@@ -100,9 +106,20 @@ class Trainer:
         optim.clip(self.model, self.recipe.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.local_step += 1
+        self.local_step, self._num_forwards = self.local_step + 1, 0
         if self._own_steps is not None:
             self._own_steps += 1
+
+    def _seed_dropout(self) -> None:
+        """Choose the masks of the next forward pass: a function of run, head, local step and how many there
+        were in it, so that neither a restart nor threads of other workers change them."""
+        step = self.round * self.recipe.train.local_steps + self.local_step
+        for name, module in self.modules.items():
+            module.dropout_seeds = [
+                lowrank.seed_of(self.recipe.run.seed, "dropout", name, head, step, self._num_forwards)
+                for head in range(self.first_head, self.first_head + module.heads)
+            ]
+        self._num_forwards += 1
 
     def _factor(self) -> float:
         """Factor on the rates of the next local step, by how far the run is and how old these heads are."""
@@ -539,3 +556,17 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
                     made[parameter] = nn.Parameter(real, requires_grad=parameter.requires_grad)
                 setattr(module, name, made[parameter])
     return model.to(device)
+
+
+def micro_batches(batch: Tensor, heads: int, num: int) -> Iterator[Tensor]:
+    """A batch in equal pieces, each with as much of every head's slice.
+
+    Args:
+        batch: (n, ...), of which heads take n / H samples each, in order. num: of pieces; divides n / H.
+
+    Yields:
+        (n / num, ...). The mean of their mean losses is the batch's.
+    """
+    by_head = batch.view(heads, num, -1, *batch.shape[1:])
+    for k in range(num):
+        yield by_head[:, k].flatten(0, 1)

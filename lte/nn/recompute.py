@@ -1,0 +1,71 @@
+"""Activation checkpointing: blocks whose activations the backward pass computes anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lte.errors import ConfigError
+from lte.nn.adapted import Adapted
+
+
+def blocks(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the children of nn.ModuleList and nn.Sequential that a pattern matches, but for those that
+    lie within another one.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
+    names = [
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for child, _ in module.named_children()
+    ]
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    faults = [
+        f"train.checkpoint_modules: {pattern!r} matches no child of an nn.ModuleList or nn.Sequential; there"
+        f" are: {shown or 'none'}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if faults:
+        raise ConfigError(faults)
+    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
+
+
+def recompute_activations(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Have these `blocks` keep their inputs alone until the backward pass; gradients are the same.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
+    for name in blocks(model, patterns):
+        block = model.get_submodule(name)
+        block.forward = _Recomputing(block)
+
+
+class _Recomputing:
+    """The forward of a block, which keeps its inputs alone. A copy of the block gets one of its own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._forward: Callable[..., Any] = block.forward
+        self._adapted = [module for module in block.modules() if isinstance(module, Adapted)]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(*inputs, **named)
+        seeds = [module.dropout_seeds for module in self._adapted]
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            for module, then in zip(self._adapted, seeds, strict=True):  # the masks of the first time
+                module.dropout_seeds = then
+            return self._forward(*inputs, **named)
+
+        return checkpoint(run, *inputs, use_reentrant=False, **named)
