@@ -414,7 +414,8 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    for which in ("published", "master"):
+    average = [] if language.recipe_of(arguments.folder).outer.ema is None else ["ema"]
+    for which in ("published", "master", *average):
         model, recipe, version = language.load_run(arguments.folder, which)
         if arguments.data:
             recipe = config.replace(recipe, **{"data.shards": arguments.data})
@@ -442,7 +443,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     command.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the sampling (default: 0)")
     command.add_argument(
-        "--weights", choices=("published", "master"), default="published", help="default: published"
+        "--weights", choices=("published", "master", "ema"), default="published", help="default: published"
     )
     command.set_defaults(run=_generate)
 

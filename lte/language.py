@@ -217,24 +217,35 @@ def load_run(folder: Path, which: str = "published") -> tuple[GPT, Recipe, int]:
     """A trained model from a run folder.
 
     Args:
-        which: `published` (what the workers hold) or `master` (fp32).
+        which: `published` (what the workers hold), `master` (fp32) or `ema` (its average over versions).
 
     Returns:
         The model in eval mode, the run's recipe and the version.
 
     Raises:
-        RunError: the folder holds no run, or a damaged one.
+        RunError: the folder holds no run, a damaged one, or one without the average.
     """
-    if not (folder / "config.yaml").is_file():
-        raise RunError(f"{folder}: not a run folder (it has no config.yaml); give the run.dir of a run")
-    recipe = config.load(folder / "config.yaml")
+    recipe = recipe_of(folder)
     progress, state = checkpoint.load(checkpoint.newest(folder))
     model = initial_model(recipe)
     master = Master(model, recipe)
     master.load_state(state)
+    if which == "ema" and not master.ema.tensors:
+        raise RunError(f"{folder}: keeps no average of its master; train with outer.ema=0.98, say")
     master.fill(model, which)
     model.eval()
     return model, recipe, progress.version
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run.
+
+    Raises:
+        RunError: the folder holds none.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise RunError(f"{folder}: not a run folder (it has no config.yaml); give the run.dir of a run")
+    return config.load(folder / "config.yaml")
 
 
 def roll_back(folder: Path, version: int) -> rollback.RolledBack:

@@ -195,24 +195,46 @@ def _product(head: HeadDelta) -> tuple[Tensor, Tensor]:
 
 
 def outer_step(
-    weight: Tensor, delta: Tensor, momentum: Tensor | None, outer: Outer
-) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor, delta: Tensor, state: Mapping[str, Tensor], outer: Outer
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Move a master weight by the mean delta.
 
-    The outer gradient is g = -delta. SGD is torch's: m <- mu m + g (m = g at first), then
-    W <- W - lr (g + mu m) with Nesterov's momentum, W - lr m without. Averaging is W - g.
+    The outer gradient is g = -delta. Averaging is W - g. SGD is torch's: m <- mu m + g (m = g at first),
+    then W <- W - lr (g + mu m) with Nesterov's momentum, W - lr m without. Adam is torch's, too:
+    m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, both divided by the sum of the weights in
+    them, then W <- W - lr m / (sqrt(v) + eps).
 
     Args:
-        momentum: m, or None before the first step and without momentum.
+        state: of this weight, as it was returned; empty before the first step.
 
     Returns:
-        The new weight and the new m.
+        The new weight and the new state: `momentum` (m), and Adam's `squares` (v) and `steps`; empty
+        where there is none to keep.
     """
     decayed = weight * (1 - outer.weight_decay) if outer.weight_decay else weight
     if outer.name == "average":
-        return decayed + delta, None
+        return decayed + delta, {}
+    if outer.name == "adam":
+        return _adam(decayed, delta, state, outer)
     if not outer.momentum:
-        return decayed + outer.lr * delta, None
-    momentum = -delta if momentum is None else outer.momentum * momentum - delta
+        return decayed + outer.lr * delta, {}
+    # One that Adam has left behind is of another size.
+    held = None if "squares" in state else state.get("momentum")
+    momentum = -delta if held is None else outer.momentum * held - delta
     step = outer.momentum * momentum - delta if outer.nesterov else momentum
-    return decayed - outer.lr * step, momentum
+    return decayed - outer.lr * step, {"momentum": momentum}
+
+
+def _adam(
+    weight: Tensor, delta: Tensor, state: Mapping[str, Tensor], outer: Outer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if "squares" not in state:
+        zeros = torch.zeros_like(delta)
+        state = {"momentum": zeros, "squares": zeros, "steps": torch.zeros((), dtype=torch.int64)}
+    momentum = outer.beta1 * state["momentum"] - (1 - outer.beta1) * delta
+    squares = outer.beta2 * state["squares"] + (1 - outer.beta2) * delta.square()
+    steps = state["steps"] + 1
+    of_momentum, of_squares = (1 - beta ** int(steps) for beta in (outer.beta1, outer.beta2))
+    size = (squares / of_squares).sqrt() + outer.eps
+    moved = weight - outer.lr * (momentum / of_momentum) / size
+    return moved, {"momentum": momentum, "squares": squares, "steps": steps}

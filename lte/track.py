@@ -14,7 +14,8 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             its length merged) and trimmed (worker_ids left out), num_bounded and num_trimmed; the
             server's merge_s (of it requantize_s), journal_s and pack_s; step_s, encode_s and apply_s of the
             median worker
-    eval    version, tokens, loss (published model), loss_master
+    eval    version, tokens, loss (published model), loss_master and, with outer.ema, loss_ema (of the
+            master's average)
     diagnostics
             of every log.diagnostics_every-th round, once it is published (see lte/diagnostics.py):
             version, tokens, noise_scale (B_simple, in tokens) with its parts signal and noise,
@@ -25,7 +26,7 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             quantization_error_steps; codes_flipped (share, in this merge)). What is not defined is null
     event   what (a slug), message (for people)
     done    rounds, tokens, workers, num_parameters, num_adapted_parameters, uplink_bytes and
-            downlink_bytes (the whole run), loss, loss_master, master_digest, time_s
+            downlink_bytes (the whole run), loss, loss_master, loss_ema, master_digest, time_s
 
 Writers may add fields; a number that is not finite is written as null. Losses are nats a token.
 """

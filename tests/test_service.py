@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from launch import local
-from lte import config, wire
+from lte import cli, config, language, wire
 from lte.config import Recipe
 from lte.data import pack
-from lte.errors import RefusedError
+from lte.errors import RefusedError, RunError
 from lte.server import checkpoint, recovery, rounds
 from lte.server.intake import Intake
 from lte.server.master import Master
@@ -140,6 +140,7 @@ def test_an_evaluation_longer_than_the_silence_costs_no_worker(
         {"lora.modules": [], "train.workers": 1},
         {"lora.dropout": 0.2, "train.accumulate": 2, "train.checkpoint_activations": True},
         {"optimizer.name": "muon", "optimizer.layer_decay": 0.8, "schedule.name": "wsd"},
+        {"outer.name": "adam", "outer.lr": 0.01, "outer.dense": True, "outer.ema": 0.9},
         {"outer.name": "sgd", "outer.momentum": 0.5, "outer.dense": True, "outer.weight_decay": 0.1},
     ],
     ids=lambda settings: next(iter(settings)),
@@ -147,6 +148,31 @@ def test_an_evaluation_longer_than_the_silence_costs_no_worker(
 def test_settings_train_and_repeat(train: Train, settings: dict[str, object]) -> None:
     assert train(**settings) == train(**settings)
     assert train(**settings) != train(**settings, **{"run.seed": 1})
+
+
+def test_the_average_is_recorded_published_last_and_measured_again(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(**{"outer.ema": 0.5, "outer.publish_ema": True, "base.quant": "none", "eval.every": 2})
+    (run,) = tmp_path.glob("run-*")
+    lines = Records.read(run / METRICS)
+    evals, (done,) = ([line for line in lines if line["kind"] == kind] for kind in ("eval", "done"))
+    assert [line["version"] for line in evals] == [2, 4, 5]
+    assert all(len({line["loss"], line["loss_master"], line["loss_ema"]}) > 1 for line in evals)
+    assert done["loss"] == pytest.approx(done["loss_ema"], abs=1e-3) != pytest.approx(done["loss_master"])
+    capsys.readouterr()
+    assert cli.main(["eval", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[2] == (
+        f"ema        version 5  validation loss {done['loss_ema']:.4f} nats a token"
+    )
+
+
+def test_a_run_without_an_average_has_none_to_load(train: Train, tmp_path: Path) -> None:
+    train()
+    (run,) = tmp_path.glob("run-*")
+    assert not any("loss_ema" in line for line in Records.read(run / METRICS))
+    with pytest.raises(RunError, match="keeps no average"):
+        language.load_run(run, "ema")
 
 
 @pytest.mark.parametrize("merge", ["reset-less", "reset-b"])

@@ -314,11 +314,20 @@ class Outer:
     """The outer optimizer: how the server moves the master by the mean delta."""
 
     __pydantic_config__ = _STRICT
-    name: Literal["average", "sgd"] = _doc("average", "W += mean delta; or SGD on minus that delta")
-    lr: Positive = _doc(1.0, "SGD's learning rate on adapted weights")
+    name: Literal["average", "sgd", "adam"] = _doc(
+        "average", "W += mean delta; or SGD, or Adam, on minus that delta"
+    )
+    lr: Positive = _doc(1.0, "SGD's or Adam's learning rate on adapted weights")
     momentum: Fraction = _doc(0.0, "SGD's momentum on adapted weights")
     nesterov: bool = _doc(True, "SGD's momentum is Nesterov's")
-    dense: bool = _doc(False, "use SGD for dense parameters too, instead of averaging them")
+    beta1: Fraction = _doc(0.9, "Adam's first decay, a merge")
+    beta2: Fraction = _doc(0.99, "Adam's second decay, a merge")
+    eps: Positive = _doc(1e-8, "Adam's epsilon")
+    dense: bool = _doc(False, "use SGD or Adam for dense parameters too, instead of averaging them")
+    ema: Annotated[Fraction | None, _OrNone] = _doc(
+        None, "decay, a merge, of an average of the master over versions, such as 0.98; none: no average"
+    )
+    publish_ema: bool = _doc(False, "the last version that is published is that average, requantized")
     weights: Literal["heads", "tokens"] = _doc("heads", "heads count the same, or by tokens trained on")
     weight_decay: Fraction = _doc(0.0, "share of every adapted weight that a merge takes away")
     bound_norm: Annotated[Multiple | None, _OrNone] = _doc(

@@ -100,8 +100,20 @@ def check(recipe: Recipe) -> list[str]:
             " local steps between restarts (schedule.restart_rounds * train.local_steps)",
         ),
         (
-            outer.name == "sgd" or (outer.lr == 1.0 and outer.momentum == 0.0),
+            outer.name != "average" or (outer.lr == 1.0 and outer.momentum == 0.0),
             "outer.lr, outer.momentum: need outer.name = sgd (average has neither)",
+        ),
+        (
+            outer.name != "adam" or outer.lr < 1,
+            f"outer.lr: with outer.name = adam a merge would move every weight by {outer.lr:g}; try 1e-3",
+        ),
+        (
+            outer.name != "adam" or outer.momentum == 0.0,
+            "outer.momentum: is SGD's; outer.name = adam has outer.beta1",
+        ),
+        (
+            outer.ema is not None or not outer.publish_ema,
+            "outer.publish_ema: needs an average to publish, outer.ema",
         ),
         (
             outer.trim is None or outer.bound_norm is not None,

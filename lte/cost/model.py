@@ -333,7 +333,8 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     known_A = size.held_A if factors.remembers_A(recipe) else 0
     merged = factors_held if lora.merge == "reset-less" else known_A
     sent_with = size.held_A if recipe.train.overlap else 0
-    momentum = (size.adapted + (size.dense if outer.dense else 0)) if outer.momentum else 0
+    moments = 2 if outer.name == "adam" else 1 if outer.momentum else 0
+    stepped = size.adapted + (size.dense if outer.dense else 0)
     worker = {
         "base": size.base_bytes,
         "heads, gradients, moments": (8 + moments_bytes) * trained + 4 * given_A,
@@ -347,7 +348,8 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
         "master": 4 * size.parameters,
         "base, before and after": 2 * size.base_bytes,
         "published dense": 4 * size.dense,
-        "outer momentum": 4 * momentum,
+        "outer momentum": 4 * moments * stepped,
+        "average": 4 * size.parameters if outer.ema is not None else 0,
         "contributions": 4 * workers * (trained + size.dense),
         "factors of workers": 4 * workers * (merged + given_A),
         "model for evaluation": 4 * size.parameters,

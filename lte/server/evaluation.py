@@ -1,4 +1,4 @@
-"""The losses of the published and of the master weights, unless the server is told to stop meanwhile."""
+"""The losses of what is published, the master and its average, unless the server is told to stop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ Evaluate = Callable[[nn.Module, int], float | None]
 
 
 class Losses(NamedTuple):
-    """Mean losses on validation data; None where there is none to measure on."""
+    """Mean losses on validation data; None where there is none to measure on, or no average."""
 
     published: float | None
     master: float | None
+    ema: float | None = None
 
 
 class Evaluation:
@@ -49,10 +50,11 @@ class Evaluation:
         if self._evaluate is None:
             return Losses(None, None)
         losses = []
+        weights = ("published", "master", "ema") if self._master.ema.tensors else ("published", "master")
         torch.set_num_threads(self._num_threads)
         try:
             with self._given_up_when_stopped(), torch.no_grad():
-                for which in ("published", "master"):
+                for which in weights:
                     self._master.fill(self._model, which)
                     losses.append(self._evaluate(self._model, max_tokens))
         except StoppedError:

@@ -18,6 +18,7 @@ from lte.errors import ConfigError, WireError
 from lte.merge import HeadDelta, Robust
 from lte.nn import adapted_modules, blocks, plan
 from lte.quantize import Quantized
+from lte.server.average import Average
 
 Result = TypeVar("Result")
 
@@ -84,7 +85,8 @@ class Master:
     Attributes:
         weights: W of every adapted module, by `MODULE`. dense: every dense parameter, by name.
         base: Q, by `MODULE`. published_dense: the dense parameters that workers hold.
-        momentum: of the outer optimizer, by module or parameter name.
+        outer_state: of the outer optimizer, by module or parameter name; see `merge.outer_step`.
+        ema: average of weights and dense over versions, with `outer.ema`.
         merged: worker_id -> MODULE/A, MODULE/B -> merged factors (H, r, in), (H, out, r) in
             reset-less mode; in reset-b MODULE/A alone, the A that was sent last (B' is zero), where A
             is trained and sent lossily.
@@ -110,7 +112,8 @@ class Master:
         self.weights = {name: quantize.dequantize(base).clone() for name, base in self.base.items()}
         self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.dense}
         self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
-        self.momentum: dict[str, Tensor] = {}
+        self.outer_state: dict[str, dict[str, Tensor]] = {}
+        self.ema = Average()
         self.merged: dict[str, dict[str, Tensor]] = {}
         self._given: dict[int, tuple[tuple[int, int, int], dict[str, Tensor]]] = {}
 
@@ -217,6 +220,10 @@ class Master:
             for contribution, share, factor in zip(contributions, shares, factors, strict=True):
                 delta += contribution.tensors[name + DENSE] * (share * contribution.heads * factor)
             self._step(name, self.dense, delta, average)
+        if outer.ema is None:
+            self.ema = Average()
+        else:
+            self.ema.include(self.weights | self.dense, outer.ema)
         for contribution in contributions:
             if merged := self._rebuilt(contribution):
                 self.merged[contribution.worker_id] = merged
@@ -265,9 +272,9 @@ class Master:
         return merge.robust(found, owners, outer, self.recipe.server.quorum)
 
     def _step(self, name: str, weights: dict[str, Tensor], delta: Tensor, outer: Outer) -> None:
-        weights[name], momentum = merge.outer_step(weights[name], delta, self.momentum.get(name), outer)
-        if momentum is not None:
-            self.momentum[name] = momentum
+        weights[name], state = merge.outer_step(weights[name], delta, self.outer_state.get(name, {}), outer)
+        if state:
+            self.outer_state[name] = state
 
     def _rebuilt(self, contribution: Received) -> dict[str, Tensor]:
         """What the server must remember of the worker's factors, as it knows them now."""
@@ -351,28 +358,35 @@ class Master:
     # Publishing
 
     @torch.no_grad()
-    def requantize(self) -> dict[str, Quantized]:
-        """Bring Q up to W. Returns the Q of before, which `changes_since` needs."""
+    def requantize(self, *, last: bool = False) -> dict[str, Quantized]:
+        """Bring Q up to W; in the run's last version, with `outer.publish_ema`, to W's average.
+
+        Returns:
+            The Q of before, which `changes_since` needs.
+        """
         settings, before = self.recipe.base, self.base
         keep = (settings.keep_scale_from, settings.keep_scale_to)
+        weights = self.ema.tensors if last and self.recipe.outer.publish_ema else self.weights
 
         def requantize(name: str) -> Quantized:
-            weight, hysteresis = self.weights[name], settings.hysteresis
+            weight, hysteresis = weights[name], settings.hysteresis
             return quantize.requantize(weight, before[name], hysteresis=hysteresis, keep=keep)
 
         self.base = dict(zip(before, self._of_each(requantize), strict=True))
         return before
 
     @torch.no_grad()
-    def publish_dense(self) -> dict[str, Tensor]:
-        """Bring the published dense parameters up to the master's, but for what the codec leaves out.
+    def publish_dense(self, *, last: bool = False) -> dict[str, Tensor]:
+        """Bring the published dense parameters up to the master's, or to their average as `requantize`
+        does, but for what the codec leaves out.
 
         Returns:
             The bytes that tell workers, by `NAME/dense.0`.
         """
         blobs = {}
-        for name, dense in self.dense.items():
-            ahead = dense - self.published_dense[name]
+        dense = self.ema.tensors if last and self.recipe.outer.publish_ema else self.dense
+        for name in self.dense:
+            ahead = dense[name] - self.published_dense[name]
             blob, sent = blockwise.encode_rows(ahead, self.recipe.compress.dense)
             self.published_dense[name] = self.published_dense[name] + sent
             blobs[f"{name}{DENSE}.0"] = blob
@@ -424,9 +438,12 @@ class Master:
         return quantize.digest(sorted(self.dense.items()), *digests)
 
     def parameters(self, which: str) -> dict[str, Tensor]:
-        """Parameters of the plain model, by name: `published` (deq(Q)) or `master` (W)."""
+        """Parameters of the plain model, by name: `published` (deq(Q)), `master` (W) or `ema`, its mean."""
         if which == "master":
             return {f"{name}.weight": weight for name, weight in self.weights.items()} | self.dense
+        if which == "ema":
+            average = self.ema.tensors
+            return {name if name in self.dense else f"{name}.weight": average[name] for name in average}
         adapted = {f"{n}.weight": quantize.dequantize(base) for n, base in self.base.items()}
         return adapted | self.published_dense
 
@@ -445,7 +462,12 @@ class Master:
         return {
             "master": self.parameters("master"),
             "base": tensors_of(self.base, self.published_dense),
-            "momentum": dict(self.momentum),
+            "momentum": {
+                name if kind == "momentum" else f"{name}/{kind}": tensor
+                for name, state in self.outer_state.items()
+                for kind, tensor in state.items()
+            },
+            **({"ema": average} if (average := self.ema.state()) else {}),
             "merged": {
                 f"{worker_id}/{name}": factor
                 for worker_id, held in self.merged.items()
@@ -461,7 +483,11 @@ class Master:
             self.base[name] = replace(base, codes=codes, scales=scales)
         self.dense = {name: state["master"][name].clone() for name in self.dense}
         self.published_dense = {name: state["base"][name + DENSE].clone() for name in self.dense}
-        self.momentum = {name: tensor.clone() for name, tensor in state["momentum"].items()}
+        self.outer_state = {}
+        for key, tensor in state["momentum"].items():
+            name, _, kind = key.partition("/")
+            self.outer_state.setdefault(name, {})[kind or "momentum"] = tensor.clone()
+        self.ema.load_state(state.get("ema", {}))
         self.merged = {}
         for key, factor in state["merged"].items():
             worker_id, _, name = key.partition("/")

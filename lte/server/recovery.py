@@ -140,8 +140,9 @@ class _Replay:
         contributions = [received(master, record) for record in kept]
         is_due = self._diagnosis is not None and self._diagnosis.is_due(merged.version)
         outcome = master.merge(contributions, merged.num_missing_heads, keep_heads=is_due)
-        before = master.requantize()
-        master.publish_dense()
+        is_last = merged.version >= master.recipe.train.rounds
+        before = master.requantize(last=is_last)
+        master.publish_dense(last=is_last)
         master.keep_only(merged.remain)
         where = f"{self._folder / 'journal'}: version {merged.version}"
         _check(master, merged.master_digest, merged.base_digest, where)

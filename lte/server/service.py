@@ -506,8 +506,10 @@ class Server:
         is_due = self._diagnosis.is_due(version)
         outcome = self.master.merge(contributions, num_missing_heads, keep_heads=is_due)
         merged_s = self._now_s()
-        before = self.master.requantize()
-        dense = self.master.publish_dense()
+        version = self.version + 1
+        is_last = version >= self.recipe.train.rounds
+        before = self.master.requantize(last=is_last)
+        dense = self.master.publish_dense(last=is_last)
         digests = self.master.base_digest(), self.master.master_digest()
         requantized_s = self._now_s()
         incarnations = [message.incarnation for _, message in held]
@@ -678,6 +680,7 @@ class Server:
                 tokens=self._tokens,
                 loss=losses.published,
                 loss_master=losses.master,
+                **_of_average(losses),
             )
         return losses
 
@@ -698,6 +701,7 @@ class Server:
             downlink_bytes=self._tracker.downlink_bytes,
             loss=measured.published,
             loss_master=measured.master,
+            **_of_average(measured),
             master_digest=self._master_digest,
         )
         return True
@@ -884,6 +888,11 @@ class Server:
         if self._unpublished:  # the master is ahead of the version that it would be saved as
             return False
         return self._store.save(replace(self._progress(), members=()), self.master.state())
+
+
+def _of_average(losses: Losses) -> dict[str, float]:
+    """What the records say of the master's average, where there is one."""
+    return {} if losses.ema is None else {"loss_ema": losses.ema}
 
 
 def _member(admitted: Admitted, now_s: float) -> rounds.Member:
