@@ -100,6 +100,14 @@ def test_heads_of_one_worker_drop_what_workers_of_one_head_do(merge: str) -> Non
     assert not torch.allclose(masters[1, 0.3], masters[1, 0.0], atol=1e-3)
 
 
+def test_a_worker_that_drops_another_share_trains_another_model() -> None:
+    model = lte.convert(seeded(Net), LoRA(rank=4, scale=2.0, dropout=0.1), "none")
+    theirs = Master(seeded(Net), recipe(**{"lora.dropout": 0.2}))
+    told = lte.nn.difference(lte.nn.describe(model), theirs.plan.describe(theirs.recipe.lora))
+    assert told.startswith("up.weight is ")
+    assert told.endswith(", dropout 0.2")
+
+
 def test_masks_are_a_function_of_run_head_step_and_forward_pass() -> None:
     def seeds(trainer: Trainer) -> list[int]:
         trainer.model(torch.zeros(8, 6))
@@ -236,6 +244,14 @@ def test_a_copy_of_the_model_computes_by_itself() -> None:
             parameter.zero_()
     x = torch.randn(3, 6)
     assert not torch.equal(twin.train()(x), model.train()(x))
+
+
+def test_blocks_are_recomputed_once_however_often_that_is_asked_for() -> None:
+    model = lte.convert(seeded(Deep), LoRA(rank=2), "none")
+    recompute_activations(model, ["*"])
+    before = [block.forward for block in model.blocks]
+    recompute_activations(model, ["*"])
+    assert all(block.forward is forward for block, forward in zip(model.blocks, before, strict=True))
 
 
 def test_which_blocks() -> None:

@@ -74,6 +74,7 @@ class Plan:
             described[f"{name}.weight"] = (
                 f"adapted {spec.shape[0]}x{spec.shape[1]} on {self.quant}, rank {spec.rank}, scale"
                 f" {spec.scale:g}, {spec.init}, A {lora.A}, {lora.merge}"
+                f"{f', dropout {lora.dropout:g}' if lora.dropout else ''}"
             )
         for name, shape in self.dense.items():
             described[name] = f"dense {'x'.join(map(str, shape))}"

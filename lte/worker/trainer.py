@@ -382,7 +382,7 @@ class Trainer:
     def _transport_moments(self, module: Adapted, head: int, new_A: Tensor) -> None:
         state = self.optimizer.state.get(module.lora_B, {})
         first, second = state.get("exp_avg"), state.get("exp_avg_sq")
-        if first is None:  # SGD: its momentum is linear in the gradient too
+        if first is None:  # SGD's and Muon's momentum is linear in the gradient, too
             first = state.get("momentum_buffer")
         if first is None:
             return
