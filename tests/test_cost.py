@@ -315,6 +315,30 @@ def test_reset_less_heads_and_momentum_take_more() -> None:
     assert own.server_bytes["outer momentum"] == 4 * ADAPTED
 
 
+@pytest.mark.parametrize(
+    ("settings", "element_bytes"),
+    [
+        ({"name": "adamw"}, 16),
+        ({"name": "sgd"}, 8),
+        ({"name": "sgd", "momentum": 0.9}, 12),
+        ({"name": "muon"}, 12),
+        ({"name": "adamw8bit"}, 10),
+    ],
+    ids=str,
+)
+def test_moments_take_what_the_optimizer_keeps(settings: dict[str, object], element_bytes: int) -> None:
+    own = lte_round(recipe(**{f"optimizer.{key}": value for key, value in settings.items()}), sites(4))
+    assert own.worker_bytes["heads, gradients, moments"] == element_bytes * 8 * (sum(OUT) + sum(IN))
+    assert own.worker_bytes["dense, gradients, moments"] == element_bytes * DENSE
+
+
+def test_an_outer_adam_and_an_average_take_more() -> None:
+    settings = {"outer.name": "adam", "outer.lr": 0.001, "outer.dense": True, "outer.ema": 0.98}
+    own = lte_round(recipe(**settings), sites(4))
+    assert own.server_bytes["outer momentum"] == 8 * (ADAPTED + DENSE)
+    assert own.server_bytes["average"] == 4 * (ADAPTED + DENSE)
+
+
 def test_others_hold_every_parameter_with_its_state() -> None:
     small, parameters = recipe(), ADAPTED + DENSE
     plan = cost.plan_of(small)

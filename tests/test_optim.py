@@ -16,7 +16,7 @@ from test_algorithm import Net, Regression, batches, mse, seeded
 from torch import Tensor, nn
 
 import lte
-from lte import config, durable, optim
+from lte import config, durable, lowrank, optim
 from lte.config import Optimizer, Recipe
 from lte.errors import ConfigError
 from lte.nn import parameter_groups
@@ -209,6 +209,22 @@ def test_a_trainer_goes_on_bit_for_bit_from_its_state(name: str, tmp_path: Path)
     met, expected = (dict(each.model.named_parameters()) for each in (other, trainer))
     assert all(torch.equal(met[n], p) for n, p in expected.items())
     assert all(not torch.equal(p, saved[f"parameter/{n}"]) for n, p in expected.items()), "nothing moved"
+
+
+def test_momentum_of_muon_turns_with_A() -> None:
+    own = recipe(
+        **{"lora.A": "rotating", "lora.moments": "transport", "lora.rank": 2, "optimizer.name": "muon"}
+    )
+    simulation = Simulation(seeded(Net), own, 1)
+    (trainer,) = simulation.trainers
+    simulation.local_steps(mse, batches(1, 3, 8))
+    module = trainer.modules["up"]
+    momentum = trainer.optimizer.state[module.lora_B]["momentum_buffer"]
+    before, old_A = momentum[0].clone(), module.lora_A[0].clone()
+    simulation.merge()
+    expected, _ = lowrank.transport(before, torch.zeros_like(before), old_A, module.lora_A[0])
+    assert torch.equal(momentum[0], expected)
+    assert not torch.allclose(momentum[0], before)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

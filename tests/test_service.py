@@ -138,7 +138,12 @@ def test_an_evaluation_longer_than_the_silence_costs_no_worker(
         {"lora.A": "frozen", "lora.subspace": "disjoint", "lora.merge": "reset-less"},
         {"lora.heads": 2, "lora.init": "xavier", "outer.weights": "tokens"},
         {"lora.modules": [], "train.workers": 1},
-        {"lora.dropout": 0.2, "train.accumulate": 2, "train.checkpoint_activations": True},
+        {
+            "lora.dropout": 0.2,
+            "train.accumulate": 2,
+            "train.checkpoint_activations": True,
+            "train.precision": "bf16",
+        },
         {"optimizer.name": "muon", "optimizer.layer_decay": 0.8, "schedule.name": "wsd"},
         {"outer.name": "adam", "outer.lr": 0.01, "outer.dense": True, "outer.ema": 0.9},
         {"outer.name": "sgd", "outer.momentum": 0.5, "outer.dense": True, "outer.weight_decay": 0.1},

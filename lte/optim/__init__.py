@@ -1,8 +1,10 @@
-"""A worker's own optimizer, as the recipe has it: which rates act on what, how it steps, how it clips.
+"""A worker's own (inner) optimizer, as the recipe has it. Its state never leaves the worker.
 
-groups      learning rates and decays of a converted model's parameters
-muon        orthogonalized momentum for matrices, AdamW for the rest
-clip        bounds on gradients
+    groups      learning rates and decays of a converted model's parameters
+    muon        orthogonalized momentum for matrices, AdamW for the rest
+    clip        bounds on gradients
+
+All of it acts on models with heads, dense ones among them; the outer optimizer is in `lte.merge`.
 """
 
 from __future__ import annotations
