@@ -1,26 +1,25 @@
 """Modules with heads on frozen bases, and the conversion of any module to them."""
 
 from lte.nn.adapted import Adapted
-from lte.nn.convert import (
+from lte.nn.convert import convert, draw_A, draw_heads, parameter_groups
+from lte.nn.embedding import LoRAEmbedding
+from lte.nn.linear import LoRALinear
+from lte.nn.plan import (
     Plan,
     adapted_modules,
-    convert,
     dense_parameters,
     describe,
     difference,
-    draw_A,
-    draw_heads,
     lora_of,
-    parameter_groups,
     plan,
     plan_of,
 )
-from lte.nn.embedding import LoRAEmbedding
-from lte.nn.linear import LoRALinear
 from lte.nn.recompute import blocks, recompute_activations
+from lte.nn.sites import HeadSpec, from_matrix, to_matrix
 
 __all__ = [
     "Adapted",
+    "HeadSpec",
     "LoRAEmbedding",
     "LoRALinear",
     "Plan",
@@ -32,9 +31,11 @@ __all__ = [
     "difference",
     "draw_A",
     "draw_heads",
+    "from_matrix",
     "lora_of",
     "parameter_groups",
     "plan",
     "plan_of",
     "recompute_activations",
+    "to_matrix",
 ]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lte import lowrank, quantize
+from lte import quantize
 from lte.config import LoRA
+from lte.nn.sites import HeadSpec, from_matrix, to_matrix
 from lte.quantize import Quant, Quantized
 
 
@@ -42,6 +43,7 @@ class Adapted(nn.Module):
         merged_A, merged_B: A' and B', of the same shapes; None where they are zero (all modes
             but reset-less).
         codes, scales: the base (see `quantize.Quantized`), frozen.
+        spec: of its site, by the name that it had when it was converted.
         dropout_seeds: of each head's masks of dropout; None: these come from torch's own generator.
     """
 
@@ -50,40 +52,30 @@ class Adapted(nn.Module):
     merged_A: Tensor | None
     merged_B: Tensor | None
 
-    def __init__(
-        self,
-        weight: Tensor,
-        lora: LoRA,
-        quant: Quant,
-        *,
-        rank: int,
-        scale: float,
-        init: lowrank.Init,
-    ) -> None:
-        """Take over a weight (out, in), which may be on the meta device.
+    def __init__(self, plain: Tensor, spec: HeadSpec, lora: LoRA, quant: Quant) -> None:
+        """Take over a plain parameter, which may be on the meta device.
 
         Heads start at zero; `lte.nn.draw_heads` draws A.
 
         Args:
-            lora: settings of all heads of the model; rank, scale and init are this module's own.
+            spec: of this site. lora: settings of all heads of the model.
         """
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.lora, self.heads, self.quant = lora, lora.heads, quant
-        self.rank, self.scale, self.init = rank, scale, init
+        self.spec, self.lora, self.heads, self.quant = spec, lora, lora.heads, quant
+        self.out_features, self.in_features = spec.shape
+        self.rank, self.scale, self.init = spec.rank, spec.scale, spec.init
         self.dropout_seeds: list[int] | None = None
-        shape = (self.out_features, self.in_features)
-        if weight.is_meta:
+        if plain.is_meta:
             device = torch.device("cpu")
-            base = quantize.empty(shape, quant, device)
+            base = quantize.empty(spec.shape, quant, device)
         else:
-            device = weight.device
-            base = quantize.quantize(weight.detach().float(), quant)
+            device = plain.device
+            base = quantize.quantize(to_matrix(plain.detach().float(), spec), quant)
         # Not in state_dict: the base is the server's, and is saved with its version there.
         self.register_buffer("codes", base.codes, persistent=False)
         self.register_buffer("scales", base.scales, persistent=False)
-        A_shape = (self.heads, rank, self.in_features)
-        B_shape = (self.heads, self.out_features, rank)
+        A_shape = (self.heads, spec.rank, self.in_features)
+        B_shape = (self.heads, self.out_features, spec.rank)
         self.lora_A = nn.Parameter(torch.zeros(A_shape, device=device), requires_grad=lora.A == "trained")
         self.lora_B = nn.Parameter(torch.zeros(B_shape, device=device))
         reset_less = lora.merge == "reset-less"
@@ -92,13 +84,13 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The published weight (out, in), fp32, dequantized anew: for code that looks at it."""
-        return quantize.dequantize(self.base)
+        """The published weight in its plain shape, fp32, dequantized anew: for code that looks at it."""
+        return from_matrix(quantize.dequantize(self.base), self.spec)
 
     @property
     def base(self) -> Quantized:
         """The frozen base; its tensors are this module's buffers."""
-        return Quantized(self.quant, (self.out_features, self.in_features), self.codes, self.scales)
+        return Quantized(self.quant, self.spec.shape, self.codes, self.scales)
 
     def sliced(self, batch: Tensor) -> Tensor:
         """A batch (n, ...) as its heads see it, (H, n / H, ...), or whole, (1, ...), by one head."""

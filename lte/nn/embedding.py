@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lte import lowrank, quantize
 from lte.config import LoRA
 from lte.nn.adapted import Adapted
+from lte.nn.sites import HeadSpec
 from lte.quantize import Quant, Quantized
 
 
@@ -21,19 +22,10 @@ class LoRAEmbedding(Adapted):
     `lora.dropout` drops none.
     """
 
-    def __init__(
-        self,
-        embedding: nn.Embedding,
-        lora: LoRA,
-        quant: Quant,
-        *,
-        rank: int,
-        scale: float,
-        init: lowrank.Init,
-    ) -> None:
+    def __init__(self, embedding: nn.Embedding, spec: HeadSpec, lora: LoRA, quant: Quant) -> None:
         """Take over the table (see `Adapted`) of an embedding that `can_adapt`."""
         assert can_adapt(embedding)
-        super().__init__(embedding.weight, lora, quant, rank=rank, scale=scale, init=init)
+        super().__init__(embedding.weight, spec, lora, quant)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lte import lowrank, quantize
 from lte.config import LoRA
 from lte.nn.adapted import Adapted
+from lte.nn.sites import HeadSpec
 from lte.quantize import Quant, Quantized
 
 
@@ -36,18 +37,9 @@ class LoRALinear(Adapted):
         bias: dense, or None.
     """
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        lora: LoRA,
-        quant: Quant,
-        *,
-        rank: int,
-        scale: float,
-        init: lowrank.Init,
-    ) -> None:
+    def __init__(self, linear: nn.Linear, spec: HeadSpec, lora: LoRA, quant: Quant) -> None:
         """Take over the weight (see `Adapted`) and bias of a linear layer."""
-        super().__init__(linear.weight, lora, quant, rank=rank, scale=scale, init=init)
+        super().__init__(linear.weight, spec, lora, quant)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

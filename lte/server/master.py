@@ -16,7 +16,7 @@ from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors
 from lte.config import Outer, Recipe
 from lte.errors import ConfigError, WireError
 from lte.merge import HeadDelta, Robust
-from lte.nn import adapted_modules, blocks, plan
+from lte.nn import adapted_modules, blocks, from_matrix, plan, to_matrix
 from lte.quantize import Quantized
 from lte.server.average import Average
 
@@ -107,8 +107,12 @@ class Master:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
         parameters = dict(model.named_parameters())
         # On the CPU, where contributions arrive and where merges give the same bits everywhere.
-        initial = {name: parameters[f"{name}.weight"].detach().cpu() for name in self.plan.adapted}
-        self.base = {name: quantize.quantize(w, recipe.base.quant) for name, w in initial.items()}
+        self.base = {
+            name: quantize.quantize(
+                to_matrix(parameters[spec.parameter].detach().cpu(), spec), recipe.base.quant
+            )
+            for name, spec in self.plan.adapted.items()
+        }
         self.weights = {name: quantize.dequantize(base).clone() for name, base in self.base.items()}
         self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.dense}
         self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
@@ -440,12 +444,14 @@ class Master:
     def parameters(self, which: str) -> dict[str, Tensor]:
         """Parameters of the plain model, by name: `published` (deq(Q)), `master` (W) or `ema`, its mean."""
         if which == "master":
-            return {f"{name}.weight": weight for name, weight in self.weights.items()} | self.dense
-        if which == "ema":
-            average = self.ema.tensors
-            return {name if name in self.dense else f"{name}.weight": average[name] for name in average}
-        adapted = {f"{n}.weight": quantize.dequantize(base) for n, base in self.base.items()}
-        return adapted | self.published_dense
+            weights, dense = self.weights, self.dense
+        elif which == "ema":
+            weights = dense = self.ema.tensors
+        else:
+            weights = {name: quantize.dequantize(base) for name, base in self.base.items()}
+            dense = self.published_dense
+        adapted = {spec.parameter: from_matrix(weights[name], spec) for name, spec in self.plan.adapted.items()}
+        return adapted | {name: dense[name] for name in self.dense}
 
     @torch.no_grad()
     def fill(self, model: nn.Module, which: str) -> None:
@@ -478,7 +484,8 @@ class Master:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `state` returned."""
         for name, base in self.base.items():
-            self.weights[name] = state["master"][f"{name}.weight"].clone()
+            spec = self.plan.adapted[name]
+            self.weights[name] = to_matrix(state["master"][spec.parameter], spec).clone()
             codes, scales = state["base"][name + CODES].clone(), state["base"][name + SCALES].clone()
             self.base[name] = replace(base, codes=codes, scales=scales)
         self.dense = {name: state["master"][name].clone() for name in self.dense}

@@ -1,0 +1,217 @@
+"""What of a model is adapted and what is dense: decided once, the same on server and workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from lte import lowrank
+from lte.config import LoRA
+from lte.errors import ConfigError
+from lte.nn.adapted import Adapted
+from lte.nn.kinds import KINDS, can_take_heads, is_table, kind_of
+from lte.nn.sites import HeadSpec
+from lte.quantize import Quant
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parameters of a model are adapted and which are dense; the same on server and workers.
+
+    Attributes:
+        adapted: site -> its heads. dense: parameter name -> shape.
+        quant: format of the base.
+    """
+
+    adapted: dict[str, HeadSpec]
+    dense: dict[str, tuple[int, ...]]
+    quant: Quant
+
+    @property
+    def num_adapted_parameters(self) -> int:
+        """Elements of the adapted weights."""
+        return sum(spec.shape[0] * spec.shape[1] for spec in self.adapted.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all trained weights, adapted and dense."""
+        return self.num_adapted_parameters + sum(torch.Size(s).numel() for s in self.dense.values())
+
+    @property
+    def rank(self) -> int:
+        """The largest lora_rank of a site; 0 where none is adapted."""
+        return max((spec.rank for spec in self.adapted.values()), default=0)
+
+    def capped(self, rank: int) -> Plan:
+        """The plan of a worker whose heads are of this lora_rank at most."""
+        adapted = {n: replace(spec, rank=min(spec.rank, rank)) for n, spec in self.adapted.items()}
+        return replace(self, adapted=adapted)
+
+    def describe(self, lora: LoRA) -> dict[str, str]:
+        """Everything in which server and worker must agree about the model, in words."""
+        described = {}
+        for spec in self.adapted.values():
+            plain = "" if spec.plain_shape == spec.shape else f" of {_by(spec.plain_shape)}"
+            described[spec.parameter] = (
+                f"adapted {_by(spec.shape)}{plain} on {self.quant}, rank {spec.rank}, scale"
+                f" {spec.scale:g}, {spec.init}, A {lora.A}, {lora.merge}"
+                f"{f', dropout {lora.dropout:g}' if lora.dropout else ''}"
+            )
+        for name, shape in self.dense.items():
+            described[name] = f"dense {_by(shape)}"
+        return described
+
+
+def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
+    """Decide what of a plain model is adapted and what is dense.
+
+    Adapted are the weights of modules that can take heads (see `kinds`; of `nn.Embedding` those alone
+    for which `lora.embeddings` asks and which are plain tables) where a pattern of `lora.modules` matches
+    the site's name and none of `lora.exclude` does, unless the weight is frozen or shared with another
+    module (tied). Every other parameter that asks for a gradient is dense.
+
+    Raises:
+        ConfigError: a pattern or an override that matches no such module, or parameters to train
+            that are not fp32.
+    """
+    _check_dtypes(model)
+    uses: Counter[int] = Counter()
+    for _, module in model.named_modules(remove_duplicate=False):
+        uses.update(id(parameter) for parameter in module.parameters(recurse=False))
+    sites = list(_sites(model, lora))
+    _check_patterns(lora, [spec.name for spec, _, _ in sites])
+    adapted = {
+        spec.name: spec
+        for spec, module, parameter in sites
+        if uses[id(parameter)] == 1
+        and parameter.requires_grad
+        and can_take_heads(module)
+        and _matches(spec.name, lora.modules)
+        and not _matches(spec.name, lora.exclude)
+    }
+    taken = {spec.parameter for spec in adapted.values()}
+    dense = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in taken
+    }
+    return Plan(adapted, dense, quant)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What `plan` decided for a model that is converted now."""
+    converted = dict(adapted_modules(model))
+    adapted = {name: replace(module.spec, name=name) for name, module in converted.items()}
+    dense = {name: tuple(parameter.shape) for name, parameter in dense_parameters(model)}
+    quant: Quant = next((module.quant for module in converted.values()), "none")
+    return Plan(adapted, dense, quant)
+
+
+def lora_of(model: nn.Module) -> LoRA:
+    """The settings that a model was converted with."""
+    return next((module.lora for _, module in adapted_modules(model)), LoRA())
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """`Plan.describe` of a converted model."""
+    return plan_of(model).describe(lora_of(model))
+
+
+def difference(workers: Mapping[str, str], servers: Mapping[str, str]) -> str:
+    """The first difference between two descriptions of a model (`Plan.describe`), or ''."""
+    for key in [*servers, *(key for key in workers if key not in servers)]:
+        if workers.get(key) != servers.get(key):
+            return f"{key} is {workers.get(key, 'missing')}, on the server {servers.get(key, 'missing')}"
+    return ""
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """The modules with heads, by name, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield name, module
+
+
+def dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a converted model trains at full rank, in the model's order."""
+    converted = dict(adapted_modules(model))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not _is_head(name, converted):
+            yield name, parameter
+
+
+def settings_of(name: str, lora: LoRA) -> tuple[int, float, lowrank.Init]:
+    """Rank, scale and init of one site: those of the last override that names it, else the recipe's."""
+    rank, scale, init = lora.rank, None, lora.init
+    for override in lora.overrides:
+        if fnmatchcase(name, override.modules):
+            rank = override.rank if override.rank is not None else rank
+            scale = override.scale if override.scale is not None else scale
+            init = override.init if override.init is not None else init
+    return rank, lora.scale_of(rank) if scale is None else scale, init
+
+
+def _sites(model: nn.Module, lora: LoRA) -> Iterator[tuple[HeadSpec, nn.Module, nn.Parameter]]:
+    """Every place where the settings allow heads, with its module and plain parameter."""
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is None or (is_table(module) and not lora.embeddings):
+            continue
+        for slot in kind.slots(module):
+            parameter = getattr(module, slot.attribute)
+            rank, scale, init = settings_of(name + slot.suffix, lora)
+            spec = HeadSpec(
+                name=name + slot.suffix,
+                ending=slot.ending,
+                plain_shape=tuple(parameter.shape),
+                transposed=slot.transposed,
+                rank=rank,
+                scale=scale,
+                init=init,
+            )
+            yield spec, module, parameter
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _is_head(parameter_name: str, converted: dict[str, Adapted]) -> bool:
+    module, _, leaf = parameter_name.rpartition(".")
+    return leaf in ("lora_A", "lora_B") and module in converted
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ConfigError(
+                [
+                    f"{name}: is {str(parameter.dtype).removeprefix('torch.')}, but what is trained and"
+                    " merged must be float32; use model.float(), and torch.autocast for speed"
+                ]
+            )
+
+
+def _check_patterns(lora: LoRA, names: list[str]) -> None:
+    named = [("lora.modules", p) for p in lora.modules]
+    named += [("lora.exclude", p) for p in lora.exclude]
+    named += [("lora.overrides", o.modules) for o in lora.overrides]
+    called = [kind.called for kind in KINDS if lora.embeddings or kind.called != "nn.Embedding"]
+    kinds = ", ".join(called[:-1]) + (" or " if len(called) > 1 else "") + called[-1]
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    faults = [
+        f"{key}: {pattern!r} matches no {kinds}; there are: {shown or 'none'}"
+        for key, pattern in named
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if faults:
+        raise ConfigError(faults)
