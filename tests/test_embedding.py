@@ -237,12 +237,13 @@ def test_what_is_adapted() -> None:
     lte.convert(model, lora, "int8")
     assert {name: type(m) for name, m in lte.nn.adapted_modules(model)} == {
         "plain": LoRAEmbedding,
+        "padded": LoRAEmbedding,
         "hidden": LoRALinear,
     }
     table = model["plain"]
     assert (table.rank, table.scale, table.init, model["hidden"].rank) == (3, 5.0, "xavier", 2)
     assert (table.lora_A.shape, table.lora_B.shape) == ((1, 3, 6), (1, 10, 3))
-    dense = ["excluded", "tied", "shared", "padded", "bounded", "by_frequency", "sparse"]
+    dense = ["excluded", "tied", "shared", "bounded", "by_frequency", "sparse"]
     assert list(decided.dense) == [f"{name}.weight" for name in dense]
     assert list(dict(lte.nn.dense_parameters(model))) == list(decided.dense)
 
@@ -254,9 +255,12 @@ def test_patterns_that_match_nothing_are_told_what_there_is() -> None:
         return str(error.value)
 
     pattern = "lora.modules: 'table'"
-    assert f"{pattern} matches no nn.Linear; there are: 1" in message(lte.LoRA(modules=("table",)))
+    assert (
+        f"{pattern} matches nothing that takes heads (embeddings do with lora.embeddings=true); there are: 1"
+        in message(lte.LoRA(modules=("table",)))
+    )
     asked = lte.LoRA(modules=("table",), embeddings=True)
-    assert f"{pattern} matches no nn.Linear or nn.Embedding; there are: 0, 1" in message(asked)
+    assert f"{pattern} matches nothing that takes heads; there are: 0, 1" in message(asked)
     with pytest.raises(ConfigError, match=r"a bare nn\.Embedding has no parent"):
         lte.convert(nn.Embedding(4, 2), lte.LoRA(embeddings=True))
 

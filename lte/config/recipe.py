@@ -161,7 +161,7 @@ class LoRA:
         "clear", "optimizer moments of a head whose A was redrawn: kept, carried over, or cleared"
     )
     modules: tuple[str, ...] = _doc(
-        ("*",), "patterns of the nn.Linear modules (and see embeddings) that get heads"
+        ("*",), "patterns of the modules (nn.Linear, nn.Conv2d, ...; and see embeddings) that get heads"
     )
     embeddings: bool = _doc(
         False, "nn.Embedding modules that the patterns match get heads too, instead of training densely"

@@ -1,6 +1,8 @@
 """Modules with heads on frozen bases, and the conversion of any module to them."""
 
 from lte.nn.adapted import Adapted
+from lte.nn.attention import LoRAMultiheadAttention
+from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, parameter_groups
 from lte.nn.embedding import LoRAEmbedding
 from lte.nn.linear import LoRALinear
@@ -20,8 +22,10 @@ from lte.nn.sites import HeadSpec, from_matrix, to_matrix
 __all__ = [
     "Adapted",
     "HeadSpec",
+    "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAMultiheadAttention",
     "Plan",
     "adapted_modules",
     "blocks",

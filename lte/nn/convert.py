@@ -44,7 +44,7 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
         kind = kind_of(module)
         slots = kind.slots(module) if kind else ()
         specs = {s.suffix: adapted[name + s.suffix] for s in slots if name + s.suffix in adapted}
-        if kind and specs:
+        if kind and (specs or (kind.holds and f"{name}.{kind.holds}" in adapted)):
             parent, _, child = name.rpartition(".")
             with_heads = kind.with_heads(module, specs, lora, base).train(module.training)
             setattr(model.get_submodule(parent), child, with_heads)

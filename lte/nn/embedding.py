@@ -27,31 +27,39 @@ class LoRAEmbedding(Adapted):
         assert can_adapt(embedding)
         super().__init__(embedding.weight, spec, lora, quant)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
-        y = _rows(self.base, tokens).to(self.lora_A.dtype)
-        return y + self._heads_product(tokens) if self.training else y
+        return lookup(self, tokens, self.padding_idx, with_heads=self.training)
 
-    def _heads_product(self, tokens: Tensor) -> Tensor:
-        """s (B A - B' A')[tokens], each slice of the batch by its own head."""
-        # Row t of head h, where the heads' B lie one below the other.
-        first_rows = torch.arange(self.heads, device=tokens.device)[:, None] * self.out_features
-        index = self.sliced(tokens).reshape(self.heads, -1) + first_rows
-        A, B = self.of_heads(self.lora_A), self.of_heads(F.embedding(index, self.lora_B.flatten(0, 1)))
-        if self.merged_A is not None and self.merged_B is not None:
-            merged_B = F.embedding(index, self.merged_B.flatten(0, 1))
-            B, A = lowrank.stacked(A, B, self.merged_A, merged_B)
-        return torch.bmm(B * self.scale, A).view(*tokens.shape, self.in_features)
+
+def lookup(of: Adapted, tokens: Tensor, padding_idx: int | None, *, with_heads: bool) -> Tensor:
+    """deq(Q)[tokens] and, with heads, s (B A - B' A')[tokens], each slice of the batch by its own head.
+
+    Args:
+        padding_idx: a token whose row is not trained: its rows of B get no gradient, and stay zero.
+    """
+    y = _rows(of.base, tokens).to(of.lora_A.dtype)
+    return y + _heads_product(of, tokens, padding_idx) if with_heads else y
+
+
+def _heads_product(of: Adapted, tokens: Tensor, padding_idx: int | None) -> Tensor:
+    # Row t of head h, where the heads' B lie one below the other.
+    first_rows = torch.arange(of.heads, device=tokens.device)[:, None] * of.out_features
+    in_slices = of.sliced(tokens).reshape(of.heads, -1)
+    index = in_slices + first_rows
+    A, B = of.of_heads(of.lora_A), of.of_heads(F.embedding(index, of.lora_B.flatten(0, 1)))
+    if padding_idx is not None:
+        B = B.masked_fill((in_slices == padding_idx)[:, :, None], 0)
+    if of.merged_A is not None and of.merged_B is not None:
+        merged_B = F.embedding(index, of.merged_B.flatten(0, 1))
+        B, A = lowrank.stacked(A, B, of.merged_A, merged_B)
+    return torch.bmm(B * of.scale, A).view(*tokens.shape, of.in_features)
 
 
 def can_adapt(embedding: nn.Embedding) -> bool:
-    """Whether it is a plain table: no row or gradient of it is treated apart from the others."""
-    return (
-        embedding.padding_idx is None
-        and embedding.max_norm is None
-        and not embedding.scale_grad_by_freq
-        and not embedding.sparse
-    )
+    """Whether its rows and their gradients are taken as they are."""
+    return embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
 
 
 @torch.no_grad()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from lte.config import LoRA
+from lte.nn.attention import LoRAMultiheadAttention
+from lte.nn.conv import LoRAConv2d
 from lte.nn.embedding import LoRAEmbedding, can_adapt
 from lte.nn.linear import LoRALinear
 from lte.nn.sites import HeadSpec
@@ -40,12 +43,15 @@ class Kind:
     Attributes:
         called: what people call it. fits: whether a module is one. slots: its parameters for heads.
         with_heads: what takes its place, given the heads of those of its slots that get some, by suffix.
+        holds: a child that is a site of its own, but whose weight this module's forward reads, so that
+            it must be replaced where that one is.
     """
 
     called: str
     fits: Callable[[nn.Module], bool]
     slots: Callable[[nn.Module], tuple[Slot, ...]]
     with_heads: Callable[[nn.Module, Mapping[str, HeadSpec], LoRA, Quant], nn.Module]
+    holds: str = ""
 
 
 def is_a(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -54,12 +60,14 @@ def is_a(module: nn.Module, kind: type[nn.Module]) -> bool:
     own = type(module)
     return (
         isinstance(module, kind)
-        and own.forward is kind.forward
-        and getattr(own, "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+        and all(getattr(own, method, None) is getattr(kind, method, None) for method in _FORWARDS)
         and {"weight"} <= module._parameters.keys() <= {"weight", "bias"}
         and not module._buffers
         and not module._modules
     )
+
+
+_FORWARDS = ("forward", "_conv_forward")
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -74,24 +82,60 @@ def is_table(module: nn.Module) -> bool:
 
 def can_take_heads(module: nn.Module) -> bool:
     """Whether a module of some kind is none of its exceptions."""
+    if isinstance(module, nn.Conv2d):
+        # Depthwise: each of its outputs has one input, so factors would be larger than the kernel.
+        return not module.groups == module.in_channels > 1
     return not isinstance(module, nn.Embedding) or can_adapt(module)
 
 
-def _one_slot(module: nn.Module) -> tuple[Slot, ...]:
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    own = type(module)
+    return (own.__module__, own.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and type(module).forward is nn.MultiheadAttention.forward
+        and module._modules.keys() == {"out_proj"}
+        and not module._buffers
+    )
+
+
+def _weight(module: nn.Module) -> tuple[Slot, ...]:
     return (Slot(),)
 
 
-def _linear(plain: nn.Module, specs: Mapping[str, HeadSpec], lora: LoRA, quant: Quant) -> nn.Module:
-    assert isinstance(plain, nn.Linear)
-    return LoRALinear(plain, specs[""], lora, quant)
+def _transposed_weight(module: nn.Module) -> tuple[Slot, ...]:
+    return (Slot(transposed=True),)
 
 
-def _embedding(plain: nn.Module, specs: Mapping[str, HeadSpec], lora: LoRA, quant: Quant) -> nn.Module:
-    assert isinstance(plain, nn.Embedding)
+def _projections(module: nn.Module) -> tuple[Slot, ...]:
+    """Of an attention, but for `out_proj`, which is a module of its own."""
+    slots = (Slot(f".{site}", "_weight") for site in ("in_proj", "q_proj", "k_proj", "v_proj"))
+    return tuple(slot for slot in slots if getattr(module, slot.attribute) is not None)
+
+
+def _linear(plain: Any, specs: Mapping[str, HeadSpec], lora: LoRA, quant: Quant) -> nn.Module:
+    return LoRALinear(plain.weight, plain.bias, specs[""], lora, quant)
+
+
+def _conv(plain: Any, specs: Mapping[str, HeadSpec], lora: LoRA, quant: Quant) -> nn.Module:
+    return LoRAConv2d(plain, specs[""], lora, quant)
+
+
+def _embedding(plain: Any, specs: Mapping[str, HeadSpec], lora: LoRA, quant: Quant) -> nn.Module:
     return LoRAEmbedding(plain, specs[""], lora, quant)
 
 
+def _attention(plain: Any, specs: Mapping[str, HeadSpec], lora: LoRA, quant: Quant) -> nn.Module:
+    return LoRAMultiheadAttention(plain, specs, lora, quant)
+
+
 KINDS = (
-    Kind("nn.Linear", lambda module: is_a(module, nn.Linear), _one_slot, _linear),
-    Kind("nn.Embedding", is_table, _one_slot, _embedding),
+    Kind("nn.Linear", lambda module: is_a(module, nn.Linear), _weight, _linear),
+    Kind("nn.Conv2d", lambda module: is_a(module, nn.Conv2d), _weight, _conv),
+    Kind("nn.MultiheadAttention", _is_attention, _projections, _attention, holds="out_proj"),
+    Kind("Conv1D of transformers", _is_transformers_conv1d, _transposed_weight, _linear),
+    Kind("nn.Embedding", is_table, _weight, _embedding),
 )

@@ -14,20 +14,49 @@ from lte.nn.adapted import Adapted
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant, Quantized
 
+ALL = slice(None)
+
 
 class _BaseProduct(torch.autograd.Function):
     """x deq(Q)^T. Keeps the codes, not the dequantized weight, for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Quantized) -> Tensor:
-        ctx.base = base
-        return x @ quantize.dequantize(base).to(x.dtype).T
+    def forward(ctx: Any, x: Tensor, base: Quantized, rows: slice) -> Tensor:
+        ctx.base, ctx.rows = base, rows
+        return x @ quantize.dequantize(base)[rows].to(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None
-        return grad @ quantize.dequantize(ctx.base).to(grad.dtype), None
+            return None, None, None
+        return grad @ quantize.dequantize(ctx.base)[ctx.rows].to(grad.dtype), None, None
+
+
+def product(of: Adapted, x: Tensor, bias: Tensor | None, *, with_heads: bool, rows: slice = ALL) -> Tensor:
+    """x deq(Q)^T + bias and, with heads, s x (B A - B' A')^T, each slice of the batch by its own head.
+
+    Args:
+        x: (..., in). rows: which outputs to compute; the bias is theirs.
+    """
+    y: Tensor
+    if of.quant == "none":
+        y = F.linear(x, quantize.dequantize(of.base)[rows].to(x.dtype), bias)
+    else:
+        y = _BaseProduct.apply(x, of.base, rows)  # type: ignore[no-untyped-call]
+        if bias is not None:
+            y = y + bias
+    return y + _heads_product(of, x, rows) if with_heads else y
+
+
+def _heads_product(of: Adapted, x: Tensor, rows: slice) -> Tensor:
+    A, B = of.of_heads(of.lora_A), of.of_heads(of.lora_B[:, rows])
+    if of.merged_A is not None and of.merged_B is not None:
+        B, A = lowrank.stacked(A, B, of.merged_A, of.merged_B[:, rows])
+    if of.heads == 1:
+        return ((of.dropped(x.unsqueeze(0))[0] @ A[0].T) * of.scale) @ B[0].T
+    slices = of.dropped(of.sliced(x).flatten(1, -2))
+    product = torch.bmm(torch.bmm(slices, A.mT) * of.scale, B.mT)
+    return product.view(*x.shape[:-1], B.shape[1])
 
 
 class LoRALinear(Adapted):
@@ -37,28 +66,12 @@ class LoRALinear(Adapted):
         bias: dense, or None.
     """
 
-    def __init__(self, linear: nn.Linear, spec: HeadSpec, lora: LoRA, quant: Quant) -> None:
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, spec: HeadSpec, lora: LoRA, quant: Quant
+    ) -> None:
         """Take over the weight (see `Adapted`) and bias of a linear layer."""
-        super().__init__(linear.weight, spec, lora, quant)
-        self.bias = linear.bias
+        super().__init__(weight, spec, lora, quant)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor
-        if self.quant == "none":
-            y = F.linear(x, quantize.dequantize(self.base).to(x.dtype), self.bias)
-        else:
-            y = _BaseProduct.apply(x, self.base)  # type: ignore[no-untyped-call]
-            if self.bias is not None:
-                y = y + self.bias
-        return y + self._heads_product(x) if self.training else y
-
-    def _heads_product(self, x: Tensor) -> Tensor:
-        """s x (B A - B' A')^T, each slice of the batch by its own head."""
-        A, B = self.of_heads(self.lora_A), self.of_heads(self.lora_B)
-        if self.merged_A is not None and self.merged_B is not None:
-            B, A = lowrank.stacked(A, B, self.merged_A, self.merged_B)
-        if self.heads == 1:
-            return ((self.dropped(x.unsqueeze(0))[0] @ A[0].T) * self.scale) @ B[0].T
-        slices = self.dropped(self.sliced(x).flatten(1, -2))
-        product = torch.bmm(torch.bmm(slices, A.mT) * self.scale, B.mT)
-        return product.view(*x.shape[:-1], self.out_features)
+        return product(self, x, self.bias, with_heads=self.training)

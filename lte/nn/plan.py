@@ -14,7 +14,7 @@ from lte import lowrank
 from lte.config import LoRA
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
-from lte.nn.kinds import KINDS, can_take_heads, is_table, kind_of
+from lte.nn.kinds import can_take_heads, is_table, kind_of
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant
 
@@ -205,11 +205,10 @@ def _check_patterns(lora: LoRA, names: list[str]) -> None:
     named = [("lora.modules", p) for p in lora.modules]
     named += [("lora.exclude", p) for p in lora.exclude]
     named += [("lora.overrides", o.modules) for o in lora.overrides]
-    called = [kind.called for kind in KINDS if lora.embeddings or kind.called != "nn.Embedding"]
-    kinds = ", ".join(called[:-1]) + (" or " if len(called) > 1 else "") + called[-1]
+    off = "" if lora.embeddings else " (embeddings do with lora.embeddings=true)"
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     faults = [
-        f"{key}: {pattern!r} matches no {kinds}; there are: {shown or 'none'}"
+        f"{key}: {pattern!r} matches nothing that takes heads{off}; there are: {shown or 'none'}"
         for key, pattern in named
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names)
     ]
