@@ -74,7 +74,7 @@ class Model:
     mlp_width: Count = _doc(512, "hidden features of a block's MLP")
     context_tokens: Count = _doc(128, "tokens of a training sequence, and most that attention sees")
     vocab_size: Count = _doc(256, "number of distinct tokens; 256 for bytes")
-    tie_embeddings: bool = _doc(False, "the output matrix is the embedding (then it stays dense)")
+    tie_embeddings: bool = _doc(False, "the output matrix is the embedding (see lora.tied)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +167,9 @@ class LoRA:
         False, "nn.Embedding modules that the patterns match get heads too, instead of training densely"
     )
     exclude: tuple[str, ...] = _doc((), "patterns of modules that get none and stay dense")
+    tied: Literal["dense", "adapted"] = _doc(
+        "dense", "a weight of several modules is trained densely; or gets heads, once, named for the first"
+    )
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
 
     def scale_of(self, rank: int) -> float:

@@ -131,3 +131,22 @@ class Adapted(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
             f" heads={self.heads}, scale={self.scale:g}, base={self.quant}"
         )
+
+
+class Tied(nn.Module):
+    """A further module of a tied weight; it computes with the base and heads of the one that has them."""
+
+    def __init__(self, adapted: Adapted) -> None:
+        super().__init__()
+        # In a tuple, where torch does not find it: base and heads have one name, and count once.
+        self._adapted = (adapted,)
+
+    @property
+    def adapted(self) -> Adapted:
+        """The module that has the base and the heads."""
+        return self._adapted[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """As `Adapted.weight`."""
+        return self.adapted.weight

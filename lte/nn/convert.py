@@ -9,8 +9,8 @@ from lte import config, lowrank
 from lte.config import Base, LoRA, Recipe, Train
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
-from lte.nn.kinds import kind_of
-from lte.nn.plan import adapted_modules, dense_parameters, plan, settings_of
+from lte.nn.kinds import kind_of, tied_to
+from lte.nn.plan import Plan, adapted_modules, dense_parameters, plan, settings_of
 from lte.quantize import Quant
 
 
@@ -39,17 +39,31 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
         raise ConfigError(["this model is converted already"])
     if kind := kind_of(model):
         raise ConfigError([f"a bare {kind.called} has no parent to hold its heads; wrap it in a module"])
-    adapted = plan(model, lora, base).adapted
-    for name, module in list(model.named_modules()):
-        kind = kind_of(module)
-        slots = kind.slots(module) if kind else ()
-        specs = {s.suffix: adapted[name + s.suffix] for s in slots if name + s.suffix in adapted}
-        if kind and (specs or (kind.holds and f"{name}.{kind.holds}" in adapted)):
-            parent, _, child = name.rpartition(".")
-            with_heads = kind.with_heads(module, specs, lora, base).train(module.training)
-            setattr(model.get_submodule(parent), child, with_heads)
+    _replace(model, plan(model, lora, base), lora)
     draw_heads(model, lora, seed=seed, first_head=0, draw=0)
     return model
+
+
+def _replace(model: nn.Module, plan: Plan, lora: LoRA) -> None:
+    """Put modules with heads in place of plain ones, under each of their names."""
+    plain = dict(model.named_parameters())
+    owners = {id(plain[spec.parameter]): name for name, spec in plan.adapted.items()}
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        kind = kind_of(module)
+        if kind and module not in replaced:
+            slots = kind.slots(module)
+            sites = {slot.suffix: owners.get(id(getattr(module, slot.attribute))) for slot in slots}
+            own = {s: plan.adapted[name + s] for s, site in sites.items() if site == name + s}
+            if own or (kind.holds and f"{name}.{kind.holds}" in plan.adapted):
+                replaced[module] = kind.with_heads(module, own, lora, plan.quant)
+            elif owner := next(filter(None, sites.values()), None):
+                adapted = model.get_submodule(owner)
+                assert isinstance(adapted, Adapted)
+                replaced[module] = tied_to(module, adapted)
+        if module in replaced:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replaced[module].train(module.training))
 
 
 def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw: int) -> None:

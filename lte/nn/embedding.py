@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lte import lowrank, quantize
 from lte.config import LoRA
-from lte.nn.adapted import Adapted
+from lte.nn.adapted import Adapted, Tied
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant, Quantized
 
@@ -31,6 +31,17 @@ class LoRAEmbedding(Adapted):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return lookup(self, tokens, self.padding_idx, with_heads=self.training)
+
+
+class TiedEmbedding(Tied):
+    """An embedding whose table another module has."""
+
+    def __init__(self, embedding: nn.Embedding, adapted: Adapted) -> None:
+        super().__init__(adapted)
+        self.padding_idx = embedding.padding_idx
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return lookup(self.adapted, tokens, self.padding_idx, with_heads=self.training)
 
 
 def lookup(of: Adapted, tokens: Tensor, padding_idx: int | None, *, with_heads: bool) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lte.config import LoRA
+from lte.nn.adapted import Adapted
 from lte.nn.attention import LoRAMultiheadAttention
 from lte.nn.conv import LoRAConv2d
-from lte.nn.embedding import LoRAEmbedding, can_adapt
-from lte.nn.linear import LoRALinear
+from lte.nn.embedding import LoRAEmbedding, TiedEmbedding, can_adapt
+from lte.nn.linear import LoRALinear, TiedLinear
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant
 
@@ -78,6 +79,19 @@ def kind_of(module: nn.Module) -> Kind | None:
 def is_table(module: nn.Module) -> bool:
     """Whether it is an embedding."""
     return is_a(module, nn.Embedding)
+
+
+def can_share(module: nn.Module) -> bool:
+    """Whether it can compute with the base and heads of another module."""
+    return is_a(module, nn.Linear) or (is_table(module) and can_take_heads(module))
+
+
+def tied_to(module: nn.Module, adapted: Adapted) -> nn.Module:
+    """What takes the place of a module that `can_share`, where another has its weight."""
+    if isinstance(module, nn.Linear):
+        return TiedLinear(module, adapted)
+    assert isinstance(module, nn.Embedding)
+    return TiedEmbedding(module, adapted)
 
 
 def can_take_heads(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lte import lowrank, quantize
 from lte.config import LoRA
-from lte.nn.adapted import Adapted
+from lte.nn.adapted import Adapted, Tied
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant, Quantized
 
@@ -75,3 +75,14 @@ class LoRALinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(self, x, self.bias, with_heads=self.training)
+
+
+class TiedLinear(Tied):
+    """A linear layer whose weight another module has; its bias is its own."""
+
+    def __init__(self, linear: nn.Linear, adapted: Adapted) -> None:
+        super().__init__(adapted)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(self.adapted, x, self.bias, with_heads=self.training)

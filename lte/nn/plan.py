@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ from lte import lowrank
 from lte.config import LoRA
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
-from lte.nn.kinds import can_take_heads, is_table, kind_of
+from lte.nn.kinds import can_share, can_take_heads, is_table, kind_of
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant
 
@@ -75,22 +74,22 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     the site's name and none of `lora.exclude` does, unless the weight is frozen or shared with another
     module (tied). Every other parameter that asks for a gradient is dense.
 
+    With `lora.tied` = adapted a weight of several modules gets heads once, if each of these can compute
+    with them (see `kinds.can_share`). Its site has the name of the first of them, and `lora.embeddings`
+    need not ask for it where one of them is no embedding.
+
     Raises:
         ConfigError: a pattern or an override that matches no such module, or parameters to train
             that are not fp32.
     """
     _check_dtypes(model)
-    uses: Counter[int] = Counter()
-    for _, module in model.named_modules(remove_duplicate=False):
-        uses.update(id(parameter) for parameter in module.parameters(recurse=False))
     sites = list(_sites(model, lora))
     _check_patterns(lora, [spec.name for spec, _, _ in sites])
     adapted = {
         spec.name: spec
-        for spec, module, parameter in sites
-        if uses[id(parameter)] == 1
+        for spec, parameter, can_have_heads in sites
+        if can_have_heads
         and parameter.requires_grad
-        and can_take_heads(module)
         and _matches(spec.name, lora.modules)
         and not _matches(spec.name, lora.exclude)
     }
@@ -156,14 +155,23 @@ def settings_of(name: str, lora: LoRA) -> tuple[int, float, lowrank.Init]:
     return rank, lora.scale_of(rank) if scale is None else scale, init
 
 
-def _sites(model: nn.Module, lora: LoRA) -> Iterator[tuple[HeadSpec, nn.Module, nn.Parameter]]:
-    """Every place where the settings allow heads, with its module and plain parameter."""
+def _sites(model: nn.Module, lora: LoRA) -> Iterator[tuple[HeadSpec, nn.Parameter, bool]]:
+    """Every place that patterns may name, with its plain parameter and whether it can have heads."""
+    users: dict[nn.Parameter, list[nn.Module]] = {}  # a module that has two names counts twice
+    for _, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, []).append(module)
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if kind is None or (is_table(module) and not lora.embeddings):
-            continue
-        for slot in kind.slots(module):
+        for slot in kind.slots(module) if kind else ():
             parameter = getattr(module, slot.attribute)
+            together = users[parameter] if lora.tied == "adapted" else [module]
+            if module is not together[0] or (all(map(is_table, together)) and not lora.embeddings):
+                continue
+            if len(set(together)) > 1:
+                can_have_heads = all(map(can_share, together))
+            else:
+                can_have_heads = can_take_heads(module) and len(together) == len(users[parameter])
             rank, scale, init = settings_of(name + slot.suffix, lora)
             spec = HeadSpec(
                 name=name + slot.suffix,
@@ -174,7 +182,7 @@ def _sites(model: nn.Module, lora: LoRA) -> Iterator[tuple[HeadSpec, nn.Module, 
                 scale=scale,
                 init=init,
             )
-            yield spec, module, parameter
+            yield spec, parameter, can_have_heads
 
 
 def _by(shape: tuple[int, ...]) -> str:
