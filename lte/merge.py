@@ -8,7 +8,7 @@ with a smaller weight or none. So its merged factors need no other rule than tho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,11 @@ class Robust:
 
 
 def robust(
-    products: Mapping[str, Tensor], owners: Mapping[str, Sequence[int]], outer: Outer, quorum: int
+    products: Mapping[str, Tensor],
+    owners: Mapping[str, Sequence[int]],
+    outer: Outer,
+    quorum: int,
+    aside: Collection[str] = (),
 ) -> Robust:
     """Bound lengths tensor by tensor, then leave out contributions whose direction is an outlier.
 
@@ -81,6 +85,7 @@ def robust(
             enough where `outer.trim` is none.
         owners: by tensor, the index of the contribution that each addend is of.
         quorum: least contributions to leave.
+        aside: tensors that are bounded, but tell nothing of a contribution's length and direction.
     """
     num = 1 + max(owner for some in owners.values() for owner in some)
     merged = torch.zeros(num, num, dtype=torch.float64)
@@ -91,6 +96,8 @@ def robust(
         factor = factors[name] = torch.ones_like(squares)
         if outer.bound_norm is not None:
             factor = factors[name] = bounds(squares.clamp(min=0).sqrt(), outer.bound_norm)
+        if name in aside:
+            continue
         merged += owned.T @ (product * torch.outer(factor, factor)) @ owned
         before += squares @ owned
         after += (squares * factor.square()) @ owned

@@ -3,11 +3,12 @@
 Both ends call the same functions, so that a worker knows to the bit what the server rebuilt. All
 that travels is named bytes: `MODULE/A` and `MODULE/B` for factors, `MODULE/codes` and `MODULE/scales`
 for a base or its change, `PARAMETER/dense` for a dense parameter or its change (`/dense.0`,
-`/dense.1` where several versions' changes come together).
+`/dense.1` where several versions' changes come together), `NAME/constant` for what stays as it is.
 
     blockwise   codecs of small tensors
     factors     the change of factors; rank truncation; refitting B to a sent A
     changes     the change of a base's codes and scales
+    constants   tensors that travel once, to the bit
     entropy     bytes squeezed by zstd
 """
 
@@ -17,18 +18,19 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lte.compress import blockwise, changes, factors
+from lte.compress import blockwise, changes, constants, factors
 from lte.compress.factors import A, B
 from lte.quantize import Quantized
 
-CODES, SCALES, DENSE = "/codes", "/scales", "/dense"
-"""Endings of names: the base and the dense change of what is named before them."""
+CODES, SCALES, DENSE, CONSTANT = "/codes", "/scales", "/dense", "/constant"
+"""Endings of names: the base, the dense change and the constant of what is named before them."""
 
 KINDS = ("factors", "dense", "codes", "scales")
 """What bytes are counted as; all others are control."""
 
 __all__ = [
     "CODES",
+    "CONSTANT",
     "DENSE",
     "KINDS",
     "SCALES",
@@ -36,6 +38,7 @@ __all__ = [
     "B",
     "blockwise",
     "changes",
+    "constants",
     "factors",
     "kind_of",
     "tensors_of",
@@ -43,9 +46,9 @@ __all__ = [
 
 
 def kind_of(name: str) -> str:
-    """What the bytes of this name are counted as."""
+    """What the bytes of this name are counted as; constants are with the dense."""
     ending = name.rpartition("/")[2].partition(".")[0]
-    return "factors" if ending in ("A", "B") else ending
+    return {"A": "factors", "B": "factors", "constant": "dense"}.get(ending, ending)
 
 
 def tensors_of(bases: Mapping[str, Quantized], dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

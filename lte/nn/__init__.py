@@ -2,6 +2,7 @@
 
 from lte.nn.adapted import Adapted
 from lte.nn.attention import LoRAMultiheadAttention
+from lte.nn.constants import changing_buffers, constant_tensors, statistics
 from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, parameter_groups
 from lte.nn.embedding import LoRAEmbedding
@@ -29,6 +30,8 @@ __all__ = [
     "Plan",
     "adapted_modules",
     "blocks",
+    "changing_buffers",
+    "constant_tensors",
     "convert",
     "dense_parameters",
     "describe",
@@ -41,5 +44,6 @@ __all__ = [
     "plan",
     "plan_of",
     "recompute_activations",
+    "statistics",
     "to_matrix",
 ]

@@ -98,7 +98,8 @@ class Adapted(nn.Module):
             return batch.unsqueeze(0)
         if batch.shape[0] % self.heads:
             raise ValueError(
-                f"a batch of {batch.shape[0]} cannot be cut into {self.heads} equal slices, one a head"
+                f"a batch of {batch.shape[0]} cannot be cut into {self.heads} equal slices, one a head; what"
+                " sees no batch, as position embeddings, takes one head alone: name it in lora.exclude"
             )
         return batch.reshape(self.heads, batch.shape[0] // self.heads, *batch.shape[1:])
 

@@ -1,4 +1,4 @@
-"""What of a model is adapted and what is dense: decided once, the same on server and workers."""
+"""What of a model is adapted, dense or constant: decided once, the same on server and workers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lte import lowrank
 from lte.config import LoRA
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
+from lte.nn.constants import HEADS, Constant, constant_tensors, statistics
 from lte.nn.kinds import can_share, can_take_heads, is_table, kind_of
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant
@@ -20,16 +21,25 @@ from lte.quantize import Quant
 
 @dataclass(frozen=True)
 class Plan:
-    """Which parameters of a model are adapted and which are dense; the same on server and workers.
+    """What becomes of each tensor of a model; the same on server and workers.
 
     Attributes:
         adapted: site -> its heads. dense: parameter name -> shape.
         quant: format of the base.
+        statistics: buffer name -> shape, of what `constants.statistics` finds.
+        constants: parameter or buffer name -> what `constants.constant_tensors` finds.
     """
 
     adapted: dict[str, HeadSpec]
     dense: dict[str, tuple[int, ...]]
     quant: Quant
+    statistics: dict[str, tuple[int, ...]]
+    constants: dict[str, Constant]
+
+    @property
+    def averaged(self) -> dict[str, tuple[int, ...]]:
+        """All that workers send beside factors, name -> shape: dense parameters, then statistics."""
+        return self.dense | self.statistics
 
     @property
     def num_adapted_parameters(self) -> int:
@@ -63,6 +73,11 @@ class Plan:
             )
         for name, shape in self.dense.items():
             described[name] = f"dense {_by(shape)}"
+        for name, shape in self.statistics.items():
+            described[name] = f"averaged {_by(shape)}"
+        for name, constant in self.constants.items():
+            kind = str(constant.dtype).removeprefix("torch.")
+            described[name] = f"constant {kind} {_by(constant.shape)}"
         return described
 
 
@@ -99,7 +114,7 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in taken
     }
-    return Plan(adapted, dense, quant)
+    return Plan(adapted, dense, quant, *_untrained(model))
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -108,7 +123,18 @@ def plan_of(model: nn.Module) -> Plan:
     adapted = {name: replace(module.spec, name=name) for name, module in converted.items()}
     dense = {name: tuple(parameter.shape) for name, parameter in dense_parameters(model)}
     quant: Quant = next((module.quant for module in converted.values()), "none")
-    return Plan(adapted, dense, quant)
+    return Plan(adapted, dense, quant, *_untrained(model))
+
+
+def _untrained(
+    model: nn.Module, frozen: frozenset[str] = frozenset()
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Constant]]:
+    """Statistics and constants of a model."""
+    found = {name: tuple(buffer.shape) for name, buffer in statistics(model)}
+    return found, {
+        name: Constant(tuple(tensor.shape), tensor.dtype, persistent)
+        for name, tensor, persistent in constant_tensors(model, frozen)
+    }
 
 
 def lora_of(model: nn.Module) -> LoRA:
@@ -186,12 +212,12 @@ def _sites(model: nn.Module, lora: LoRA) -> Iterator[tuple[HeadSpec, nn.Paramete
 
 
 def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _is_head(parameter_name: str, converted: dict[str, Adapted]) -> bool:
     module, _, leaf = parameter_name.rpartition(".")
-    return leaf in ("lora_A", "lora_B") and module in converted
+    return leaf in HEADS and module in converted
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -199,8 +225,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _check_dtypes(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in [*trained, *statistics(model)]:
+        if parameter.dtype != torch.float32:
             raise ConfigError(
                 [
                     f"{name}: is {str(parameter.dtype).removeprefix('torch.')}, but what is trained and"

@@ -17,7 +17,7 @@ from lte.durable import save_tensors, sync
 from lte.errors import RunError
 from lte.server.journal import Admitted
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from lte import lowrank, merge, optim, quantize
-from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
-from lte.config import Outer, Recipe
+from lte.compress import (
+    CODES,
+    CONSTANT,
+    DENSE,
+    SCALES,
+    A,
+    B,
+    blockwise,
+    changes,
+    constants,
+    factors,
+    tensors_of,
+)
+from lte.config import Codec, Outer, Recipe
 from lte.errors import ConfigError, WireError
 from lte.merge import HeadDelta, Robust
 from lte.nn import adapted_modules, blocks, from_matrix, plan, to_matrix
@@ -31,7 +43,7 @@ class Received:
         worker_id: of who sent it. heads: how many heads it trains. rank: the most that they have.
         first_head: index of its first head among all workers'. draw: redraws of its A so far.
         tensors: changes of `MODULE/A` (H, r, in) unless A is given, of `MODULE/B` (H, out, r), and
-            of dense parameters, `NAME/dense`.
+            of dense parameters and statistics, `NAME/dense`.
     """
 
     worker_id: str
@@ -83,10 +95,12 @@ class Master:
     recipe's or the worker's own, whichever is smaller.
 
     Attributes:
-        weights: W of every adapted module, by `MODULE`. dense: every dense parameter, by name.
-        base: Q, by `MODULE`. published_dense: the dense parameters that workers hold.
+        weights: W of every adapted module, by `MODULE`. dense: every dense parameter and statistic, by
+            name. constants: all that stays as it is, by name.
+        base: Q, by `MODULE`. published_dense: the dense parameters and statistics that workers hold.
         outer_state: of the outer optimizer, by module or parameter name; see `merge.outer_step`.
-        ema: average of weights and dense over versions, with `outer.ema`.
+        ema: average of weights and dense parameters over versions, with `outer.ema`. Statistics are not in
+            it, as they are averages themselves: with it go the master's.
         merged: worker_id -> MODULE/A, MODULE/B -> merged factors (H, r, in), (H, out, r) in
             reset-less mode; in reset-b MODULE/A alone, the A that was sent last (B' is zero), where A
             is trained and sent lossily.
@@ -105,7 +119,7 @@ class Master:
         optim.check_patterns(self.plan, recipe.optimizer)
         if recipe.train.checkpoint_activations:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
-        parameters = dict(model.named_parameters())
+        parameters = _named_tensors(model)
         # On the CPU, where contributions arrive and where merges give the same bits everywhere.
         self.base = {
             name: quantize.quantize(
@@ -114,8 +128,13 @@ class Master:
             for name, spec in self.plan.adapted.items()
         }
         self.weights = {name: quantize.dequantize(base).clone() for name, base in self.base.items()}
-        self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.dense}
+        self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.averaged}
         self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
+        self.constants = {
+            name: parameters[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name in self.plan.constants
+        }
+        self._constants_digests = constants.digests(self.constants)
         self.outer_state: dict[str, dict[str, Tensor]] = {}
         self.ema = Average()
         self.merged: dict[str, dict[str, Tensor]] = {}
@@ -127,9 +146,9 @@ class Master:
         """The names that a contribution of such heads holds, with the most bytes of each."""
         shapes = self._factor_shapes(heads, rank)
         most = {name: factors.max_bytes(name, shape, self.recipe) for name, shape in shapes.items()}
-        codec = self.recipe.compress.dense
         return most | {
-            name + DENSE: blockwise.max_rows_bytes(shape, codec) for name, shape in self.plan.dense.items()
+            name + DENSE: blockwise.max_rows_bytes(shape, self._codec(name))
+            for name, shape in self.plan.averaged.items()
         }
 
     def decode(self, blobs: Mapping[str, Tensor], worker_id: str, heads: int, rank: int) -> dict[str, Tensor]:
@@ -139,19 +158,23 @@ class Master:
             WireError: it holds other names, malformed bytes, or numbers that are not finite.
         """
         shapes = self._factor_shapes(heads, rank)
-        expected = {*shapes, *(name + DENSE for name in self.plan.dense)}
+        expected = {*shapes, *(name + DENSE for name in self.plan.averaged)}
         if blobs.keys() != expected:
             raise WireError("its tensors have other names than the model's heads and dense parameters")
-        settings, known = self.recipe.compress, self.merged_of(worker_id, heads, rank)
+        known = self.merged_of(worker_id, heads, rank)
         tensors = {}
         for name, shape in shapes.items():
             codec, truncate_rank = factors.codec_of(name, self.recipe, is_known=name in known)
             tensors[name] = factors.decode(blobs[name], codec, shape, truncate_rank)
-        for name, shape in self.plan.dense.items():
-            tensors[name + DENSE] = blockwise.decode_rows(blobs[name + DENSE], settings.dense, shape)
+        for name, shape in self.plan.averaged.items():
+            tensors[name + DENSE] = blockwise.decode_rows(blobs[name + DENSE], self._codec(name), shape)
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise WireError("it holds numbers that are not finite (a learning rate too high?)")
         return tensors
+
+    def _codec(self, name: str) -> Codec:
+        """By which a dense parameter or statistic travels. A variance that is rounded may be negative."""
+        return "fp32" if name in self.plan.statistics else self.recipe.compress.dense
 
     def _factor_shapes(self, heads: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what a worker of such heads sends of its factors, by name."""
@@ -218,16 +241,18 @@ class Master:
         measured = list(self._of_each(merge_into))
         # The decay is of adapted weights alone.
         average = replace(outer, weight_decay=0.0) if outer.dense else Outer()
-        for name in self.plan.dense:
+        for name in self.plan.averaged:
             delta = torch.zeros_like(self.dense[name])
             factors = robust.factors[name] if robust else [1.0] * len(contributions)
             for contribution, share, factor in zip(contributions, shares, factors, strict=True):
                 delta += contribution.tensors[name + DENSE] * (share * contribution.heads * factor)
-            self._step(name, self.dense, delta, average)
+            # Statistics stay between those of the workers: no momentum.
+            self._step(name, self.dense, delta, Outer() if name in self.plan.statistics else average)
         if outer.ema is None:
             self.ema = Average()
         else:
-            self.ema.include(self.weights | self.dense, outer.ema)
+            trained = {name: self.dense[name] for name in self.plan.dense}
+            self.ema.include(self.weights | trained, outer.ema)
         for contribution in contributions:
             if merged := self._rebuilt(contribution):
                 self.merged[contribution.worker_id] = merged
@@ -269,11 +294,11 @@ class Master:
         weights = [
             share * contribution.heads for share, contribution in zip(shares, contributions, strict=True)
         ]
-        for name in self.plan.dense:
+        for name in self.plan.averaged:
             deltas = [contribution.tensors[name + DENSE] for contribution in contributions]
             found[name] = merge.dense_products(deltas, weights)
             owners[name] = list(range(len(contributions)))
-        return merge.robust(found, owners, outer, self.recipe.server.quorum)
+        return merge.robust(found, owners, outer, self.recipe.server.quorum, self.plan.statistics)
 
     def _step(self, name: str, weights: dict[str, Tensor], delta: Tensor, outer: Outer) -> None:
         weights[name], state = merge.outer_step(weights[name], delta, self.outer_state.get(name, {}), outer)
@@ -381,17 +406,17 @@ class Master:
 
     @torch.no_grad()
     def publish_dense(self, *, last: bool = False) -> dict[str, Tensor]:
-        """Bring the published dense parameters up to the master's, or to their average as `requantize`
-        does, but for what the codec leaves out.
+        """Bring the published dense parameters and statistics up to the master's, or to their average as
+        `requantize` does, but for what the codec leaves out.
 
         Returns:
             The bytes that tell workers, by `NAME/dense.0`.
         """
         blobs = {}
-        dense = self.ema.tensors if last and self.recipe.outer.publish_ema else self.dense
+        dense = self.dense | self.ema.tensors if last and self.recipe.outer.publish_ema else self.dense
         for name in self.dense:
             ahead = dense[name] - self.published_dense[name]
-            blob, sent = blockwise.encode_rows(ahead, self.recipe.compress.dense)
+            blob, sent = blockwise.encode_rows(ahead, self._codec(name))
             self.published_dense[name] = self.published_dense[name] + sent
             blobs[f"{name}{DENSE}.0"] = blob
         return blobs
@@ -421,20 +446,22 @@ class Master:
         return blobs
 
     def snapshot(self) -> dict[str, Tensor]:
-        """The bytes of the whole published model: every code and scale, dense parameters in fp32."""
+        """The bytes of the whole published model: every code and scale, dense parameters in fp32, and
+        constants, which only these bytes hold."""
         blobs: dict[str, Tensor] = {}
         for name, base in self.base.items():
             whole = changes.full(base)
             blobs |= {name + CODES: whole.codes, name + SCALES: whole.scales}
         for name, tensor in self.published_dense.items():
             blobs[name + DENSE], _ = blockwise.encode(tensor, "fp32")
-        return blobs
+        return blobs | {name + CONSTANT: constants.encode(t) for name, t in self.constants.items()}
 
     # Digests and state
 
     def base_digest(self) -> str:
         """Digest of what is published, which every worker must reach."""
-        return quantize.digest(tensors_of(self.base, self.published_dense).items())
+        published = tensors_of(self.base, self.published_dense)
+        return quantize.digest(published.items(), *self._constants_digests)
 
     def master_digest(self) -> str:
         """Digest of the bits of W and of the dense parameters: of each module's, in their order."""
@@ -442,23 +469,25 @@ class Master:
         return quantize.digest(sorted(self.dense.items()), *digests)
 
     def parameters(self, which: str) -> dict[str, Tensor]:
-        """Parameters of the plain model, by name: `published` (deq(Q)), `master` (W) or `ema`, its mean."""
-        if which == "master":
-            weights, dense = self.weights, self.dense
-        elif which == "ema":
-            weights = dense = self.ema.tensors
-        else:
+        """Parameters that are trained, and statistics, of the plain model, by name: `published` (deq(Q)),
+        `master` (W) or `ema`, its mean."""
+        if which == "published":
             weights = {name: quantize.dequantize(base) for name, base in self.base.items()}
             dense = self.published_dense
+        elif which == "ema":
+            weights, dense = self.ema.tensors, self.dense | self.ema.tensors
+        else:
+            weights, dense = self.weights, self.dense
         adapted = {spec.parameter: from_matrix(weights[name], spec) for name, spec in self.plan.adapted.items()}
         return adapted | {name: dense[name] for name in self.dense}
 
     @torch.no_grad()
     def fill(self, model: nn.Module, which: str) -> None:
-        """Copy these `parameters` into a plain model of the same names."""
-        parameters = dict(model.named_parameters())
+        """Copy these `parameters`, and constants, into a plain model of the same names."""
+        tensors = _named_tensors(model)
         for name, tensor in self.parameters(which).items():
-            parameters[name].copy_(tensor)
+            tensors[name].copy_(tensor)
+        constants.fill(tensors, self.constants)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold, as named groups of tensors.
@@ -468,6 +497,7 @@ class Master:
         return {
             "master": self.parameters("master"),
             "base": tensors_of(self.base, self.published_dense),
+            "constants": dict(self.constants),
             "momentum": {
                 name if kind == "momentum" else f"{name}/{kind}": tensor
                 for name, state in self.outer_state.items()
@@ -490,6 +520,8 @@ class Master:
             self.base[name] = replace(base, codes=codes, scales=scales)
         self.dense = {name: state["master"][name].clone() for name in self.dense}
         self.published_dense = {name: state["base"][name + DENSE].clone() for name in self.dense}
+        self.constants = {name: state["constants"][name].clone() for name in self.constants}
+        self._constants_digests = constants.digests(self.constants)
         self.outer_state = {}
         for key, tensor in state["momentum"].items():
             name, _, kind = key.partition("/")
@@ -499,3 +531,8 @@ class Master:
         for key, factor in state["merged"].items():
             worker_id, _, name = key.partition("/")
             self.merged.setdefault(worker_id, {})[name] = factor.clone()
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of a model."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -6,20 +6,57 @@ No socket and no clock: a trainer is a function of its batches and of the update
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lte import lowrank, optim, quantize, schedule
-from lte.compress import CODES, DENSE, SCALES, A, B, blockwise, changes, factors, tensors_of
-from lte.config import Recipe
+from lte.compress import (
+    CODES,
+    CONSTANT,
+    DENSE,
+    SCALES,
+    A,
+    B,
+    blockwise,
+    changes,
+    constants,
+    factors,
+    tensors_of,
+)
+from lte.config import Codec, Recipe
 from lte.errors import ConfigError, DigestError, DivergedError, WireError
-from lte.nn import Adapted, adapted_modules, dense_parameters, draw_A, draw_heads, recompute_activations
+from lte.nn import (
+    Adapted,
+    adapted_modules,
+    changing_buffers,
+    constant_tensors,
+    dense_parameters,
+    draw_A,
+    draw_heads,
+    recompute_activations,
+    statistics,
+)
 from lte.quantize import Quantized
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A version as the server published it, on the CPU.
+
+    Attributes:
+        bases: by module. averaged: dense parameters and statistics. constants: those that came with it.
+        constants_digests: see `compress.constants.digests`.
+    """
+
+    bases: Mapping[str, Quantized]
+    averaged: dict[str, Tensor]
+    constants: Mapping[str, Tensor]
+    constants_digests: tuple[str, ...]
 
 
 class Trainer:
@@ -61,15 +98,19 @@ class Trainer:
         # Local steps of heads that began, with empty moments, in the middle of the run; None of others.
         self._own_steps = 0 if version else None
         self.draw = self._draw_at(version)
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             materialize(model, torch.device("cpu"))
         self.modules: dict[str, Adapted] = dict(adapted_modules(model))
         self.heads = next((m.heads for m in self.modules.values()), 1)
         self.rank = max((m.rank for m in self.modules.values()), default=0)
         self.first_head = slot * recipe.lora.heads
         self.dense = dict(dense_parameters(model))
+        self._statistics = dict(statistics(model))
+        self._constants = {name: tensor for name, tensor, _ in constant_tensors(model)}
+        self._constants_digests: tuple[str, ...] = ()
         self._has_merged = False
-        self._published = {name: torch.zeros(p.shape) for name, p in self.dense.items()}
+        # Of the dense parameters, then of the statistics: in the order of digests.
+        self._published = {name: torch.zeros(t.shape) for name, t in self._averaged()}
         # What the last contribution came to at the server, and the A that it was sent with.
         self._sent: dict[str, Tensor] = {}
         self._sent_with: dict[str, Tensor] = {}
@@ -77,10 +118,10 @@ class Trainer:
         self._known_A: dict[str, Tensor] = {}
         # Squared norms of what the last merge dropped of heads that had moved on, and of what it took.
         self._lost_ahead = (0.0, 0.0)
-        self._load(*self._staged(base, base_digest, whole=True))
-        for name, parameter in self.dense.items():
+        self._load(self._staged(base, base_digest, whole=True))
+        for name, tensor in self._averaged():
             with torch.no_grad():
-                parameter.copy_(self._published[name])
+                tensor.copy_(self._published[name])
         draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
         if optimizer is None:
             self.optimizer = optim.make_optimizer(model, recipe.optimizer)
@@ -95,6 +136,11 @@ class Trainer:
         # Forward passes since the last local step: micro-batches have masks of their own.
         self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _averaged(self) -> Iterator[tuple[str, Tensor]]:
+        """The dense parameters, then the statistics, by name."""
+        yield from self.dense.items()
+        yield from self._statistics.items()
 
     # Local steps
 
@@ -162,15 +208,19 @@ class Trainer:
             if self.recipe.train.overlap:
                 self._sent_with[name] = module.lora_A.clone()
         self.lost = (left_out / total) ** 0.5 if total else 0.0
-        codec = self.recipe.compress.dense
-        for name, parameter in self.dense.items():
-            ahead = parameter.detach().cpu() - self._published[name]
-            blob, self._sent[name] = blockwise.encode_rows(ahead, codec)
+        for name, tensor in self._averaged():
+            ahead = tensor.detach().cpu() - self._published[name]
+            blob, self._sent[name] = blockwise.encode_rows(ahead, self._codec(name))
             yield name + DENSE, blob
 
+    def _codec(self, name: str) -> Codec:
+        """By which a dense parameter or statistic travels; see `Master`."""
+        return "fp32" if name in self._statistics else self.recipe.compress.dense
+
     def _check_finite(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        for name, tensor in (*trained, *self._statistics.items()):
+            if not bool(tensor.isfinite().all()):
                 raise DivergedError(
                     f"training diverged at local step {self.local_step} of version {self.version}: {name} is"
                     " not finite; lower optimizer.lr or optimizer.dense_lr"
@@ -212,7 +262,8 @@ class Trainer:
     def base_digest(self) -> str:
         """Digest of the base and the published dense parameters that this model holds."""
         bases = {name: module.base for name, module in self.modules.items()}
-        return quantize.digest(tensors_of(bases, self._published).items())
+        published = tensors_of(bases, self._published)
+        return quantize.digest(published.items(), *self._constants_digests)
 
     def merged_digest(self) -> str:
         """Digest of the factors that the server remembers of this worker."""
@@ -245,12 +296,9 @@ class Trainer:
         Raises:
             DigestError: the update does not lead to its digest; nothing was changed.
         """
-        bases, published = self._staged(blobs, base_digest, whole=whole)
-        self._take(bases, published, version, merged)
+        self._take(self._staged(blobs, base_digest, whole=whole), version, merged)
 
-    def _take(
-        self, bases: Mapping[str, Quantized], published: dict[str, Tensor], version: int, merged: bool
-    ) -> None:
+    def _take(self, published: _Published, version: int, merged: bool) -> None:
         for name, parameter in self.dense.items():
             # d <- d_new + (d - d_old - own merged part)
             ahead = parameter - self._published[name].to(parameter.device)
@@ -258,8 +306,11 @@ class Trainer:
                 ahead = ahead - self._sent[name].to(parameter.device)
                 if not self.recipe.compress.error_feedback:
                     ahead.zero_()
-            parameter.copy_(published[name].to(parameter.device) + ahead)
-        self._load(bases, published)
+            parameter.copy_(published.averaged[name].to(parameter.device) + ahead)
+        # Of statistics nothing is owed: they are no sums, and forward passes soon forget the old ones.
+        for name, statistic in self._statistics.items():
+            statistic.copy_(published.averaged[name])
+        self._load(published)
         self.version = version
         if self.round < version:
             self.round, self.local_step = version, 0
@@ -413,6 +464,7 @@ class Trainer:
             "optimizer": {},
         }
         tensors = {f"parameter/{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        tensors |= {f"buffer/{name}": buffer for name, buffer in changing_buffers(self.model)}
         groups = {"published": self._published, "sent": self._sent, "known": self._known_A}
         groups["sent_with"] = self._sent_with
         for group, some in groups.items():
@@ -458,12 +510,14 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[f"parameter/{name}"])
+        for name, buffer in changing_buffers(self.model):
+            buffer.copy_(tensors[f"buffer/{name}"])
 
         def group(kind: str) -> dict[str, Tensor]:
             return {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
 
         held_published = group("published")
-        self._published = {name: held_published[name] for name in self.dense}  # in the order of digests
+        self._published = {name: held_published[name] for name, _ in self._averaged()}
         self._sent, self._sent_with, self._known_A = group("sent"), group("sent_with"), group("known")
         for name, module in self.modules.items():
             if module.merged_A is not None and module.merged_B is not None:
@@ -488,16 +542,15 @@ class Trainer:
         self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])
         self._lost_ahead = (float(numbers["lost_ahead"][0]), float(numbers["lost_ahead"][1]))
         if version > self.version:
-            self._take({}, published, version, merged)
+            self._take(_Published({}, published, {}, self._constants_digests), version, merged)
 
     # The base
 
-    def _staged(
-        self, blobs: Mapping[str, Tensor], base_digest: str, *, whole: bool
-    ) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
-        """Bases and dense parameters of a version, on the CPU, complete and with the right digest."""
-        left, codec = dict(blobs), self.recipe.compress.dense
-        bases, published = dict[str, Quantized](), dict[str, Tensor]()
+    def _staged(self, blobs: Mapping[str, Tensor], base_digest: str, *, whole: bool) -> _Published:
+        """A version, complete and with the right digest."""
+        left = dict(blobs)
+        bases, published, found = dict[str, Quantized](), dict[str, Tensor](), dict[str, Tensor]()
+        digests = self._constants_digests
         try:
             for name, module in self.modules.items():
                 held = _on_cpu(module.base)
@@ -510,22 +563,28 @@ class Trainer:
                     published[name] = blockwise.decode(left.pop(name + DENSE), "fp32", shape)
                     continue
                 while (blob := left.pop(f"{name}{DENSE}.{k}", None)) is not None:
-                    now, k = now + blockwise.decode_rows(blob, codec, shape), k + 1
+                    now, k = now + blockwise.decode_rows(blob, self._codec(name), shape), k + 1
                 published[name] = now
+            if whole:
+                for name, tensor in self._constants.items():
+                    blob = left.pop(name + CONSTANT)
+                    found[name] = constants.decode(blob, tuple(tensor.shape), tensor.dtype)
+                digests = constants.digests(found)
         except (KeyError, WireError) as error:
             raise DigestError(f"what arrived of the server's version cannot be read ({error})") from None
         if left:
             raise DigestError(f"the server published what this model does not have ({next(iter(left))})")
-        if quantize.digest(tensors_of(bases, published).items()) != base_digest:
+        if quantize.digest(tensors_of(bases, published).items(), *digests) != base_digest:
             raise DigestError("what arrived of the server's version differs from what it published")
-        return bases, published
+        return _Published(bases, published, found, digests)
 
     @torch.no_grad()
-    def _load(self, bases: Mapping[str, Quantized], published: dict[str, Tensor]) -> None:
-        for name, base in bases.items():
+    def _load(self, published: _Published) -> None:
+        for name, base in published.bases.items():
             self.modules[name].codes.copy_(base.codes)
             self.modules[name].scales.copy_(base.scales)
-        self._published = published
+        constants.fill(self._constants, published.constants)
+        self._published, self._constants_digests = published.averaged, published.constants_digests
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -542,12 +601,12 @@ def _on_cpu(base: Quantized) -> Quantized:
 
 
 def materialize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model to a device, with memory for parameters that are on the meta device.
+    """Move a model to a device, with memory for parameters and buffers that are on the meta device.
 
-    Their contents are undefined until somebody fills them. In a converted model no weight (out, in)
-    is among them: the base took its place in `lte.convert`.
+    Parameters are undefined and buffers zero until somebody fills them. In a converted model no weight
+    (out, in) that is adapted is among them: the base took its place in `lte.convert`.
     """
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    made: dict[Tensor, Tensor] = {}  # what is tied stays one
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -555,6 +614,11 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
                     real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                     made[parameter] = nn.Parameter(real, requires_grad=parameter.requires_grad)
                 setattr(module, name, made[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                if buffer not in made:
+                    made[buffer] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+                setattr(module, name, made[buffer])
     return model.to(device)
 
 

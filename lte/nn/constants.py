@@ -1,0 +1,82 @@
+"""What of a model no gradient trains: constants, which the server sends once, and statistics.
+
+A rule by kinds, the same for a plain model and a converted one:
+
+* constants: frozen parameters, and buffers of whatever kind, persistent or not;
+* statistics: floating-point buffers of torch's norms that track them (`_NormBase`: `BatchNorm`,
+  `InstanceNorm`). Forward passes change them on each worker; they are averaged at merges;
+* counters: integer buffers of those (`num_batches_tracked`). They stay what they are on each machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lte.nn.adapted import Adapted
+
+HEADS = ("lora_A", "lora_B")
+"""Names of the parameters of `Adapted` that are heads."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor of the plain model that stays as it is.
+
+    Attributes:
+        persistent: whether a state dict of the model holds it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    persistent: bool
+
+
+def constant_tensors(
+    model: nn.Module, frozen: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, tensor and persistence of every constant, frozen parameters first, each in the model's order.
+
+    Args:
+        frozen: names of parameters that count as frozen though they ask for a gradient.
+    """
+    heads = {
+        f"{name}.{head}" for name, m in model.named_modules() if isinstance(m, Adapted) for head in HEADS
+    }
+    for name, parameter in model.named_parameters():
+        if (name in frozen or not parameter.requires_grad) and name not in heads:
+            yield name, parameter, True
+    for name, module, buffer in _buffers(model):
+        if not isinstance(module, _NormBase):
+            leaf = name.rpartition(".")[2]
+            yield name, buffer, leaf not in module._non_persistent_buffers_set
+
+
+def statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of every statistic, in the model's order."""
+    for name, module, buffer in _buffers(model):
+        if isinstance(module, _NormBase) and buffer.is_floating_point():
+            yield name, buffer
+
+
+def changing_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Statistics and counters: all buffers that training changes."""
+    for name, module, buffer in _buffers(model):
+        if isinstance(module, _NormBase):
+            yield name, buffer
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Every buffer once, with its module, but for those of bases and merged factors."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, Adapted):
+            continue
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{prefix}.{leaf}" if prefix else leaf, module, buffer

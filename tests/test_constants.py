@@ -1,0 +1,266 @@
+"""What no gradient trains: constants that the server sends once, and statistics that are averaged."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from simulation import Simulation, recipe
+from torch import nn
+from torch.nn import functional as F
+
+import lte
+from lte.compress import CONSTANT, constants
+from lte.errors import ConfigError, DigestError, WireError
+from lte.server import checkpoint
+from lte.server.master import Master
+from lte.worker.trainer import Trainer
+
+
+class Fixed(nn.Module):
+    """Constants of every sort around one layer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(seed)
+        self.layer, self.frozen = nn.Linear(6, 5), nn.Linear(6, 6)
+        self.frozen.requires_grad_(False)
+        self.coarse = nn.Parameter(torch.randn(3, generator=made).bfloat16(), requires_grad=False)
+        self.register_buffer("turns", torch.randn(4, generator=made).to(torch.complex64), persistent=False)
+        self.register_buffer("mask", torch.ones(3, 3).tril().bool())
+        self.register_buffer("positions", torch.arange(5).expand(2, -1))
+        self.register_buffer("gain", torch.tensor(2.0 + seed))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.frozen(x)) * self.gain
+
+
+NAMES = ["coarse", "frozen.weight", "frozen.bias", "turns", "mask", "positions", "gain"]
+
+
+class Net(nn.Module):
+    """A small net of convolutions with batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, groups=2),
+            nn.BatchNorm2d(8),
+            nn.Flatten(),
+            nn.Linear(72, 4),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+STATISTICS = [f"body.{k}.running_{what}" for k in (1, 4) for what in ("mean", "var")]
+
+
+def seeded(kind: type[nn.Module], seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind()
+
+
+def trainer_of(master: Master, model: nn.Module) -> Trainer:
+    settings = master.recipe
+    return Trainer(
+        lte.convert(model, settings.lora, settings.base.quant),
+        settings,
+        slot=0,
+        version=0,
+        base=master.snapshot(),
+        base_digest=master.base_digest(),
+    )
+
+
+def images(seed: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, 8, 8, generator=made) * 2 + 1, torch.randint(4, (size,), generator=made)
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+# Constants
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_a_worker_gets_the_servers_constants(on_meta: bool) -> None:
+    master = Master(seeded(Fixed), recipe())
+    assert list(master.plan.constants) == NAMES
+    assert [name for name, c in master.plan.constants.items() if not c.persistent] == ["turns"]
+    with torch.device("meta" if on_meta else "cpu"):
+        model = Fixed()
+    if not on_meta:
+        model.gain.fill_(7), model.coarse.data.fill_(7), model.frozen.weight.data.fill_(7)
+    trainer = trainer_of(master, model)
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in NAMES:
+        assert held[name].dtype == master.constants[name].dtype
+        assert torch.equal(held[name], master.constants[name]), name
+    assert trainer.base_digest() == master.base_digest()
+    assert lte.nn.plan_of(model) == master.plan
+
+
+def test_only_a_whole_snapshot_holds_constants_and_its_digest_covers_them() -> None:
+    simulation = Simulation(seeded(Fixed), recipe(), 2)
+    master, trainer = simulation.master, simulation.trainers[0]
+    assert {name for name in master.snapshot() if name.endswith(CONSTANT)} == {n + CONSTANT for n in NAMES}
+    digest = master.base_digest()
+    simulation.local_steps(lambda m, x: m(x).square().mean(), [[torch.randn(4, 6)]] * 2)
+    trainer.model.gain.fill_(9.0)  # what a model's own forward may do to its buffers
+    simulation.merge()
+    assert not any(name.endswith(CONSTANT) for name in master.publish_dense())
+    assert trainer.base_digest() == master.base_digest() != digest
+    assert trainer.model.gain == 9
+    snapshot = master.snapshot()
+    trainer.apply(2, snapshot, master.base_digest(), merged=False, whole=True)
+    assert trainer.model.gain == 2
+    for damaged in (
+        snapshot | {f"gain{CONSTANT}": constants.encode(torch.tensor(3.0))},
+        snapshot | {f"gain{CONSTANT}": constants.encode(torch.tensor([3.0, 3.0]))},
+        {name: blob for name, blob in snapshot.items() if name != f"mask{CONSTANT}"},
+    ):
+        with pytest.raises(DigestError):
+            trainer.apply(3, damaged, master.base_digest(), merged=False, whole=True)
+    assert trainer.model.gain == 2
+
+
+def test_a_checkpoint_brings_constants_back(tmp_path: Path) -> None:
+    master = Master(seeded(Fixed), recipe())
+    progress = checkpoint.Progress(version=0, tokens=0, master_digest="", base_digest=master.base_digest())
+    _, state = checkpoint.load(checkpoint.save(tmp_path, progress, master.state(), keep=None))
+    other = Master(seeded(lambda: Fixed(seed=1), 5), recipe())
+    assert other.base_digest() != master.base_digest()
+    other.load_state(state)
+    assert other.base_digest() == master.base_digest()
+    filled = seeded(lambda: Fixed(seed=2), 6)
+    other.fill(filled, "master")
+    x = torch.randn(4, 6)
+    expected = seeded(Fixed)
+    assert torch.allclose(filled(x), expected(x), atol=1e-6)
+    assert torch.equal(filled.turns, expected.turns)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 4),
+        torch.randn(3).to(torch.complex64),
+        torch.ones(5).bool(),
+        torch.tensor(3),
+        torch.ones(0),
+    ],
+)
+def test_a_constant_travels_to_the_bit(tensor: torch.Tensor) -> None:
+    blob, shape = constants.encode(tensor), tuple(tensor.shape)
+    unaligned = torch.cat([torch.zeros(1, dtype=torch.uint8), blob])[1:]
+    assert torch.equal(constants.decode(unaligned, shape, tensor.dtype), tensor)
+    for wrong in (torch.cat([blob, blob]), blob[:-1], torch.zeros(40, dtype=torch.uint8)):
+        if len(wrong) != len(blob):
+            with pytest.raises(WireError):
+                constants.decode(wrong, shape, tensor.dtype)
+
+
+def test_server_and_worker_must_agree_about_constants() -> None:
+    servers = lte.nn.plan(seeded(Fixed), lte.LoRA(rank=2), "int8").describe(lte.LoRA(rank=2))
+    model = seeded(Fixed)
+    model.mask = model.mask.float()
+    met = lte.nn.difference(lte.nn.describe(lte.convert(model, lte.LoRA(rank=2), "int8")), servers)
+    assert met == "mask is constant float32 3x3, on the server constant bool 3x3"
+    del model.gain
+    model.mask = model.mask.bool()
+    met = lte.nn.difference(lte.nn.describe(model), servers)
+    assert met == "gain is missing, on the server constant float32 scalar"
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("merge", ["reset-less", "reset-b"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"compress.dense": "int4"}, {"outer.name": "sgd", "outer.dense": True}]
+)
+def test_statistics_are_averaged(merge: str, settings: dict[str, object]) -> None:
+    """Exactly, whatever codec and outer optimizer the dense parameters have; counters stay local."""
+    changed = recipe(**{"lora.merge": merge, "base.quant": "nf4", "lora.heads": 2, **settings})
+    simulation = Simulation(seeded(Net), changed, 3)
+    master = simulation.master
+    assert list(master.plan.statistics) == STATISTICS
+    assert not master.plan.constants
+    assert master.plan.num_parameters == sum(p.numel() for p in seeded(Net).parameters())
+    for round_ in range(3):
+        data = [[images(100 * round_ + 10 * w + t) for t in range(2)] for w in range(3)]
+        simulation.local_steps(loss, data)
+        local = [copy.deepcopy(dict(t.model.named_buffers())) for t in simulation.trainers]
+        before = {name: master.dense[name].clone() for name in STATISTICS}
+        simulation.merge()
+        for name in STATISTICS:
+            mean = torch.stack([buffers[name].double() for buffers in local]).mean(0)
+            assert (before[name] - mean).abs().max() > 1e-2
+            assert (master.dense[name] - mean).abs().max() < 1e-5
+            for trainer in simulation.trainers:
+                held = dict(trainer.model.named_buffers())[name]
+                assert torch.equal(held, master.published_dense[name])
+                assert (held - mean).abs().max() < 1e-5
+    assert all(t.model.body[1].num_batches_tracked == 6 for t in simulation.trainers)
+    published = seeded(Net, 9).eval()
+    master.fill(published, "published")
+    x, _ = images(7)
+    assert torch.allclose(simulation.trainers[0].model.eval()(x), published(x), atol=1e-4)
+
+
+def test_statistics_of_a_worker_that_was_not_merged_are_dropped() -> None:
+    """Owed as a sum they could become negative: a variance that fell twice by what it fell once."""
+    simulation = Simulation(seeded(Net), recipe(), 2)
+    for round_ in range(4):
+        small = [(x * 1e-3, y) for x, y in (images(round_ * 10 + t) for t in range(8))]
+        simulation.local_steps(loss, [small, small])
+        simulation.merge(only=[0])
+        for trainer in simulation.trainers:
+            for name, buffer in trainer.model.named_buffers():
+                if name in STATISTICS:
+                    assert torch.equal(buffer, simulation.master.published_dense[name])
+                    assert not name.endswith("var") or buffer.min() > 0
+
+
+def test_a_worker_that_starts_again_has_its_statistics_and_counters() -> None:
+    simulation = Simulation(seeded(Net), recipe(), 1)
+    trainer = simulation.trainers[0]
+    simulation.local_steps(loss, [[images(t) for t in range(3)]])
+    tensors, numbers = trainer.state()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        model = Net()
+    again = trainer_of(simulation.master, model)
+    assert model.body[1].num_batches_tracked == 0
+    again.resume(tensors, numbers, merged=False)
+    for (name, mine), (_, theirs) in zip(model.named_buffers(), trainer.model.named_buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert model.body[1].num_batches_tracked == 3
+
+
+def test_a_bound_holds_statistics_of_one_worker_but_they_do_not_speak_for_it() -> None:
+    """One worker's variances are 1000 times as large: bounded there, and its heads count as ever."""
+    settings = recipe(**{"outer.bound_norm": 1.5, "train.workers": 4, "optimizer.lr": 0.05})
+    simulation = Simulation(seeded(Net), settings, 4)
+    simulation.local_steps(loss, [[images(w)] for w in range(4)])
+    poisoned = simulation.trainers[3].model.body[1].running_var
+    poisoned.mul_(1000)
+    most = max(float(t.model.body[1].running_var.max()) for t in simulation.trainers[:3])
+    simulation.merge()
+    assert float(simulation.master.dense["body.1.running_var"].max()) < 2 * most
+    assert simulation.outcome.bounded.get("w3", 1.0) > 0.5
+
+
+def test_statistics_must_be_float32() -> None:
+    model = seeded(Net)
+    model.body[1].running_var = model.body[1].running_var.double()
+    with pytest.raises(ConfigError, match=r"body\.1\.running_var: is float64"):
+        lte.convert(model, lte.LoRA(rank=2), "int8")
