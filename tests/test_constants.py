@@ -180,6 +180,50 @@ def test_server_and_worker_must_agree_about_constants() -> None:
     assert met == "gain is missing, on the server constant float32 scalar"
 
 
+# Frozen by a pattern
+
+
+def test_what_a_pattern_freezes_is_constant() -> None:
+    """Adapted weights and dense ones alike; server and worker agree, and it does not move."""
+    settings = recipe(**{"lora.freeze": ["body.6.*", "*.bias"], "optimizer.dense_lr": 0.1})
+    plain = seeded(Net)
+    simulation = Simulation(plain, settings, 1)
+    decided = simulation.master.plan
+    frozen = ["body.1.bias", "body.3.bias", "body.4.bias", "body.6.weight", "body.6.bias"]
+    assert list(decided.constants) == frozen
+    assert list(decided.adapted) == ["body.0", "body.3"]
+    assert list(decided.dense) == ["body.1.weight", "body.4.weight"]
+    model = simulation.trainers[0].model
+    assert lte.nn.plan_of(model) == decided
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    simulation.local_steps(loss, [[images(0), images(1)]])
+    simulation.merge()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("lora_B"):  # which a merge resets
+            assert torch.equal(parameter, before[name]) == (name in frozen), name
+    assert all(p.requires_grad for p in plain.parameters()), "the server's model is not changed"
+
+
+def test_a_tied_weight_is_frozen_by_any_of_its_names() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    decided = lte.nn.plan(model, lte.LoRA(rank=2, tied="adapted", freeze=("b.weight",)), "int8")
+    assert (list(decided.constants), list(decided.adapted)) == (["a.weight"], [])
+
+
+def test_a_pattern_that_freezes_nothing_or_all_is_a_fault() -> None:
+    def message(*freeze: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            lte.convert(seeded(Net), lte.LoRA(rank=2, freeze=freeze))
+        return str(error.value)
+
+    assert "lora.freeze: 'body.6.wight' matches no parameter, did you mean body.6.weight?" in message(
+        "body.6.wight", "*.bias"
+    )
+    assert "'xyz' matches no parameter; there are: body.0.weight, body.1.weight," in message("xyz")
+    assert message("*") == "lora.freeze: leaves nothing to train"
+
+
 # Statistics
 
 

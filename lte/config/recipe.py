@@ -170,6 +170,9 @@ class LoRA:
     tied: Literal["dense", "adapted"] = _doc(
         "dense", "a weight of several modules is trained densely; or gets heads, once, named for the first"
     )
+    freeze: tuple[str, ...] = _doc(
+        (), "patterns of parameters that are not trained at all, such as '*.bias'; they are sent once"
+    )
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
 
     def scale_of(self, rank: int) -> float:

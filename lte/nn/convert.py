@@ -10,7 +10,7 @@ from lte.config import Base, LoRA, Recipe, Train
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
 from lte.nn.kinds import kind_of, tied_to
-from lte.nn.plan import Plan, adapted_modules, dense_parameters, plan, settings_of
+from lte.nn.plan import Plan, adapted_modules, dense_parameters, frozen_parameters, plan, settings_of
 from lte.quantize import Quant
 
 
@@ -39,7 +39,10 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
         raise ConfigError(["this model is converted already"])
     if kind := kind_of(model):
         raise ConfigError([f"a bare {kind.called} has no parent to hold its heads; wrap it in a module"])
-    _replace(model, plan(model, lora, base), lora)
+    decided = plan(model, lora, base)
+    for name in frozen_parameters(model, lora):
+        model.get_parameter(name).requires_grad_(False)
+    _replace(model, decided, lora)
     draw_heads(model, lora, seed=seed, first_head=0, draw=0)
     return model
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -87,17 +88,19 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     Adapted are the weights of modules that can take heads (see `kinds`; of `nn.Embedding` those alone
     for which `lora.embeddings` asks and which are plain tables) where a pattern of `lora.modules` matches
     the site's name and none of `lora.exclude` does, unless the weight is frozen or shared with another
-    module (tied). Every other parameter that asks for a gradient is dense.
+    module (tied). Every other parameter that asks for a gradient is dense. Frozen are parameters that ask
+    for none, and those that a pattern of `lora.freeze` names.
 
     With `lora.tied` = adapted a weight of several modules gets heads once, if each of these can compute
     with them (see `kinds.can_share`). Its site has the name of the first of them, and `lora.embeddings`
     need not ask for it where one of them is no embedding.
 
     Raises:
-        ConfigError: a pattern or an override that matches no such module, or parameters to train
-            that are not fp32.
+        ConfigError: a pattern or an override that matches nothing, nothing to train, or parameters to
+            train that are not fp32.
     """
-    _check_dtypes(model)
+    frozen = frozen_parameters(model, lora)
+    _check_dtypes(model, frozen)
     sites = list(_sites(model, lora))
     _check_patterns(lora, [spec.name for spec, _, _ in sites])
     adapted = {
@@ -105,6 +108,7 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
         for spec, parameter, can_have_heads in sites
         if can_have_heads
         and parameter.requires_grad
+        and spec.parameter not in frozen
         and _matches(spec.name, lora.modules)
         and not _matches(spec.name, lora.exclude)
     }
@@ -112,9 +116,30 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     dense = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in taken
+        if parameter.requires_grad and name not in taken and name not in frozen
     }
-    return Plan(adapted, dense, quant, *_untrained(model))
+    if frozen and not adapted and not dense:
+        raise ConfigError(["lora.freeze: leaves nothing to train"])
+    return Plan(adapted, dense, quant, *_untrained(model, frozen))
+
+
+def frozen_parameters(model: nn.Module, lora: LoRA) -> frozenset[str]:
+    """The parameters that `lora.freeze` names, by whichever of their names, under their first one.
+
+    Raises:
+        ConfigError: a pattern that matches none.
+    """
+    every = dict(model.named_parameters(remove_duplicate=False))
+    faults = []
+    for pattern in lora.freeze:
+        if not any(fnmatchcase(name, pattern) for name in every):
+            nearest = difflib.get_close_matches(pattern, every, n=1, cutoff=0.5)
+            hint = f", did you mean {nearest[0]}?" if nearest else f"; there are: {_some(every)}"
+            faults.append(f"lora.freeze: {pattern!r} matches no parameter{hint}")
+    if faults:
+        raise ConfigError(faults)
+    matched = {id(parameter) for name, parameter in every.items() if _matches(name, lora.freeze)}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in matched)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -224,8 +249,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_dtypes(model: nn.Module) -> None:
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _check_dtypes(model: nn.Module, frozen: frozenset[str]) -> None:
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n not in frozen]
     for name, parameter in [*trained, *statistics(model)]:
         if parameter.dtype != torch.float32:
             raise ConfigError(
@@ -236,14 +261,19 @@ def _check_dtypes(model: nn.Module) -> None:
             )
 
 
+def _some(names: Iterable[str]) -> str:
+    """A few names, for a fault."""
+    first = list(names)[:7]
+    return ", ".join([*first[:6], *(["..."] if len(first) > 6 else [])]) or "none"
+
+
 def _check_patterns(lora: LoRA, names: list[str]) -> None:
     named = [("lora.modules", p) for p in lora.modules]
     named += [("lora.exclude", p) for p in lora.exclude]
     named += [("lora.overrides", o.modules) for o in lora.overrides]
     off = "" if lora.embeddings else " (embeddings do with lora.embeddings=true)"
-    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     faults = [
-        f"{key}: {pattern!r} matches nothing that takes heads{off}; there are: {shown or 'none'}"
+        f"{key}: {pattern!r} matches nothing that takes heads{off}; there are: {_some(names)}"
         for key, pattern in named
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names)
     ]
