@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from launch import local
-from lte import __version__, config, cost, language, report, signals, status
+from lte import __version__, config, cost, inventory, language, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_generate(commands)
     _add_plan(commands)
+    _add_convert(commands)
     _add_data(commands)
     _add_keys(commands)
     return parser
@@ -534,6 +535,42 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(cost.to_dict(found), indent=2))
     else:
         Console(width=max(80, Console().width)).print(cost.to_text(found))
+    return 0
+
+
+# convert
+
+
+def _add_convert(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "convert",
+        "tell what of a recipe's model gets heads, and what becomes of the rest",
+        "examples:\n"
+        "  lte convert configs/quickstart.yaml --dry-run\n"
+        "  lte convert configs/quickstart.yaml lora.embeddings=true lora.rank=8 --dry-run --json\n\n"
+        "Which it is: lora.modules, exclude, embeddings, tied, freeze, overrides (lte train --help).",
+    )
+    _add_recipe(command)
+    command.add_argument("--dry-run", action="store_true", help="print the table, and do nothing else")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    if not arguments.dry_run:
+        raise UserError(
+            "convert: there is nothing to write, as servers and workers convert the model themselves; give"
+            " --dry-run for the table, or use 'lte train'"
+        )
+    recipe = config.load(arguments.config, arguments.overrides)
+    found = inventory.take(cost.plan_of(recipe), recipe)
+    if arguments.json:
+        print(json.dumps(inventory.to_dict(found), indent=2))
+    else:
+        text, console = inventory.to_text(found), Console()
+        widest = console.measure(text, options=console.options.update(width=1000)).maximum
+        Console(width=max(widest, console.width)).print(text)  # names are worth no cutting
     return 0
 
 

@@ -935,6 +935,7 @@ def test_mistakes_in_processes_of_their_own(family: Family, folder: Path) -> Non
         "rollback",
         "eval",
         "generate",
+        "convert",
         "data",
         "data pack",
     ],

@@ -37,6 +37,7 @@ FLOORS = [
     "worker",
     "language",
     "cost",
+    "inventory",
     "report",
     "launch",
     "cli",

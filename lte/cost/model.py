@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from lte import quantize
 from lte.compress import factors
-from lte.config import Recipe
+from lte.config import Optimizer, Recipe
 from lte.cost.links import Site
 from lte.models import build
 from lte.nn import Plan, plan
@@ -317,7 +317,13 @@ def _step_s(site: Site, rates: Rates) -> float:
 
 
 _MOMENTS_BYTES = {"adamw": 8, "sgd": 4, "muon": 4, "adamw8bit": 2, "paged-adamw8bit": 2}
-"""Of each trained element."""
+
+
+def moments_bytes(optimizer: Optimizer) -> int:
+    """Bytes that an optimizer keeps for each number that it trains."""
+    if optimizer.name == "sgd" and not optimizer.momentum:
+        return 0
+    return _MOMENTS_BYTES[optimizer.name]
 
 
 def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
@@ -326,10 +332,7 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     factors_held = size.held_A + size.held_B
     given_A = 0 if lora.A == "trained" else size.held_A
     trained = factors_held - given_A
-    optimizer = recipe.optimizer
-    moments_bytes = (
-        0 if optimizer.name == "sgd" and not optimizer.momentum else _MOMENTS_BYTES[optimizer.name]
-    )
+    states_bytes = 8 + moments_bytes(recipe.optimizer)
     known_A = size.held_A if factors.remembers_A(recipe) else 0
     merged = factors_held if lora.merge == "reset-less" else known_A
     sent_with = size.held_A if recipe.train.overlap else 0
@@ -337,9 +340,9 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     stepped = size.adapted + (size.dense if outer.dense else 0)
     worker = {
         "base": size.base_bytes,
-        "heads, gradients, moments": (8 + moments_bytes) * trained + 4 * given_A,
+        "heads, gradients, moments": states_bytes * trained + 4 * given_A,
         "factors the server knows": 4 * merged,
-        "dense, gradients, moments": (8 + moments_bytes) * size.dense,
+        "dense, gradients, moments": states_bytes * size.dense,
         "published dense": 4 * size.dense,
         "contribution in flight": 4 * (trained + size.dense + sent_with),
         "update, staged": size.snapshot_bytes,

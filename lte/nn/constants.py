@@ -28,18 +28,19 @@ class Constant:
     """A tensor of the plain model that stays as it is.
 
     Attributes:
-        persistent: whether a state dict of the model holds it.
+        is_buffer: it is no frozen parameter. persistent: whether a state dict of the model holds it.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_buffer: bool
     persistent: bool
 
 
 def constant_tensors(
     model: nn.Module, frozen: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor and persistence of every constant, frozen parameters first, each in the model's order.
+) -> Iterator[tuple[str, Tensor, Constant]]:
+    """Every constant with its name and tensor, frozen parameters first, each in the model's order.
 
     Args:
         frozen: names of parameters that count as frozen though they ask for a gradient.
@@ -49,11 +50,11 @@ def constant_tensors(
     }
     for name, parameter in model.named_parameters():
         if (name in frozen or not parameter.requires_grad) and name not in heads:
-            yield name, parameter, True
+            yield name, parameter, Constant(tuple(parameter.shape), parameter.dtype, False, True)
     for name, module, buffer in _buffers(model):
         if not isinstance(module, _NormBase):
-            leaf = name.rpartition(".")[2]
-            yield name, buffer, leaf not in module._non_persistent_buffers_set
+            persistent = name.rpartition(".")[2] not in module._non_persistent_buffers_set
+            yield name, buffer, Constant(tuple(buffer.shape), buffer.dtype, True, persistent)
 
 
 def statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

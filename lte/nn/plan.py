@@ -156,10 +156,7 @@ def _untrained(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Constant]]:
     """Statistics and constants of a model."""
     found = {name: tuple(buffer.shape) for name, buffer in statistics(model)}
-    return found, {
-        name: Constant(tuple(tensor.shape), tensor.dtype, persistent)
-        for name, tensor, persistent in constant_tensors(model, frozen)
-    }
+    return found, {name: constant for name, _, constant in constant_tensors(model, frozen)}
 
 
 def lora_of(model: nn.Module) -> LoRA:
