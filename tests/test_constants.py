@@ -1,6 +1,7 @@
 """What no gradient trains: constants that the server sends once, and statistics that are averaged."""
 
 import copy
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import lte
+from lte import config
 from lte.compress import CONSTANT, constants
+from lte.config import Recipe
 from lte.errors import ConfigError, DigestError, WireError
 from lte.server import checkpoint
 from lte.server.master import Master
@@ -308,3 +311,75 @@ def test_statistics_must_be_float32() -> None:
     model.body[1].running_var = model.body[1].running_var.double()
     with pytest.raises(ConfigError, match=r"body\.1\.running_var: is float64"):
         lte.convert(model, lte.LoRA(rank=2), "int8")
+
+
+# A server and library users
+
+
+class Shifted(Net):
+    """With a constant that no state dict holds."""
+
+    def __init__(self, mean: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((3, 1, 1), mean), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - self.mean)
+
+
+def serve(folder: Path, rounds: int, mean: float) -> dict[str, torch.Tensor]:
+    """Train with two workers, whose models are on the meta device; what the master has in the end."""
+    settings = config.replace(
+        Recipe(),
+        **{
+            "run.dir": str(folder),
+            "server.address": f"inprocess://constants-{rounds}",
+            "train.rounds": rounds,
+            "train.local_steps": 2,
+            "train.workers": 2,
+            "lora.rank": 4,
+            "lora.freeze": ["body.6.bias"],
+            "worker.heartbeat_s": 0.02,
+        },
+    )
+    failures: list[BaseException] = []
+    met: list[float] = []
+
+    def train(worker_id: str) -> None:
+        try:
+            with torch.device("meta"):
+                model = Shifted(mean=-1.0)
+            model = lte.convert(model, settings.lora)
+            with lte.Worker(model, server.address, worker_id=worker_id) as worker:
+                met.append(float(model.mean[0]))
+                while not worker.done:
+                    given = loss(model, images(worker.step_index))
+                    given.backward()
+                    worker.step(given)
+        except BaseException as error:
+            failures.append(error)
+
+    with lte.Server(seeded(lambda: Shifted(mean)), settings, display=False) as server:
+        workers = [threading.Thread(target=train, args=(name,)) for name in ("a", "b")]
+        for thread in workers:
+            thread.start()
+        server.serve()
+        for thread in workers:
+            thread.join(30)
+        assert failures == []
+        assert server.finished
+        assert len(met) == 2
+        assert set(met) == {float(server.master.constants["mean"][0])}
+        return server.master.parameters("master") | server.master.constants
+
+
+def test_a_run_with_norms_and_buffers_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """Its constants, too, are the run's, not those of whoever goes on with it."""
+    first = serve(tmp_path, 2, mean=1.5)
+    then = serve(tmp_path, 4, mean=0.25)
+    assert float(first["mean"][0]) == float(then["mean"][0]) == 1.5
+    for name in ("body.1.running_mean", "body.1.running_var", "body.0.weight", "body.1.weight"):
+        assert not torch.equal(first[name], then[name]), name
+    start = dict(seeded(Net).named_parameters())
+    assert torch.equal(first["body.6.bias"], start["body.6.bias"])
+    assert torch.equal(then["body.6.bias"], start["body.6.bias"])
