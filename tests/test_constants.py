@@ -232,7 +232,8 @@ def test_a_pattern_that_freezes_nothing_or_all_is_a_fault() -> None:
 
 @pytest.mark.parametrize("merge", ["reset-less", "reset-b"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"compress.dense": "int4"}, {"outer.name": "sgd", "outer.dense": True}]
+    "settings",
+    [{}, {"compress.dense": "int4"}, {"outer.name": "sgd", "outer.momentum": 0.9, "outer.dense": True}],
 )
 def test_statistics_are_averaged(merge: str, settings: dict[str, object]) -> None:
     """Exactly, whatever codec and outer optimizer the dense parameters have; counters stay local."""

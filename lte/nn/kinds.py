@@ -17,6 +17,9 @@ from lte.nn.linear import LoRALinear, TiedLinear
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant
 
+_FORWARDS = ("forward", "_conv_forward")
+"""Methods in which the kinds below compute what they compute."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -66,9 +69,6 @@ def is_a(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._buffers
         and not module._modules
     )
-
-
-_FORWARDS = ("forward", "_conv_forward")
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -55,5 +55,4 @@ def to_matrix(plain: Tensor, spec: HeadSpec) -> Tensor:
 def from_matrix(matrix: Tensor, spec: HeadSpec) -> Tensor:
     """The plain parameter that this matrix (out, in) is; undoes `to_matrix`."""
     assert tuple(matrix.shape) == spec.shape
-    plain = matrix.mT.contiguous() if spec.transposed else matrix.view(spec.plain_shape)
-    return plain
+    return matrix.mT.contiguous() if spec.transposed else matrix.view(spec.plain_shape)
