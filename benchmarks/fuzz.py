@@ -42,7 +42,7 @@ from torch import nn
 from watched import Watched
 
 from launch import local
-from lte import config, language, quantize, wire
+from lte import config, quantize, recipes, wire
 from lte.compress import DENSE, blockwise, changes, factors
 from lte.config import Recipe
 from lte.data import pack
@@ -652,7 +652,7 @@ class Episode:
         outcome.digest = str(lines[-1].get("master_digest", ""))
         # The folder is what a next server goes on from: the checkpoint and the journal agree.
         recipe = config.load(self.run / "config.yaml")
-        master = Master(language.initial_model(recipe), recipe)
+        master = Master(recipes.initial_model(recipe), recipe)
         found = recovery.recover(self.run, master)
         outcome.faults += found.faults
         if outcome.digest and found.progress.master_digest != outcome.digest:
@@ -691,7 +691,7 @@ def live(name: str, num_frames: int, chance: random.Random, folder: Path, shards
         if outcome.records_bytes > RECORDS_BYTES:
             faults.append(f"{outcome.records_bytes:,} bytes of records")
     recipe = config.replace(Recipe(), **settings)
-    master = Master(language.initial_model(recipe), recipe)
+    master = Master(recipes.initial_model(recipe), recipe)
     staged = 2 * sum(master.max_contribution(1, RANK).values())
     whole = sum(blob.numel() for blob in master.snapshot().values())
     waiting = max((each.waiting_bytes for each in episodes), default=0)

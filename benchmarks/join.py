@@ -15,18 +15,18 @@ import argparse
 import copy
 from dataclasses import dataclass
 from statistics import mean
-from typing import cast
 
 import torch
 from runs import header, row
 
-from lte import config, language
+from lte import config, recipes
 from lte.compress import CODES, SCALES, factors
 from lte.config import Recipe
 from lte.data import TrainingStream
-from lte.models import GPT, build
+from lte.models import build
 from lte.nn import convert
 from lte.server.master import Master, Received
+from lte.tasks import task_of
 from lte.worker.trainer import Trainer, materialize
 
 WORKERS, JOINERS = 2, 2
@@ -75,7 +75,7 @@ class Run:
         for slot, trainer in enumerate(self.trainers):
             for step in range(self.recipe.train.local_steps):
                 batch = streams[slot].batch(self.version * self.recipe.train.local_steps + step)
-                cast(GPT, trainer.model).loss(batch).backward()  # type: ignore[no-untyped-call]
+                task_of(self.recipe).loss(trainer.model, batch).backward()  # type: ignore[no-untyped-call]
                 trainer.step()
             norms.append(norm(trainer))
             worker_id, heads, rank = f"w{slot}", trainer.heads, trainer.rank
@@ -96,7 +96,7 @@ class Run:
         """Of the published model."""
         model = materialize(build(self.recipe.model), torch.device("cpu")).eval()
         self.master.fill(model, "published")
-        return language.evaluator(self.recipe)(model, self.recipe.eval.tokens) or 0.0
+        return task_of(self.recipe).evaluate(model, self.recipe.eval.tokens).loss or 0.0
 
 
 def norm(trainer: Trainer) -> float:
@@ -124,7 +124,7 @@ def measure(recipe: Recipe, warmups: list[int]) -> dict[str, tuple[list[float], 
         )
         for worker in range(WORKERS + JOINERS)
     ]
-    run = Run(recipe, Master(language.initial_model(recipe), recipe), [])
+    run = Run(recipe, Master(recipes.initial_model(recipe), recipe), [])
     for _ in range(WORKERS):
         run.join()
     joined = 2 * recipe.train.rounds // 5

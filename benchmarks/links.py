@@ -39,7 +39,9 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from lte import config, cost, language
+from lte import config, cost, recipes
+from lte.config import Recipe
+from lte.tasks import task_of
 from lte.track import METRICS, Records
 
 RUNS = Path("runs/links")
@@ -292,9 +294,9 @@ def ddp_process(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     recipe = config.load(RECIPE, arguments.overrides)
     distributed.init_process_group("gloo", rank=arguments.ddp_rank, world_size=WORKERS)
-    model = language.initial_model(recipe)
+    model = recipes.initial_model(recipe)
     # All start from one seed: broadcasting the model would take minutes on these links.
-    wrapped = DistributedDataParallel(_Loss(model), init_sync=False)
+    wrapped = DistributedDataParallel(_Loss(model, recipe), init_sync=False)
     wrapped.register_comm_hook(None, lambda _, bucket: in_bf16(bucket.buffer()))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     shape = (recipe.train.batch_size, recipe.model.context_tokens + 1)
@@ -338,12 +340,12 @@ def in_bf16(gradients: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
 class _Loss(torch.nn.Module):
     """DDP wraps what is called."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: torch.nn.Module, recipe: Recipe) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.task = model, task_of(recipe)
 
     def forward(self, sequences: torch.Tensor) -> Any:
-        return self.model.loss(sequences)
+        return self.task.loss(self.model, sequences)
 
 
 def _interface_bytes() -> tuple[int, int]:

@@ -37,6 +37,7 @@ from lte.errors import RunEnded
 from lte.models import build
 from lte.nn import convert
 from lte.server import journal
+from lte.tasks import task_of
 from lte.track import METRICS, Records
 from lte.worker.session import Session
 from lte.worker.trainer import Trainer, materialize
@@ -157,7 +158,7 @@ def encoded(session: Session) -> dict[str, torch.Tensor]:
     tokens = torch.randint(
         0, recipe.model.vocab_size, (4, recipe.model.context_tokens + 1), generator=generator
     )
-    model.loss(tokens).backward()
+    task_of(recipe).loss(model, tokens).backward()
     trainer.step()
     return dict(trainer.contribution())
 

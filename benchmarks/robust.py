@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from runs import header, records, row, shards_of
 
-from lte import config, language
+from lte import config, recipes
 from lte.compress import B
 from lte.errors import LTEError
 from lte.worker.trainer import Trainer
@@ -122,7 +122,7 @@ def train(folder: Path, attack: str, overrides: list[str]) -> list[dict[str, Any
 
         def work() -> None:
             with contextlib.suppress(LTEError):
-                language.work(server.address, say=lambda line: None)
+                recipes.work(server.address, say=lambda line: None)
             left.remove(threading.current_thread())
             if not left:
                 server.stop("nobody is left")
@@ -130,7 +130,7 @@ def train(folder: Path, attack: str, overrides: list[str]) -> list[dict[str, Any
         left: list[threading.Thread] = []
         with (
             patch("lte.worker.service.Trainer", trainer(attack)),
-            language.make_server(recipe, display=False) as server,
+            recipes.make_server(recipe, display=False) as server,
         ):
             threads = [threading.Thread(target=work) for _ in range(recipe.train.workers)]
             left += threads

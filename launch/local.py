@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from lte import language, signals
+from lte import recipes, signals
 from lte.config import Recipe
 from lte.errors import RunEnded, RunError
 from lte.track import METRICS, Records
@@ -254,7 +254,7 @@ def train_in_threads(recipe: Recipe) -> int:
     def work(address: str, worker_id: str) -> None:
         try:
             folder = Path(recipe.run.dir) / "workers" / worker_id
-            language.work(
+            recipes.work(
                 address, worker_id=worker_id, folder=folder, say=lambda line: None, began=workers.append
             )
         except RunEnded:
@@ -263,7 +263,7 @@ def train_in_threads(recipe: Recipe) -> int:
             failures.append(error)
             server.stop(str(error))
 
-    with language.make_server(recipe) as server:
+    with recipes.make_server(recipe) as server:
         if threading.current_thread() is threading.main_thread():
             server.stop_on_signals()
         threads = [

@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 
 from launch import local
-from lte import __version__, config, cost, inventory, language, report, signals, status
+from lte import __version__, config, cost, inventory, recipes, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
 from lte.server import rollback
 from lte.server.folder import is_complete
+from lte.tasks import Text, task_of
 from lte.transport import keys
 
 EXIT_USER_ERROR = 2
@@ -146,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
         code = local.train_in_threads(recipe)
         _conclude(recipe, finished=code == 0)
         return code
-    language.check_training_data(recipe)
+    task_of(recipe).check_run()
     return local.train_in_processes(recipe, [arguments.config, *arguments.overrides])
 
 
@@ -181,7 +182,7 @@ def _server(arguments: argparse.Namespace) -> int:
             os.write(arguments.announce, f"{address}\n".encode())
             os.close(arguments.announce)
 
-    with language.make_server(recipe, announce=announce, take_over=arguments.take_over) as server:
+    with recipes.make_server(recipe, announce=announce, take_over=arguments.take_over) as server:
         server.stop_on_signals()
         finished = server.serve()
     _conclude(recipe, finished, in_haste=server.stopped_by in (signal.SIGTERM, signal.SIGUSR1))
@@ -209,11 +210,11 @@ def _conclude(recipe: Recipe, finished: bool, *, in_haste: bool = False) -> None
     if report.outcome(folder).rounds and not in_haste:
         report.plot(folder)
     console.print(report.summary(folder))
-    if finished and recipe.eval.sample_tokens:
-        model, _, _ = language.load_run(folder)
-        text = language.sample(
+    task = task_of(recipe)
+    if finished and recipe.eval.sample_tokens and isinstance(task, Text):
+        model, _, _ = recipes.load_run(folder)
+        text = task.sample(
             model,
-            recipe,
             recipe.eval.prompt,
             recipe.eval.sample_tokens,
             temperature=0.8,
@@ -278,7 +279,7 @@ def _worker(arguments: argparse.Namespace) -> int:
     if arguments.state and not arguments.id:
         raise UserError("--state belongs to a worker of a name; give it one with --id NAME")
     recipe = config.load(arguments.config, arguments.overrides) if arguments.config else None
-    language.work(
+    recipes.work(
         arguments.server,
         worker_id=arguments.id,
         folder=arguments.state,
@@ -388,7 +389,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
     if arguments.version is None:
         Console().print(report.versions(folder, rollback.versions(folder)))
         return 0
-    done = language.roll_back(folder, arguments.version)
+    done = recipes.roll_back(folder, arguments.version)
     print(
         f"{folder}: back at version {done.version}; what came after, up to version {done.last}, is in"
         f" {done.aside}. 'lte train' or 'lte server' goes on from here, also with another optimizer.lr."
@@ -415,15 +416,16 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    average = [] if language.recipe_of(arguments.folder).outer.ema is None else ["ema"]
+    average = [] if recipes.recipe_of(arguments.folder).outer.ema is None else ["ema"]
     for which in ("published", "master", *average):
-        model, recipe, version = language.load_run(arguments.folder, which)
+        model, recipe, version = recipes.load_run(arguments.folder, which)
         if arguments.data:
             recipe = config.replace(recipe, **{"data.shards": arguments.data})
-        language.check_data(recipe)
+        task = task_of(recipe)
+        task.check()
         with torch.no_grad():
-            loss = language.evaluator(recipe)(model, arguments.tokens)
-        print(f"{which:<9}  version {version}  validation loss {loss:.4f} nats a token")
+            measured = task.evaluate(model, arguments.tokens)
+        print(f"{which:<9}  version {version}  validation loss {measured.loss:.4f} nats a {task.unit}")
     return 0
 
 
@@ -450,10 +452,12 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    model, recipe, _ = language.load_run(arguments.folder, arguments.weights)
-    text = language.sample(
+    model, recipe, _ = recipes.load_run(arguments.folder, arguments.weights)
+    task = task_of(recipe)
+    if not isinstance(task, Text):
+        raise UserError(f"{arguments.folder}: its model is not one of text; 'lte eval' measures it")
+    text = task.sample(
         model,
-        recipe,
         arguments.prompt,
         arguments.tokens,
         temperature=arguments.temperature,

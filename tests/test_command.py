@@ -21,7 +21,7 @@ import yaml
 from processes import DEADLINE_S, Command, Family, done, lines, saved_versions, versions
 
 from launch import local
-from lte import config, language, signals, transport, wire
+from lte import config, recipes, signals, transport, wire
 from lte.cli import main
 from lte.errors import RunEnded
 from lte.server.folder import LOCKS
@@ -638,7 +638,7 @@ def test_a_hand_run_server_that_waits_can_be_stopped(lte: Lte, family: Family, f
 
 def test_ctrl_c_of_a_hand_run_worker_leaves_the_others_training(family: Family, folder: Path) -> None:
     recipe = config.load(write_recipe(folder, **LONG))
-    with language.make_server(recipe, display=False) as server:
+    with recipes.make_server(recipe, display=False) as server:
         serving = threading.Thread(target=server.serve)
         serving.start()
         try:
@@ -662,13 +662,13 @@ def test_ctrl_c_of_a_hand_run_worker_leaves_the_others_training(family: Family, 
 def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Path) -> None:
     """A worker that joins at version 5 trains, although a sign of life follows the word at once."""
     recipe = config.from_dict(tree(server__address="inprocess://x", worker__heartbeat_s=0.01))
-    master = Master(language.initial_model(recipe), recipe)
+    master = Master(recipes.initial_model(recipe), recipe)
     endpoint = transport.bind(recipe.server.address, max_message_bytes=1 << 20)
     ended: list[RunEnded] = []
 
     def work() -> None:
         try:
-            language.work(recipe.server.address, say=lambda line: None)
+            recipes.work(recipe.server.address, say=lambda line: None)
         except RunEnded as end:
             ended.append(end)
 

@@ -16,6 +16,7 @@ from lte.config import Model
 from lte.errors import ConfigError
 from lte.models import GPT, build
 from lte.nn import LoRAEmbedding, LoRALinear
+from lte.tasks import Text
 
 ROWS = 30
 
@@ -301,16 +302,16 @@ def test_a_gpt_with_an_adapted_embedding_learns_and_publishes(quant: str) -> Non
             "optimizer.lr": 5e-3,
         }
     )
-    simulation = Simulation(gpt(), settings, 2)
+    simulation, task = Simulation(gpt(), settings, 2), Text(settings)
     tokens = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(0))
     model = simulation.trainers[0].model
-    start, before = simulation.master.weights["embedding"].clone(), model.eval().loss(tokens).item()
+    start, before = simulation.master.weights["embedding"].clone(), task.loss(model.eval(), tokens).item()
     for _ in range(2):
         for trainer in simulation.trainers:
             trainer.model.train()
-        simulation.local_steps(lambda m, batch: m.loss(batch), [[tokens] * 6] * 2)
+        simulation.local_steps(task.loss, [[tokens] * 6] * 2)
         simulation.merge()
-    assert model.eval().loss(tokens).item() < before - 0.5
+    assert task.loss(model.eval(), tokens).item() < before - 0.5
     published = gpt().eval()
     simulation.master.fill(published, "published")
     assert torch.allclose(published(tokens), model(tokens), atol=1e-4)

@@ -18,7 +18,8 @@ from lte.config import LoRA, Recipe
 from lte.errors import ConfigError
 from lte.nn import blocks, recompute_activations
 from lte.server.master import Master
-from lte.worker.trainer import Trainer, micro_batches
+from lte.tasks import micro_batches
+from lte.worker.trainer import Trainer
 
 
 class Deep(nn.Module):

@@ -15,7 +15,7 @@ from test_algorithm import Net, Regression, batches, mse, seeded
 from test_compress import whole
 
 import lte
-from lte import cli, config, language, lowrank
+from lte import cli, config, lowrank, recipes
 from lte.config import Recipe
 from lte.data import pack
 from lte.errors import ConfigError, LTEError, RefusedError
@@ -330,15 +330,15 @@ def test_a_worker_of_the_recipes_task_takes_its_own_rank_and_heads(tmp_path: Pat
         "eval.final_tokens": 64,
     }
     recipe = config.replace(Recipe(), **settings)
-    with language.make_server(recipe, display=False) as server:
+    with recipes.make_server(recipe, display=False) as server:
         thread = threading.Thread(target=server.serve)
         thread.start()
         with pytest.raises(
             ConfigError, match="--heads: 3 heads cannot share the recipe's batches of 8 equally"
         ):
-            language.work(server.address, heads=3)
+            recipes.work(server.address, heads=3)
         said: list[str] = []
-        language.work(server.address, rank=2, heads=2, recipe=recipe, say=said.append)
+        recipes.work(server.address, rank=2, heads=2, recipe=recipe, say=said.append)
         thread.join(30)
         assert said[-1].endswith("finished at version 2")
     joined = [line for line in Records.read(tmp_path / "run" / METRICS) if line.get("what") == "joined"]
@@ -349,7 +349,7 @@ def test_the_command_takes_rank_and_heads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given: dict[str, object] = {}
-    monkeypatch.setattr(language, "work", lambda address, **named: given.update(named))
+    monkeypatch.setattr(recipes, "work", lambda address, **named: given.update(named))
     assert cli.main(["worker", "--server", "tcp://h:1", "--rank", "8", "--heads", "2"]) == 0
     assert (given["rank"], given["heads"]) == (8, 2)
     assert cli.main(["worker", "--server", "tcp://h:1"]) == 0

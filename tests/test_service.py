@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from launch import local
 from lte import cli, config, language, wire
@@ -14,9 +15,11 @@ from lte.config import Recipe
 from lte.data import pack
 from lte.errors import RefusedError, RunError
 from lte.server import checkpoint, recovery, rounds
+from lte.server.evaluation import Measured
 from lte.server.intake import Intake
 from lte.server.master import Master
 from lte.server.service import Server
+from lte.tasks import Text
 from lte.track import METRICS, Records
 from lte.transport import Frames, Peer
 from lte.transport.inprocess import InprocessServer
@@ -63,6 +66,24 @@ def train(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> T
         return str(done["master_digest"])
 
     return run
+
+
+@pytest.mark.parametrize("evaluate", ["loss alone", "and more"])
+def test_what_an_evaluation_finds_beside_the_loss_is_recorded_of_both_weights(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, evaluate: str
+) -> None:
+    def measured(task: Text, model: nn.Module, max_tokens: int) -> Measured | float:
+        size = float(sum(parameter.abs().sum() for parameter in model.parameters()))
+        return Measured(2.0, {"size": size}) if evaluate == "and more" else 2.0
+
+    monkeypatch.setattr(Text, "evaluate", measured)
+    train(**{"eval.every": 5})
+    (line,) = [line for line in Records.read(next(tmp_path.glob("*")) / METRICS) if line["kind"] == "eval"]
+    assert line["loss"] == line["loss_master"] == 2.0
+    if evaluate == "and more":
+        assert line["size"] != line["size_master"], "each is of its own weights"
+    else:
+        assert "size" not in line
 
 
 class Lossy:

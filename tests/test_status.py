@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from test_wire import MESSAGES
 
-from lte import config, language, status, transport, wire
+from lte import config, recipes, status, transport, wire
 from lte.cli import main
 from lte.data import pack
 from lte.server import rounds
@@ -174,7 +174,7 @@ def serve(shards: Path, tmp_path: Path) -> Iterator[Serve]:
             "eval.final_tokens": 64,
             "server.address": "tcp://127.0.0.1:*",
         }
-        server = language.make_server(config.replace(config.Recipe(), **(small | settings)), display=False)
+        server = recipes.make_server(config.replace(config.Recipe(), **(small | settings)), display=False)
         thread = threading.Thread(target=server.serve)
         thread.start()
         running.append((server, thread))
@@ -197,7 +197,7 @@ def test_a_server_tells_how_its_run_is(serve: Serve, capsys: pytest.CaptureFixtu
     def ask(worker: object) -> None:  # in the worker's thread, before its first step
         asked.put(status.inquire(server.address))
 
-    language.work(server.address, worker_id="alice", say=lambda line: None, began=ask)
+    recipes.work(server.address, worker_id="alice", say=lambda line: None, began=ask)
     found = asked.get(timeout=0)
     assert (found.phase, found.version, found.num_members, found.num_gone) == ("collecting", 0, 1, 0)
     (alice,) = found.workers

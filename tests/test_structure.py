@@ -35,7 +35,8 @@ FLOORS = [
     "status",
     "server",
     "worker",
-    "language",
+    "tasks",
+    "recipes",
     "cost",
     "inventory",
     "report",
@@ -153,7 +154,7 @@ def test_every_module_has_a_floor_and_every_floor_a_module() -> None:
         ("lte.wire", "from lte import server", "lte.wire imports lte.server, which is above it"),
         ("lte.wire", "import lte.server.rounds", "lte.wire imports lte.server.rounds, which is above it"),
         ("lte.wire", "from lte import Server", "lte.wire imports lte, which is above it"),
-        ("lte.language", "from launch import local", "lte.language imports launch.local, which is above it"),
+        ("lte.tasks", "from launch import local", "lte.tasks imports launch.local, which is above it"),
         (
             "lte.wire",
             "if TYPE_CHECKING:\n    from lte.server import Server",

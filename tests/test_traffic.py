@@ -46,8 +46,8 @@ def closing(self):
     print(json.dumps({"tcp": count[1], "device": device}), flush=True)
     close(self)
 ZmqWorker.close = closing
-from lte import language
-language.work(f"tcp://{sys.argv[1]}:5555", wait_s=60, say=lambda line: None)
+from lte import recipes
+recipes.work(f"tcp://{sys.argv[1]}:5555", wait_s=60, say=lambda line: None)
 '''
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lte import config, language, optim
+from lte import config, optim, recipes
 from lte.compress import CODES, SCALES
 from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
@@ -22,6 +22,7 @@ from lte.models import build
 from lte.nn import convert, dense_parameters, draw_heads
 from lte.quantize import Quant
 from lte.server.master import Master, Received
+from lte.tasks import task_of
 from lte.track import METRICS, Records
 from lte.worker.trainer import Trainer, materialize
 
@@ -183,7 +184,7 @@ def _step_s(recipe: Recipe) -> float:
     """Median seconds of a local step of the recipe's model, its base all zeros."""
     torch.set_num_threads(recipe.worker.num_threads)
     model = convert(build(recipe.model), recipe.lora, recipe.base.quant)
-    materialize(model, language.device_of(recipe))
+    materialize(model, recipes.device_of(recipe))
     draw_heads(model, recipe.lora, seed=0, first_head=0, draw=0)
     with torch.no_grad():
         for _, parameter in dense_parameters(model):
@@ -201,7 +202,7 @@ def _step_s(recipe: Recipe) -> float:
 def _round_rates(recipe: Recipe) -> dict[str, float | None]:
     """Encoding to applying, of a model of this recipe and contributions of the same worker."""
     torch.set_num_threads(1)  # as the server does, whose layers are shared out among threads
-    master = Master(language.initial_model(recipe), recipe)
+    master = Master(recipes.initial_model(recipe), recipe)
     trainer = Trainer(
         convert(build(recipe.model), recipe.lora, recipe.base.quant),
         recipe,
@@ -255,8 +256,7 @@ def _round_rates(recipe: Recipe) -> dict[str, float | None]:
 def _loss(model: torch.nn.Module, recipe: Recipe) -> torch.Tensor:
     shape = (recipe.train.batch_size, recipe.model.context_tokens + 1)
     device = next(model.parameters()).device
-    loss: torch.Tensor = model.loss(torch.randint(recipe.model.vocab_size, shape, device=device))  # type: ignore[operator]
-    return loss
+    return task_of(recipe).loss(model, torch.randint(recipe.model.vocab_size, shape, device=device))
 
 
 @contextmanager

@@ -85,33 +85,6 @@ class GPT(nn.Module):
         logits: Tensor = self.output(self.norm(x_BTC))
         return logits
 
-    def loss(self, sequences: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats a token, of predicting sequences (B, T + 1) from the left."""
-        logits = self(sequences[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
-
-    @torch.no_grad()
-    def generate(
-        self, prompt: Tensor, num_tokens: int, *, temperature: float, generator: torch.Generator
-    ) -> Tensor:
-        """Continue a prompt (T,) by sampling.
-
-        Args:
-            num_tokens: how many to add. temperature: 0 takes the likeliest token each time.
-
-        Returns:
-            Tokens (T + num_tokens,).
-        """
-        tokens = prompt
-        for _ in range(num_tokens):
-            logits = self(tokens[None, -self.config.context_tokens :])[0, -1]
-            if temperature == 0:
-                token = logits.argmax(keepdim=True)
-            else:
-                token = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
-            tokens = torch.cat([tokens, token])
-        return tokens
-
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Normal weights of standard deviation 1/sqrt(in); residual outputs by 1/sqrt(2 layers) less.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,16 +12,27 @@ from torch import nn
 from lte.errors import StoppedError
 from lte.server.master import Master
 
-Evaluate = Callable[[nn.Module, int], float | None]
-"""(model in eval mode, most tokens to use or 0 for all) -> mean loss, or None where there is none."""
+
+class Measured(NamedTuple):
+    """Mean loss on validation data, or None where there is none to measure on, and what else is worth a
+    record, by name, such as `accuracy`."""
+
+    loss: float | None
+    extras: Mapping[str, float] = {}
+
+
+Evaluate = Callable[[nn.Module, int], Measured | float | None]
+"""(model in eval mode, most tokens to use or 0 for all) -> what was measured, or its mean loss alone."""
 
 
 class Losses(NamedTuple):
-    """Mean losses on validation data; None where there is none to measure on, or no average."""
+    """Mean losses of the published weights, the master and its average, None where there is nothing to
+    measure, and `NAME`, `NAME_master` and `NAME_ema` of what else was measured of them."""
 
     published: float | None
     master: float | None
     ema: float | None = None
+    extras: Mapping[str, float] = {}
 
 
 class Evaluation:
@@ -49,19 +60,25 @@ class Evaluation:
         """The losses on so many tokens, or on all for 0; None if told to stop meanwhile."""
         if self._evaluate is None:
             return Losses(None, None)
-        losses = []
+        measured = {}
         weights = ("published", "master", "ema") if self._master.ema.tensors else ("published", "master")
         torch.set_num_threads(self._num_threads)
         try:
             with self._given_up_when_stopped(), torch.no_grad():
                 for which in weights:
                     self._master.fill(self._model, which)
-                    losses.append(self._evaluate(self._model, max_tokens))
+                    found = self._evaluate(self._model, max_tokens)
+                    measured[which] = found if isinstance(found, Measured) else Measured(found)
         except StoppedError:
             return None
         finally:
             torch.set_num_threads(1)
-        return Losses(*losses)
+        extras = {
+            name if which == "published" else f"{name}_{which}": value
+            for which, found in measured.items()
+            for name, value in found.extras.items()
+        }
+        return Losses(**{which: found.loss for which, found in measured.items()}, extras=extras)
 
     @contextmanager
     def _given_up_when_stopped(self) -> Iterator[None]:

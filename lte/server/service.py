@@ -681,6 +681,7 @@ class Server:
                 loss=losses.published,
                 loss_master=losses.master,
                 **_of_average(losses),
+                **losses.extras,
             )
         return losses
 

@@ -620,17 +620,3 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
                     made[buffer] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
                 setattr(module, name, made[buffer])
     return model.to(device)
-
-
-def micro_batches(batch: Tensor, heads: int, num: int) -> Iterator[Tensor]:
-    """A batch in equal pieces, each with as much of every head's slice.
-
-    Args:
-        batch: (n, ...), of which heads take n / H samples each, in order. num: of pieces; divides n / H.
-
-    Yields:
-        (n / num, ...). The mean of their mean losses is the batch's.
-    """
-    by_head = batch.view(heads, num, -1, *batch.shape[1:])
-    for k in range(num):
-        yield by_head[:, k].flatten(0, 1)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from forks import fork
 
-from lte import config, language, signals
+from lte import config, recipes, signals
 from lte.config import Recipe
 from lte.data import pack
 from lte.server import journal, recovery
@@ -170,7 +170,7 @@ class Gate:
 
 def _serve(settings: Mapping[str, Any], take_over: bool, faults: Sequence[Script], log: Path) -> None:
     _begin(faults, log)
-    with language.make_server(config.replace(Recipe(), **settings), take_over=take_over) as server:
+    with recipes.make_server(config.replace(Recipe(), **settings), take_over=take_over) as server:
         server.stop_on_signals()
         raise SystemExit(0 if server.serve() else 3)
 
@@ -180,7 +180,7 @@ def _work(
 ) -> None:
     _begin(faults, log)
     try:
-        language.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S, **own)
+        recipes.work(address, worker_id=worker_id, folder=folder, wait_s=ENDS_WITHIN_S, **own)
     except signals.Ended as end:
         raise SystemExit(128 + end.number) from None
 
@@ -215,7 +215,7 @@ class Cluster:
         return self._start(_serve, settings, take_over, faults, self.folder / "server.log")
 
     def work(self, worker_id: str, *faults: Script, address: str = "", **own: Any) -> BaseProcess:
-        """Start a worker; `own`: its keys, or rank, as `language.work` takes them."""
+        """Start a worker; `own`: its keys, or rank, as `recipes.work` takes them."""
         log, state = self.folder / f"{worker_id}.log", self.state_of(worker_id)
         return self._start(_work, address or self.address, worker_id, own, state, faults, log)
 
@@ -309,7 +309,7 @@ def replayed(run: Path) -> str:
     later = shutil.ignore_patterns("version-*[1-9]*")
     shutil.copytree(run, copy, ignore=later)
     recipe = config.load(copy / "config.yaml")
-    master = Master(language.initial_model(recipe), recipe)
+    master = Master(recipes.initial_model(recipe), recipe)
     found = recovery.recover(copy, master)
     assert found.faults == []
     return master.master_digest()

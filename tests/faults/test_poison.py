@@ -12,7 +12,7 @@ import pytest
 import torch
 from cluster import ROUNDS, Cluster, audit
 
-from lte import config, language
+from lte import config, recipes
 from lte.data import pack
 from lte.server import checkpoint, recovery
 from lte.server.master import Master
@@ -93,7 +93,7 @@ def test_a_replay_finds_the_same_weights(poisoned: Cluster, tmp_path: Path) -> N
     for path in checkpoint.versions(run / "checkpoints")[1:]:
         shutil.rmtree(path)
     recipe = config.load(run / "config.yaml")
-    master = Master(language.initial_model(recipe), recipe)
+    master = Master(recipes.initial_model(recipe), recipe)
     found = recovery.recover(run, master)
     assert (found.progress.version, found.faults) == (ROUNDS, [])
     assert master.master_digest() == poisoned.master_digest()

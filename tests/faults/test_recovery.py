@@ -12,7 +12,7 @@ import pytest
 import torch
 from cluster import Cluster, EveryCheckpoint, Fault
 
-from lte import config, language, merge
+from lte import config, merge, recipes
 from lte.errors import RunError
 from lte.server import checkpoint, journal, recovery
 from lte.server.master import Master
@@ -46,7 +46,7 @@ def run(killed: Path, tmp_path: Path) -> Path:
 def recover(run: Path) -> Recover:
     def recover(**changed: object) -> tuple[recovery.Recovered, Master]:
         recipe = config.replace(config.load(run / "config.yaml"), **changed)
-        master = Master(language.initial_model(recipe), recipe)
+        master = Master(recipes.initial_model(recipe), recipe)
         return recovery.recover(run, master), master
 
     return recover

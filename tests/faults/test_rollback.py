@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cluster import ROUNDS, Cluster, EveryCheckpoint, Fault, audit
 
-from lte import config, language
+from lte import config, recipes
 from lte.cli import main
 from lte.errors import RunError
 from lte.server import checkpoint, journal, recovery, rollback
@@ -75,7 +75,7 @@ def test_a_run_that_went_back_and_on_is_the_undisturbed_one(
 ) -> None:
     """Bit for bit, where workers keep nothing of their own; the workers' old states are not gone on from."""
     run, digests = copied.run, merged_digests(copied.run)
-    done = language.roll_back(run, version)
+    done = recipes.roll_back(run, version)
     assert (done.version, done.last) == (version, ROUNDS)
     progress, _ = checkpoint.load(checkpoint.newest(run))
     assert (progress.version, progress.members) == (version, ())
@@ -96,7 +96,7 @@ def test_a_run_that_went_back_and_on_is_the_undisturbed_one(
 
 def test_nothing_is_deleted(copied: Cluster) -> None:
     run, before = copied.run, contents(copied.run)
-    aside = language.roll_back(run, 3).aside
+    aside = recipes.roll_back(run, 3).aside
     now = contents(run)
     moved = {name.removeprefix(f"{aside.name}/"): data for name, data in now.items()}
     for name, data in before.items():
@@ -114,12 +114,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_can_go_on_with_other_settings_and_back_again(copied: Cluster) -> None:
-    language.roll_back(copied.run, 3)
+    recipes.roll_back(copied.run, 3)
     assert rollback.versions(copied.run) == [0, 1, 2, 3]
     train(copied, **EXACT | {"optimizer__lr": 0.05})
     digests = merged_digests(copied.run)
     assert rollback.versions(copied.run) == list(range(ROUNDS + 1))
-    assert language.roll_back(copied.run, 5).aside.name == "rolled-back-2"
+    assert recipes.roll_back(copied.run, 5).aside.name == "rolled-back-2"
     progress, _ = checkpoint.load(checkpoint.newest(copied.run))
     assert progress.master_digest == digests[5], "of the branch that counts, not of the one before"
 
@@ -127,7 +127,7 @@ def test_it_can_go_on_with_other_settings_and_back_again(copied: Cluster) -> Non
 def test_no_incarnation_is_handed_out_twice(copied: Cluster) -> None:
     last, _ = checkpoint.load(checkpoint.newest(copied.run))
     generation = journal.read_generation(copied.run / journal.GENERATION)
-    language.roll_back(copied.run, 0)
+    recipes.roll_back(copied.run, 0)
     progress, _ = checkpoint.load(checkpoint.newest(copied.run))
     assert progress.next_incarnation == last.next_incarnation == 3
     assert {worker.worker_id for worker in progress.known} == {"a", "b"}
@@ -156,17 +156,17 @@ def test_a_rollback_that_is_interrupted_leaves_one_of_both_versions(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
         with pytest.raises(Killed):
-            language.roll_back(copied.run, 3)
+            recipes.roll_back(copied.run, 3)
     assert recovered(copied.run) in [(v, digests[v]) for v in (3, ROUNDS)]
     if recovered(copied.run)[0] != 3:
-        language.roll_back(copied.run, 3)
+        recipes.roll_back(copied.run, 3)
     assert recovered(copied.run) == (3, digests[3])
 
 
 def recovered(run: Path) -> tuple[int, str]:
     """The version that the next server would go on from, and its master's digest."""
     recipe = config.load(run / "config.yaml")
-    master = Master(language.initial_model(recipe), recipe)
+    master = Master(recipes.initial_model(recipe), recipe)
     return recovery.recover(run, master).progress.version, master.master_digest()
 
 
@@ -175,7 +175,7 @@ def test_workers_that_still_run_join_the_run_that_went_back_anew(cluster: Cluste
     kill = Fault("lte.server.publisher:Publisher.publish", call=5)
     workers = [cluster.work(name) for name in ("a", "b")]
     cluster.ended(cluster.serve(kill, **EXACT), -signal.SIGKILL)
-    language.roll_back(cluster.run, 3)
+    recipes.roll_back(cluster.run, 3)
     server = cluster.serve(**EXACT)
     for process in (server, *workers):
         cluster.ended(process, 0)
@@ -229,7 +229,7 @@ def test_a_version_that_cannot_be_made_again_changes_nothing(copied: Cluster) ->
     path.write_bytes(data)
     before = contents(run)
     with pytest.raises(RunError, match="damaged"):
-        language.roll_back(run, 5)
+        recipes.roll_back(run, 5)
     assert contents(run) == before
 
 

@@ -1,31 +1,24 @@
-"""The recipe's task, a language model on packed text: what its server, its workers and whoever uses
-the result afterwards do."""
+"""What the server and the workers of a recipe do, and whoever uses the result afterwards."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
 from lte import config, signals
 from lte.config import Recipe
-from lte.data import Index, TrainingStream, tokenizer, validation_batches
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
-from lte.models import GPT, build
 from lte.nn import convert, describe
 from lte.server import Server, checkpoint, rollback
-from lte.server.evaluation import Evaluate
 from lte.server.master import Master
+from lte.tasks import micro_batches, task_of
 from lte.worker import Worker
 from lte.worker.session import Session
-from lte.worker.trainer import materialize, micro_batches
-
-EVAL_BATCH = 32
-"""Sequences evaluated at a time."""
+from lte.worker.trainer import materialize
 
 
 def make_server(
@@ -38,13 +31,14 @@ def make_server(
     """A server that trains the recipe's model; see `lte.Server`.
 
     Raises:
-        DataError: the shards are missing or do not fit the model.
+        DataError: the data are missing or too few. ConfigError: they do not fit the model.
     """
-    check_training_data(recipe)
+    task = task_of(recipe)
+    task.check_run()
     return Server(
         lambda: initial_model(recipe),
         recipe,
-        evaluate=evaluator(recipe),
+        evaluate=task.evaluate,
         display=display,
         announce=announce,
         take_over=take_over,
@@ -105,7 +99,7 @@ def work(
                 )
             if shards is not None:
                 given = config.replace(given, **{"data.shards": shards})
-            check_data(given)
+            task_of(given).check()
             pieces = f", in {given.train.accumulate} pieces" if given.train.accumulate > 1 else ""
             if heads and given.train.batch_size % (heads * given.train.accumulate):
                 batch = f"the recipe's batches of {given.train.batch_size}{pieces}"
@@ -130,9 +124,9 @@ def _train(
         recipe: the server's, with this worker's own rank and heads.
     """
     torch.set_num_threads(recipe.worker.num_threads)
-    stream = _stream(recipe, session.welcome.slot)
-    device = device_of(recipe)
-    model = cast(GPT, materialize(_with_heads(recipe), device))
+    task, device = task_of(recipe), device_of(recipe)
+    stream = task.stream(session.welcome.slot)
+    model = materialize(_with_heads(recipe), device)
     worker, ended_by = Worker(model, session, say=say), list[int]()
 
     def stop(number: int) -> None:
@@ -143,14 +137,14 @@ def _train(
     with signals.told(stop):
         goes_on = not worker.done
         while goes_on:
-            sequences = stream.batch(worker.step_index).to(device)
+            batch = stream.batch(worker.step_index).to(device)
             total = torch.zeros((), device=device)
-            for part in micro_batches(sequences, recipe.lora.heads, recipe.train.accumulate):
+            for part in micro_batches(batch, recipe.lora.heads, recipe.train.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                    loss = model.loss(part) / recipe.train.accumulate
+                    loss = task.loss(model, part) / recipe.train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
-            goes_on = worker.step(total, tokens=sequences[:, 1:].numel())
+            goes_on = worker.step(total, tokens=task.num_tokens(batch))
     say(f"{worker.worker_id} {'finished' if worker.done else 'stopped'} at version {worker.version}")
     if session.num_damaged:
         say(f"{session.num_damaged} messages were damaged on their way, and dropped")
@@ -158,62 +152,15 @@ def _train(
         raise signals.Ended(ended_by[0])
 
 
-def initial_model(recipe: Recipe) -> GPT:
+def initial_model(recipe: Recipe) -> nn.Module:
     """The recipe's model with its initial weights, a function of `run.seed`."""
-    model = cast(GPT, materialize(build(recipe.model), torch.device("cpu")))
-    model.initialize(recipe.run.seed)
+    task = task_of(recipe)
+    model = materialize(task.build(), torch.device("cpu"))
+    task.initialize(model, recipe.run.seed)
     return model
 
 
-def evaluator(recipe: Recipe) -> Evaluate:
-    """Mean validation loss in nats a token, over at most so many tokens (0: all)."""
-
-    def evaluate(model: nn.Module, max_tokens: int) -> float:
-        total, count = 0.0, 0
-        for sequences in validation_batches(
-            recipe.data.shards,
-            context_tokens=recipe.model.context_tokens,
-            batch_size=EVAL_BATCH,
-            max_tokens=max_tokens,
-        ):
-            num_tokens = sequences[:, 1:].numel()
-            total += float(cast(GPT, model).loss(sequences)) * num_tokens
-            count += num_tokens
-        return total / count
-
-    return evaluate
-
-
-def check_data(recipe: Recipe) -> None:
-    """Refuse data that the recipe's model cannot read.
-
-    Raises:
-        DataError: no shards. ConfigError: tokens that the model does not know.
-    """
-    index = Index.load(Path(recipe.data.shards))
-    if index.vocab_size > recipe.model.vocab_size:
-        raise ConfigError(
-            [
-                f"model.vocab_size: {recipe.model.vocab_size} is less than the {index.vocab_size} tokens of"
-                f" {recipe.data.shards} ({index.tokenizer}); set model.vocab_size={index.vocab_size}"
-            ]
-        )
-
-
-def check_training_data(recipe: Recipe) -> None:
-    """Refuse data that the run could not be trained or evaluated on, before anything is started.
-
-    Raises:
-        DataError: no shards, or too little text. ConfigError: tokens that the model does not know.
-    """
-    check_data(recipe)
-    for worker in range(recipe.train.workers):
-        _stream(recipe, worker)
-    context_tokens = recipe.model.context_tokens
-    validation_batches(recipe.data.shards, context_tokens=context_tokens, batch_size=EVAL_BATCH)
-
-
-def load_run(folder: Path, which: str = "published") -> tuple[GPT, Recipe, int]:
+def load_run(folder: Path, which: str = "published") -> tuple[nn.Module, Recipe, int]:
     """A trained model from a run folder.
 
     Args:
@@ -253,30 +200,9 @@ def roll_back(folder: Path, version: int) -> rollback.RolledBack:
     return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
 
 
-def sample(model: GPT, recipe: Recipe, prompt: str, num_tokens: int, *, temperature: float, seed: int) -> str:
-    """The prompt and what the model writes after it."""
-    reader = tokenizer.load(Path(recipe.data.shards))
-    start = torch.as_tensor(reader.encode(prompt or "\n").astype("int64"))
-    generator = torch.Generator().manual_seed(seed)
-    tokens = model.generate(start, num_tokens, temperature=temperature, generator=generator)
-    return reader.decode(tokens.tolist())
-
-
-def _stream(recipe: Recipe, worker: int) -> TrainingStream:
-    """The training data of the worker in this slot."""
-    return TrainingStream(
-        recipe.data.shards,
-        context_tokens=recipe.model.context_tokens,
-        batch_size=recipe.train.batch_size,
-        seed=recipe.run.seed,
-        worker=worker,
-        num_workers=recipe.train.workers,
-    )
-
-
 def _with_heads(recipe: Recipe) -> nn.Module:
     """The recipe's model with heads; no weight (out, in) takes memory."""
-    return convert(build(recipe.model), recipe.lora, recipe.base.quant)
+    return convert(task_of(recipe).build(), recipe.lora, recipe.base.quant)
 
 
 def _of_own(recipe: Recipe, rank: int, heads: int) -> Recipe:

@@ -1,0 +1,18 @@
+"""What recipes train: model, loss, data and evaluation.
+
+base    the contract
+text    next tokens of packed text
+"""
+
+from __future__ import annotations
+
+from lte.config import Recipe
+from lte.tasks.base import AnyTask, Stream, Task, micro_batches
+from lte.tasks.text import Text
+
+__all__ = ["AnyTask", "Stream", "Task", "Text", "micro_batches", "task_of"]
+
+
+def task_of(recipe: Recipe) -> AnyTask:
+    """The task that a recipe names."""
+    return Text(recipe)
