@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
-import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import webdataset as wds  # type: ignore[import-untyped]
 
-from lte.data.shards import CHUNK_TOKENS, INDEX, Index, Shard, Tokens, storage
-from lte.data.tokenizer import TOKENIZER, BPETokenizer, Tokenizer, make, parse
+from lte.data.folder import INDEX, claim, publish, write_shard
+from lte.data.shards import CHUNK_TOKENS, Index, Shard, Tokens, storage
+from lte.data.tokenizer import BPETokenizer, Tokenizer, make, parse
 from lte.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -65,12 +63,7 @@ def pack(
         raise DataError(f"num_shards {num_shards}: must be at least 1")
     if missing := [str(path) for path in (*texts, *valid_texts) if not path.is_file()]:
         raise DataError(f"{', '.join(missing)}: no such text file; check the path")
-    if (out / INDEX).exists() and not force:
-        raise DataError(f"{out}: holds packed text already; choose another folder, or use --force")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be made a folder ({error.strerror}); choose another") from None
+    claim(out, force=force)
     with tempfile.TemporaryDirectory(dir=out, prefix=".packing-") as temporary:
         folder = Path(temporary)
         utf8 = tokenizer != "bytes"
@@ -98,7 +91,7 @@ def pack(
         if isinstance(reader, BPETokenizer):
             reader.save(folder)
         (folder / INDEX).write_bytes(index.dump())
-        _publish(folder, out)
+        publish(folder, out)
     return index
 
 
@@ -183,27 +176,15 @@ def _write_shards(
     shards = []
     for number in range(num_shards):
         name = f"{split}-{number:06d}"
-        path = folder / f"{name}.tar"
         part = tokens[number * len(tokens) // num_shards : (number + 1) * len(tokens) // num_shards]
-        num_bytes = 0
-        # mtime: the clock must not get into the file
-        with path.open("wb") as target, wds.TarWriter(target, encoder=False, mtime=0) as writer:
-            for start in range(0, len(part), CHUNK_TOKENS):
-                chunk = part[start : start + CHUNK_TOKENS]
-                key = f"{name}-{start // CHUNK_TOKENS:06d}"
-                writer.write({"__key__": key, extension: chunk.astype(stored).tobytes()})
-                num_bytes += reader.num_bytes(chunk)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        shards.append(Shard(file=path.name, num_tokens=len(part), num_bytes=num_bytes, sha256=sha256))
+        chunks = [part[start : start + CHUNK_TOKENS] for start in range(0, len(part), CHUNK_TOKENS)]
+        sha256 = write_shard(
+            folder / f"{name}.tar",
+            (
+                {"__key__": f"{name}-{k:06d}", extension: chunk.astype(stored).tobytes()}
+                for k, chunk in enumerate(chunks)
+            ),
+        )
+        num_bytes = sum(map(reader.num_bytes, chunks))
+        shards.append(Shard(file=f"{name}.tar", num_tokens=len(part), num_bytes=num_bytes, sha256=sha256))
     return tuple(shards)
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Move what was packed into its place, the index last."""
-    if (out / INDEX).exists():
-        (out / INDEX).unlink()  # first: without it the folder does not count as packed
-        for old in (*out.glob("train-*.tar"), *out.glob("valid-*.tar"), *out.glob(TOKENIZER)):
-            old.unlink()
-    for path in (*sorted(folder.glob("*.tar")), *folder.glob(TOKENIZER), folder / INDEX):
-        os.replace(path, out / path.name)

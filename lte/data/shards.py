@@ -7,7 +7,6 @@ or u32; `index.json`, written last; and `tokenizer.json`, if the tokenizer is no
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,14 +16,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import webdataset as wds  # type: ignore[import-untyped]
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
+from lte.data.folder import INDEX, Epochs, Part, cure, load_index, partition, permutation
+from lte.data.folder import read_shard as read_samples
 from lte.errors import DataError
 from lte.lowrank import generator_of
 
-INDEX = "index.json"
 CHUNK_TOKENS = 65_536
 """Tokens of a sample; the last sample of a shard may be shorter."""
 MIX_TOKENS = 1 << 26
@@ -79,27 +78,7 @@ class Index:
         Raises:
             DataError: nothing packed there, a damaged index, or missing shards.
         """
-        folder = Path(folder)
-        try:
-            index = _ADAPTER.validate_json((folder / INDEX).read_bytes())
-        except OSError:
-            raise DataError(
-                f"{folder}: no packed text (no {INDEX}); make it: lte data pack TEXT --out {folder}"
-            ) from None
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = "".join(f"{part}: " for part in fault["loc"])
-            raise DataError(
-                f"{folder / INDEX}: damaged, or of another version of lte ({where}{fault['msg']});"
-                f" {cure(folder)}"
-            ) from None
-        files = [shard.file for shard in index.train + index.valid]
-        if missing := [file for file in files if not (folder / file).is_file()]:
-            raise DataError(
-                f"{folder}: without {missing[0]} ({len(missing)} of {len(files)} shards are missing);"
-                f" {cure(folder)}"
-            )
-        return index
+        return load_index(Path(folder), _ADAPTER, "text")
 
     def dump(self) -> bytes:
         """The bytes of index.json."""
@@ -107,15 +86,6 @@ class Index:
 
 
 _ADAPTER: TypeAdapter[Index] = TypeAdapter(Index)
-
-
-def cure(folder: Path) -> str:
-    """What to do about a folder that is not as it was packed."""
-    return f"copy the folder again, or make it again: lte data pack TEXT --out {folder} --force"
-
-
-Part = tuple[Shard, range]
-"""A shard, and the numbers of those of its windows that a worker reads."""
 
 
 def storage(dtype: str | np.dtype[Any]) -> tuple[np.dtype[Any], str]:
@@ -130,46 +100,18 @@ def read_shard(folder: Path, dtype: str, shard: Shard) -> Tokens:
     Raises:
         DataError: the file is not the one that was packed.
     """
-    path = folder / shard.file
     stored, extension = storage(dtype)
-    try:
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
-                raise DataError(f"{path}: damaged (its sha256 is not {INDEX}'s); {cure(folder)}")
-            stream.seek(0)
-            # Not wds.WebDataset: it would read the path as a URL ("#" and "?" cut it), leave the file
-            # open, draw from Python's global generator, and refuse to work where RANK is set.
-            samples = wds.DataPipeline(
-                lambda: iter([{"url": shard.file, "stream": stream}]),
-                wds.tariterators.tar_file_expander,
-                wds.tariterators.group_by_keys,
-            )
-            tokens = np.concatenate([np.frombuffer(sample[extension], stored) for sample in samples])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {cure(folder)}") from None
+    samples = read_samples(folder, shard, "text")
+    tokens = np.concatenate([np.frombuffer(sample[extension], stored) for sample in samples])
     if len(tokens) != shard.num_tokens:
         raise DataError(
-            f"{path}: {len(tokens)} tokens instead of {INDEX}'s {shard.num_tokens}; {cure(folder)}"
+            f"{folder / shard.file}: {len(tokens)} tokens instead of {INDEX}'s {shard.num_tokens};"
+            f" {cure(folder)}"
         )
     return tokens
 
 
 # Training
-
-
-def partition(num_shards: int, worker: int, num_workers: int) -> list[tuple[int, int, int]]:
-    """A worker's part of the training data, as (shard, part, num_parts).
-
-    Of each shard listed the worker reads windows part, part + num_parts, ... With as many shards as
-    workers, or more, each worker has shards of its own; with fewer, several share one. Workers 0 to
-    num_workers - 1 have disjoint parts, which together are everything; one beyond them, who joined
-    late, shares the part of worker % num_workers.
-    """
-    worker %= num_workers
-    if num_shards >= num_workers:
-        return [(shard, 0, 1) for shard in range(worker, num_shards, num_workers)]
-    shard = worker % num_shards
-    return [(shard, worker // num_shards, len(range(shard, num_workers, num_shards)))]
 
 
 class TrainingStream:
@@ -210,21 +152,23 @@ class TrainingStream:
         index = Index.load(folder)
         self.context_tokens = context_tokens
         self.batch_size = batch_size
-        self._shards = [
+        parts = [
             (index.train[number], range(part, _grid(index.train[number], context_tokens), num_parts))
             for number, part, num_parts in partition(len(index.train), worker, num_workers)
         ]
-        for shard, windows in self._shards:
+        for shard, windows in parts:
             if not windows:
                 raise DataError(
                     f"{folder / shard.file}: {shard.num_tokens} tokens are too few for windows of"
                     f" {context_tokens} and {num_workers} workers; pack more text, or fewer shards, or"
                     " set a smaller model.context_tokens"
                 )
-        self.num_windows = sum(len(windows) for _, windows in self._shards)
+        self._epochs = Epochs(
+            parts, size=lambda shard: shard.num_tokens, most=MIX_TOKENS, seed=seed, worker=worker
+        )
+        self.num_windows = self._epochs.num_items
         """Windows of an epoch of this worker."""
         # Two orders: a batch may reach into the next group and the next epoch.
-        self._groups = lru_cache(2)(partial(_groups, tuple(self._shards), seed, worker))
         self._order = lru_cache(2)(partial(_order, context_tokens, seed, worker))
         self._tokens = lru_cache(1)(partial(_read_group, folder, index.dtype))
 
@@ -236,12 +180,7 @@ class TrainingStream:
 
     def _window(self, number: int) -> Tokens:
         """The worker's window `number`, counted over all epochs: (context_tokens + 1,)."""
-        epoch, place = divmod(number, self.num_windows)
-        for group in self._groups(epoch):
-            size = sum(len(windows) for _, windows in group)
-            if place < size:
-                break
-            place -= size
+        epoch, group, place = self._epochs.find(number)
         which, start = self._order(epoch, group)[place]
         tokens: Tokens = self._tokens(tuple(shard for shard, _ in group))[which]
         return tokens[start : start + self.context_tokens + 1]
@@ -252,27 +191,8 @@ def _grid(shard: Shard, context_tokens: int) -> int:
     return max(0, (shard.num_tokens - 1 - (context_tokens - 1)) // context_tokens)
 
 
-def _permutation(size: int, *seed: int | str) -> npt.NDArray[np.int64]:
-    order: npt.NDArray[np.int64] = torch.randperm(size, generator=generator_of("data", *seed)).numpy()
-    return order
-
-
-def _groups(parts: tuple[Part, ...], seed: int, worker: int, epoch: int) -> list[tuple[Part, ...]]:
-    """A worker's shards in the order of an epoch, cut into groups that are shuffled together."""
-    groups: list[tuple[Part, ...]] = []
-    room = 0
-    for number in _permutation(len(parts), seed, worker, epoch):
-        part = parts[number]
-        room -= part[0].num_tokens
-        if room < 0:
-            groups.append(())
-            room = MIX_TOKENS - part[0].num_tokens
-        groups[-1] += (part,)
-    return groups
-
-
 def _order(
-    context_tokens: int, seed: int, worker: int, epoch: int, group: tuple[Part, ...]
+    context_tokens: int, seed: int, worker: int, epoch: int, group: tuple[Part[Shard], ...]
 ) -> npt.NDArray[np.int64]:
     """Windows of a group in the order in which a worker reads them: (windows, 2), shard and first token."""
     windows = []
@@ -282,7 +202,7 @@ def _order(
         offset = int(torch.randint(context_tokens, (), generator=generator))
         starts = offset + context_tokens * np.array(numbers)
         windows.append(np.stack([np.full_like(starts, which), starts], axis=1))
-    order = _permutation(sum(map(len, windows)), seed, worker, epoch, group[0][0].file)
+    order = permutation(sum(map(len, windows)), seed, worker, epoch, group[0][0].file)
     return np.concatenate(windows)[order]
 
 

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lte.data.shards import INDEX, Index, Tokens, cure
+from lte.data.folder import INDEX, TOKENIZER, cure
+from lte.data.shards import Index, Tokens
 from lte.errors import DataError
-
-TOKENIZER = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
