@@ -20,7 +20,7 @@ from launch import local
 from lte import __version__, config, cost, inventory, recipes, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
-from lte.data import pack
+from lte.data import pack, pack_images
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
 from lte.server import rollback
 from lte.server.folder import is_complete
@@ -410,7 +410,7 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
     command.add_argument("--data", metavar="FOLDER", help="other shards than the run's")
     command.add_argument(
-        "--tokens", type=_whole, default=0, metavar="N", help="at most so many (default: all)"
+        "--tokens", type=_whole, default=0, metavar="N", help="at most so many, or images (default: all)"
     )
     command.set_defaults(run=_eval)
 
@@ -425,7 +425,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         task.check()
         with torch.no_grad():
             measured = task.evaluate(model, arguments.tokens)
-        print(f"{which:<9}  version {version}  validation loss {measured.loss:.4f} nats a {task.unit}")
+        extras = "".join(f"  {name} {value:.4f}" for name, value in measured.extras.items())
+        print(f"{which:<9}  version {version}  validation loss {measured.loss:.4f} {task.unit}{extras}")
     return 0
 
 
@@ -455,7 +456,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     model, recipe, _ = recipes.load_run(arguments.folder, arguments.weights)
     task = task_of(recipe)
     if not isinstance(task, Text):
-        raise UserError(f"{arguments.folder}: its model is not one of text; 'lte eval' measures it")
+        raise UserError(
+            f"{arguments.folder}: a model of {recipe.data.kind} writes no text; 'lte eval' measures it"
+        )
     text = task.sample(
         model,
         arguments.prompt,
@@ -613,6 +616,38 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="X",
         help="else the last X of the text (default: 0.1)",
     )
+    _add_shards(command)
+    command.set_defaults(run=_pack)
+
+    command = _command(
+        actions,
+        "pack-images",
+        "turn images and their classes into WebDataset shards",
+        "examples:\n"
+        "  lte data pack-images fashion-mnist --out data/fashion        idx-ubyte files, .gz too\n"
+        "  lte data pack-images cifar10.tar.gz --out data/cifar10       train/CLASS/*.png, test/CLASS/*.png\n"
+        "  lte train configs/vit-cifar10.yaml data.shards=data/cifar10",
+    )
+    command.add_argument(
+        "source",
+        type=Path,
+        metavar="IMAGES",
+        help="folder, or .tar(.gz) of one: a sub-folder of PNG or JPEG files a class, also in folders train"
+        " and test; or the files of MNIST",
+    )
+    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
+    command.add_argument(
+        "--valid-fraction",
+        type=_number,
+        default=0.1,
+        metavar="X",
+        help="of the images, for validation, where the source does not say which (default: 0.1)",
+    )
+    _add_shards(command)
+    command.set_defaults(run=_pack_images)
+
+
+def _add_shards(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shards",
         type=_count,
@@ -621,7 +656,6 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="training shards, at least one a worker (default: 16)",
     )
     command.add_argument("--force", action="store_true", help="replace shards that are there")
-    command.set_defaults(run=_pack)
 
 
 def _pack(arguments: argparse.Namespace) -> int:
@@ -636,6 +670,23 @@ def _pack(arguments: argparse.Namespace) -> int:
     )
     train, valid = (sum(s.num_tokens for s in shards) for shards in (index.train, index.valid))
     print(f"{arguments.out}: {train:,} training and {valid:,} validation tokens ({index.tokenizer})")
+    return 0
+
+
+def _pack_images(arguments: argparse.Namespace) -> int:
+    index = pack_images(
+        arguments.source,
+        arguments.out,
+        valid_fraction=arguments.valid_fraction,
+        num_shards=arguments.shards,
+        force=arguments.force,
+    )
+    train, valid = (sum(s.num_images for s in shards) for shards in (index.train, index.valid))
+    shape = f"{index.width}x{index.height} pixels, {index.channels} channel{'s' * (index.channels > 1)}"
+    print(
+        f"{arguments.out}: {train:,} training and {valid:,} validation images of {shape},"
+        f" {len(index.classes)} classes"
+    )
     return 0
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from lte import config, signals
 from lte.config import Recipe
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
+from lte.lowrank import seed_of
 from lte.nn import convert, describe
 from lte.server import Server, checkpoint, rollback
 from lte.server.master import Master
@@ -125,6 +126,9 @@ def _train(
     """
     torch.set_num_threads(recipe.worker.num_threads)
     task, device = task_of(recipe), device_of(recipe)
+    # What a model draws in its forward pass, such as dropout, is another's on every worker, and repeats
+    # itself where a worker has a process of its own.
+    torch.manual_seed(seed_of(recipe.run.seed, "forward", session.welcome.slot))
     stream = task.stream(session.welcome.slot)
     model = materialize(_with_heads(recipe), device)
     worker, ended_by = Worker(model, session, say=say), list[int]()

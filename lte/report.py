@@ -21,6 +21,7 @@ from rich.text import Text
 from lte.config import Recipe, load
 from lte.cost.model import DDP_BYTES
 from lte.errors import RunError
+from lte.tasks import task_of
 from lte.track import METRICS, Records, clock_text, loss_text
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ class Outcome:
     Attributes:
         rounds, tokens, time_s: done so far.
         uplink_bytes, downlink_bytes: of all rounds and workers.
-        loss, loss_master: nats a token, of the published model and the master, last evaluated.
+        tokens: images where the data are images.
+        loss, loss_master: mean nats, of the published model and the master, last evaluated.
+        accuracy, accuracy_master: share of the images that are classed right.
     """
 
     finished: bool
@@ -74,6 +77,8 @@ class Outcome:
     num_adapted_parameters: int | None
     loss: float | None
     loss_master: float | None
+    accuracy: float | None
+    accuracy_master: float | None
 
     @property
     def gap(self) -> float | None:
@@ -108,7 +113,7 @@ def outcome(folder: Path) -> Outcome:
             seen["downlink_bytes"] += line["downlink_bytes"]
             names = {"tokens", "time_s"}
         elif line["kind"] == "eval":
-            names = {"loss", "loss_master"}
+            names = {"loss", "loss_master", "accuracy", "accuracy_master"}
         elif line["kind"] == "event":  # one may tell the model's size before the end does
             names = {"num_parameters", "num_adapted_parameters"}
         elif line["kind"] == "diagnostics":
@@ -157,12 +162,14 @@ def summary(folder: Path) -> RenderableType:
     state = f"finished at {of}" if run.finished else f"stopped at {of}, or still running"
     rows = {
         "rounds": f"{run.rounds:,} of {_count(local_steps, 'local step')} each",
-        "tokens": f"{run.tokens:,}" + (f" ({run.tokens / run.time_s:,.0f}/s)" if run.time_s else ""),
+        recipe.data.counted: f"{run.tokens:,}"
+        + (f" ({run.tokens / run.time_s:,.0f}/s)" if run.time_s else ""),
         "time": clock_text(run.time_s),
         "workers": f"{run.workers} of {_count(heads, 'head')}, lora_rank {recipe.lora.rank},"
         f" {recipe.lora.merge}",
         "parameters": _parameters(run),
         "loss": _losses(run, recipe),
+        **_accuracies(run),
         "up": _bytes(run, run.uplink_bytes),
         "down": _bytes(run, run.downlink_bytes),
         "data-parallel": _against_ddp(run, local_steps),
@@ -193,6 +200,12 @@ def _losses(run: Outcome, recipe: Recipe) -> str:
     gap = "" if run.gap is None else f" (published {run.gap:+.2%})"
     published = f"{loss_text(run.loss)} published ({recipe.base.quant})"
     return f"{published}, {loss_text(run.loss_master)} master{gap}"
+
+
+def _accuracies(run: Outcome) -> dict[str, str]:
+    if run.accuracy is None or run.accuracy_master is None:
+        return {}
+    return {"accuracy": f"{run.accuracy:.2%} published, {run.accuracy_master:.2%} master"}
 
 
 def _bytes(run: Outcome, num_bytes: int) -> str:
@@ -235,8 +248,8 @@ def plot(folder: Path) -> Path:
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.86), w_pad=0.12, h_pad=0.08)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, rounds, evals, lambda line: line["tokens"])
-    left.set_xlabel("tokens trained on")
-    left.set_ylabel("loss (nats a token)")
+    left.set_xlabel(f"{recipe.data.counted} trained on")
+    left.set_ylabel(f"loss ({task_of(recipe).unit})")
     left.xaxis.set_major_formatter(EngFormatter())
     left.legend(frameon=False, loc="upper right")
 

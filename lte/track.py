@@ -15,7 +15,7 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             server's merge_s (of it requantize_s), journal_s and pack_s; step_s, encode_s and apply_s of the
             median worker
     eval    version, tokens, loss (published model), loss_master and, with outer.ema, loss_ema (of the
-            master's average)
+            master's average), and what else a task measures of these, such as accuracy, accuracy_master
     diagnostics
             of every log.diagnostics_every-th round, once it is published (see lte/diagnostics.py):
             version, tokens, noise_scale (B_simple, in tokens) with its parts signal and noise,
@@ -28,7 +28,8 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
     done    rounds, tokens, workers, num_parameters, num_adapted_parameters, uplink_bytes and
             downlink_bytes (the whole run), loss, loss_master, loss_ema, master_digest, time_s
 
-Writers may add fields; a number that is not finite is written as null. Losses are nats a token.
+Writers may add fields; a number that is not finite is written as null. Losses are nats a token, or
+a sample where there are no tokens, of which samples are counted then.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ class Standing:
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         self.name = name
-        self.rounds = recipe.train.rounds
+        self.rounds, self.counted = recipe.train.rounds, recipe.data.counted
         self.num_workers = recipe.train.workers
         self.version = self.tokens = self.uplink_bytes = self.downlink_bytes = 0
         self.last_uplink_bytes = self.last_downlink_bytes = 0
@@ -361,8 +362,9 @@ class _Plain:
                 self._print(self._round())
         elif line["kind"] == "eval":
             self._print(
-                f"eval  {self._of(line['version'])}  {line['tokens']:,} tokens"
+                f"eval  {self._of(line['version'])}  {line['tokens']:,} {self._progress.counted}"
                 f"  valid {loss_text(line['loss'])}  master {loss_text(line['loss_master'])}"
+                + (f"  accuracy {line['accuracy']:.1%}" if line.get("accuracy") is not None else "")
             )
         elif line["kind"] == "event":
             self._print(f"event {line['what']}: {line['message']}")
@@ -375,8 +377,9 @@ class _Plain:
         now = self._progress
         parts = {
             f"round {self._of(now.version)}": True,
-            f"{now.tokens:,} tokens": True,
-            f"{now.tokens_per_s or 0:,.0f} tok/s": now.tokens_per_s is not None,
+            f"{now.tokens:,} {now.counted}": True,
+            f"{now.tokens_per_s or 0:,.0f} {now.counted.replace('tokens', 'tok')}/s": now.tokens_per_s
+            is not None,
             f"train {loss_text(now.train_loss)}": True,
             f"valid {loss_text(now.valid_loss)}": now.valid_loss is not None,
             f"up {bytes_text(now.uplink_bytes)}": True,
@@ -436,7 +439,7 @@ class _Live:
         columns = {
             "train loss": (12, loss_text(now.train_loss), ""),
             "valid loss": (12, loss_text(now.valid_loss), now.evaluated),
-            "tokens": (16, f"{now.tokens:,}", "" if speed is None else f"{speed:,.0f}/s"),
+            now.counted: (16, f"{now.tokens:,}", "" if speed is None else f"{speed:,.0f}/s"),
             "up": (15, bytes_text(now.uplink_bytes), f"{bytes_text(up)}/round" if up else ""),
             "down": (15, bytes_text(now.downlink_bytes), f"{bytes_text(down)}/round" if down else ""),
             "workers": (8, now.workers or "-", ""),

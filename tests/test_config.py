@@ -231,6 +231,33 @@ def test_an_override_is_read_as_a_person_means_it(override: str, expected: objec
     assert (met, type(met)) == (expected, type(expected))
 
 
+def test_settings_of_another_librarys_model_are_overrides_as_ours_are(recipe_file: Any) -> None:
+    """They are free, may lie deeper, and travel as the others do."""
+    path = recipe_file(
+        "model:\n  name: transformers\n  architecture: llama\n"
+        "  config: {hidden_size: 64, rope: {theta: 1e4}}\n"
+    )
+    plain = config.load(path)
+    overrides = ["model.config.hidden_size=128", "model.config.rope.kind=none", "model.config.act=gelu"]
+    recipe = config.load(path, overrides)
+    assert recipe.model.config == {
+        "hidden_size": 128,
+        "rope": {"theta": 10000.0, "kind": "none"},
+        "act": "gelu",
+    }
+    assert config.from_dict(config.to_dict(recipe)) == recipe
+    assert config.load(recipe_file(config.to_yaml(recipe))) == recipe
+    assert config.differences(recipe, plain, ("model",)) == [
+        "model.config.act: gelu -> None",
+        "model.config.hidden_size: 128 -> 64",
+        "model.config.rope.kind: none -> None",
+    ]
+    assert recipe != plain
+    assert hash(recipe) == hash(config.from_dict(config.to_dict(recipe)))
+    (line,) = faults(overrides=["model.config=128"])
+    assert line == "model.config: must be a section with settings of its own, not 128"
+
+
 def test_overrides_come_after_the_file_and_the_last_one_counts() -> None:
     recipe = with_overrides("train.rounds=3", "lora.rank=5", "train.rounds=4")
     assert (recipe.train.rounds, recipe.lora.rank, recipe.run.dir) == (4, 5, "runs/quickstart")
@@ -361,8 +388,36 @@ RULES = {
         "model.num_attention_heads": 3
     },
     "model.num_attention_heads: 128 must divide": {"model.num_attention_heads": 128},
+    "model.name: gpt is no model of data.kind = images; gpt reads text, vit images": {"data.kind": "images"},
+    "model.name: vit is no model of data.kind = text": {"model.name": "vit"},
+    "model.architecture: model.name = transformers and the name of a model there": {
+        "model.name": "transformers"
+    },
+    "model.architecture: model.name = transformers and": {"model.architecture": "llama"},
+    "model.config: holds settings of model.name = transformers, not of gpt": {"model.config": {"n_head": 3}},
+    "model.width: is a setting of gpt and vit; transformers' have names of their own": {
+        "model.name": "transformers",
+        "model.architecture": "llama",
+        "model.width": 64,
+    },
+    "model.config.num_labels: is model.num_classes here": {
+        "model.name": "transformers",
+        "model.architecture": "vit",
+        "model.config": {"num_labels": 3},
+    },
+    "model.num_attention_heads: 3 must divide model.width (128)": {
+        "data.kind": "images",
+        "model.name": "vit",
+        "model.num_attention_heads": 3,
+    },
+    "model.patch_size: 5 must divide model.image_size (28)": {
+        "data.kind": "images",
+        "model.name": "vit",
+        "model.patch_size": 5,
+    },
+    "data.augment: crop-flip is for data.kind = images": {"data.augment": "crop-flip"},
     "train.batch_size: 8 cannot be cut into lora.heads (3) equal slices": {"lora.heads": 3},
-    "train.accumulate: the 4 sequences of a head (train.batch_size / lora.heads) cannot be cut into 3": {
+    "train.accumulate: the 4 samples of a head (train.batch_size / lora.heads) cannot be cut into 3": {
         "lora.heads": 2,
         "train.accumulate": 3,
     },
@@ -457,6 +512,9 @@ def test_settings_that_contradict_each_other_are_one_line(line: str) -> None:
         {"server.deadline_s": 1.0},
         {"server.grace_s": 600.0},
         {"model.num_attention_heads": 64},
+        {"model.name": "vit", "data.kind": "images", "model.num_attention_heads": 128},
+        {"model.name": "transformers", "model.architecture": "llama", "model.config": {"hidden_size": 8}},
+        {"model.name": "transformers", "model.architecture": "resnet", "data.kind": "images"},
         {"train.rounds": 1, "train.local_steps": 1},
     ],
     ids=str,

@@ -195,7 +195,7 @@ def test_a_channel_without_variation_stays_finite(tmp_path: Path) -> None:
         (tmp_path / "source" / name).mkdir(parents=True)
         (tmp_path / "source" / name / "1.png").write_bytes(png(np.full((8, 8, 1), 7, np.uint8)))
     pack_images(tmp_path / "source", tmp_path / "out", num_shards=1, valid_fraction=0)
-    (pixels, _) = stream(tmp_path / "out", batch_size=3).batch(0)
+    pixels = stream(tmp_path / "out", batch_size=3).batch(0).pixels
     assert torch.allclose(pixels, torch.zeros(3, 1, 8, 8), atol=1e-5)
 
 

@@ -189,7 +189,7 @@ def test_disorder_is_found(module: str, text: str, fault: str) -> None:
 
 def test_importing_lte_imports_nothing_that_most_runs_do_not_need() -> None:
     """bitsandbytes takes 2 s, the others most of one. In a process of its own: here they may be loaded."""
-    heavy = ("bitsandbytes", "wandb", "matplotlib")
+    heavy = ("bitsandbytes", "wandb", "matplotlib", "transformers", "PIL")
     code = f"import sys, lte; print(lte.__name__, *(name for name in {heavy!r} if name in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

@@ -18,7 +18,9 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
         kind = get_type_hints(Recipe)[section.name]
         hints = get_type_hints(kind)
         for leaf in fields(kind):
-            default = leaf.default if leaf.default is not dataclasses.MISSING else ""
+            default = leaf.default
+            if leaf.default_factory is not dataclasses.MISSING:
+                default = leaf.default_factory()
             yield (
                 f"{section.name}.{leaf.name}",
                 _type_name(hints[leaf.name]),
@@ -29,8 +31,8 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
 
 def _show(value: Any) -> str:
     """A default as it is written in an override."""
-    if isinstance(value, tuple):
-        return yaml12.dump(list(value), on_one_line=True).strip()
+    if isinstance(value, tuple | dict):
+        return yaml12.dump(list(value) if isinstance(value, tuple) else value, on_one_line=True).strip()
     if isinstance(value, str):
         return value if value.strip() else json.dumps(value)
     return "none" if value is None else str(value).lower()
@@ -39,6 +41,8 @@ def _show(value: Any) -> str:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is dict:
+        return "mapping"
     if get_origin(hint) is tuple:
         inner = get_args(hint)[0]
         return "list" if is_dataclass(inner) else f"list of {_type_name(inner)}"

@@ -48,6 +48,8 @@ _STRICT = ConfigDict(extra="forbid")
 
 def _doc(default: Any, text: str) -> Any:
     """A field with its default and the description that `lte train --help` prints."""
+    if isinstance(default, dict):  # equal recipes have equal hashes without it, too
+        return field(default_factory=default.copy, hash=False, metadata={"doc": text})
     return field(default=default, metadata={"doc": text})
 
 
@@ -65,24 +67,50 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The reference decoder, a GPT with rotary positions."""
+    """What is trained: a small reference model, or any of the transformers library from scratch."""
 
     __pydantic_config__ = _STRICT
+    name: Literal["gpt", "vit", "transformers"] = _doc(
+        "gpt", "gpt: a decoder with rotary positions; vit: of images; transformers: that library's (lte[hf])"
+    )
+    architecture: Annotated[Name | None, _OrNone] = _doc(
+        None, "which of transformers', by its model_type: llama, gpt2, mixtral, vit, resnet, ..."
+    )
+    config: dict[str, Any] = _doc(
+        {}, "its settings by their names there: model.config.hidden_size=128; dropouts not set here are 0"
+    )
     num_layers: Count = _doc(4, "transformer blocks")
-    width: Count = _doc(128, "features of the residual stream")
+    width: Count = _doc(128, "features of the residual stream (these four: of gpt and vit)")
     num_attention_heads: Count = _doc(4, "attention heads a block; must divide width")
     mlp_width: Count = _doc(512, "hidden features of a block's MLP")
     context_tokens: Count = _doc(128, "tokens of a training sequence, and most that attention sees")
     vocab_size: Count = _doc(256, "number of distinct tokens; 256 for bytes")
-    tie_embeddings: bool = _doc(False, "the output matrix is the embedding (see lora.tied)")
+    tie_embeddings: bool = _doc(False, "gpt's output matrix is the embedding (see lora.tied)")
+    image_size: Count = _doc(28, "height and width of an image, pixels")
+    channels: Count = _doc(1, "of an image: 1 where it is gray, 3 in colour")
+    patch_size: Count = _doc(4, "height and width of vit's patches, pixels; must divide image_size")
+    num_classes: Count = _doc(10, "number of classes of images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the tokens come from."""
+    """What is read."""
 
     __pydantic_config__ = _STRICT
-    shards: Name = _doc("data/shards", "folder made by `lte data pack`: WebDataset shards, index.json")
+    kind: Literal["text", "images"] = _doc(
+        "text", "text: every token is predicted; images: their classes, and images count where tokens would"
+    )
+    shards: Name = _doc(
+        "data/shards", "folder made by `lte data pack` or `pack-images`: WebDataset shards, index.json"
+    )
+    augment: Literal["none", "crop-flip"] = _doc(
+        "none", "crop-flip: training images are moved by up to an eighth of their size, half are mirrored"
+    )
+
+    @property
+    def counted(self) -> str:
+        """What the `tokens` of the records are."""
+        return "images" if self.kind == "images" else "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +121,7 @@ class Train:
     rounds: Count = _doc(50, "merges in the run")
     local_steps: Count = _doc(10, "optimizer steps of a worker between merges (T)")
     workers: Count = _doc(4, "workers that must have joined before the first round opens (N)")
-    batch_size: Count = _doc(8, "sequences a worker reads per local step, shared by its heads")
+    batch_size: Count = _doc(8, "sequences or images a worker reads per local step, shared by its heads")
     accumulate: Count = _doc(
         1, "pieces that a local step's batch is cut into, one after another: less memory, the same gradients"
     )
@@ -402,8 +430,8 @@ class Eval:
 
     __pydantic_config__ = _STRICT
     every: Whole = _doc(5, "rounds between evaluations; 0: only after the last round")
-    tokens: Count = _doc(16384, "validation tokens of an evaluation during the run")
-    final_tokens: Whole = _doc(0, "validation tokens of the last evaluation; 0: all there are")
+    tokens: Count = _doc(16384, "validation tokens (or images) of an evaluation during the run")
+    final_tokens: Whole = _doc(0, "validation tokens (or images) of the last evaluation; 0: all there are")
     prompt: str = _doc("\n", "text that the sample at the end starts from")
     sample_tokens: Whole = _doc(300, "tokens of that sample; 0: no sample")
 

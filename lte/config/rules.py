@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from lte.config.recipe import Recipe
+import dataclasses
+
+from lte.config.recipe import Model, Recipe
 
 _HEADER_ROOM = 1 << 20
 """Bytes of a message beside the part that it carries."""
+_READS = {"gpt": "text", "vit": "images"}
+_OF_REFERENCES = (
+    "num_layers",
+    "width",
+    "num_attention_heads",
+    "mlp_width",
+    "tie_embeddings",
+    "patch_size",
+)
+"""Settings of the reference models alone."""
+_OF_BOTH = {
+    "vocab_size": "vocab_size",
+    "image_size": "image_size",
+    "num_channels": "channels",
+    "num_labels": "num_classes",
+}
+"""What a transformers model takes from the recipe's own settings: its name there, and the recipe's."""
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -13,12 +32,50 @@ def check(recipe: Recipe) -> list[str]:
     lora, model, train, outer = recipe.lora, recipe.model, recipe.train, recipe.outer
     schedule = recipe.schedule
     period_steps = schedule.restart_rounds * train.local_steps
+    defaults = {field.name: field.default for field in dataclasses.fields(Model)}
+    foreign = next((name for name in _OF_REFERENCES if getattr(model, name) != defaults[name]), None)
+    twice = next((name for name in _OF_BOTH if name in model.config), None)
     inits = [lora.init, *(override.init for override in lora.overrides)]
     other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
     rules = [
         (
-            model.width % model.num_attention_heads == 0
-            and (model.width // model.num_attention_heads) % 2 == 0,
+            _READS.get(model.name, recipe.data.kind) == recipe.data.kind,
+            f"model.name: {model.name} is no model of data.kind = {recipe.data.kind}; gpt reads text, vit"
+            " images, transformers both",
+        ),
+        (
+            (model.name == "transformers") == (model.architecture is not None),
+            "model.architecture: model.name = transformers and the name of a model there, such as llama or"
+            " vit, need each other",
+        ),
+        (
+            model.name == "transformers" or not model.config,
+            f"model.config: holds settings of model.name = transformers, not of {model.name}",
+        ),
+        (
+            model.name != "transformers" or foreign is None,
+            f"model.{foreign}: is a setting of gpt and vit; transformers' have names of their own, such as"
+            " model.config.hidden_size",
+        ),
+        (
+            twice is None,
+            f"model.config.{twice}: is model.{_OF_BOTH.get(twice or '')} here, which transformers' models"
+            " get, too",
+        ),
+        (
+            model.name != "vit" or model.width % model.num_attention_heads == 0,
+            f"model.num_attention_heads: {model.num_attention_heads} must divide model.width ({model.width})",
+        ),
+        (
+            model.name != "vit" or model.image_size % model.patch_size == 0,
+            f"model.patch_size: {model.patch_size} must divide model.image_size ({model.image_size})",
+        ),
+        (
+            recipe.data.augment == "none" or recipe.data.kind == "images",
+            f"data.augment: {recipe.data.augment} is for data.kind = images",
+        ),
+        (
+            model.name != "gpt" or model.width % (2 * model.num_attention_heads) == 0,
             f"model.num_attention_heads: {model.num_attention_heads} must divide model.width"
             f" ({model.width}) into an even number of features",
         ),
@@ -28,7 +85,7 @@ def check(recipe: Recipe) -> list[str]:
         ),
         (
             train.batch_size % lora.heads != 0 or train.batch_size // lora.heads % train.accumulate == 0,
-            f"train.accumulate: the {train.batch_size // lora.heads} sequences of a head (train.batch_size /"
+            f"train.accumulate: the {train.batch_size // lora.heads} samples of a head (train.batch_size /"
             f" lora.heads) cannot be cut into {train.accumulate} equal pieces",
         ),
         (

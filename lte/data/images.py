@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +95,8 @@ class ImageIndex:
 _ADAPTER: TypeAdapter[ImageIndex] = TypeAdapter(ImageIndex)
 
 
-class Images(NamedTuple):
+@dataclass(frozen=True)
+class Images:
     """A batch.
 
     Attributes:
@@ -107,7 +108,13 @@ class Images(NamedTuple):
     labels: Tensor
 
     def to(self, device: torch.device) -> Self:
-        return self._replace(pixels=self.pixels.to(device), labels=self.labels.to(device))
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> Self:
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
 
 def read(folder: Path, index: ImageIndex, shard: ImageShard) -> tuple[Pixels, Labels]:

@@ -102,12 +102,6 @@ class GPT(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def build(config: Model) -> GPT:
-    """The model of a recipe, on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
 def _rotation(num_tokens: int, config: Model, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (T, D / 2) of the rotary angles t * 10000^(-2i / D)."""
     half = config.width // config.num_attention_heads // 2

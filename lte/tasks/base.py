@@ -42,7 +42,7 @@ class Task(Protocol[Batch]):
     afterwards make one each, on machines of their own. Nothing is read before it is asked for.
 
     Attributes:
-        unit: what losses are a mean over and `num_tokens` counts, in words: `token`, `image`.
+        unit: of losses, in words: `nats a token`.
     """
 
     unit: str
@@ -72,10 +72,10 @@ class Task(Protocol[Batch]):
         """
 
     def num_tokens(self, batch: Batch) -> int:
-        """What the batch adds to the records' `tokens`: `unit`s, images where there are no tokens."""
+        """What the batch adds to the records' `tokens`: its samples where there are no tokens."""
 
     def evaluate(self, model: nn.Module, max_tokens: int) -> Measured:
-        """Mean validation loss, and more that goes into the records, over at most so many `unit`s (0: all).
+        """Mean validation loss, and more that goes into the records, over at most so many tokens (0: all).
 
         Args:
             model: in eval mode, without gradients, and with memory.

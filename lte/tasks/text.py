@@ -21,7 +21,7 @@ EVAL_BATCH = 32
 class Text:
     """See `base.Task`. A batch is int64 (sequences, context_tokens + 1)."""
 
-    unit = "token"
+    unit = "nats a token"
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -33,8 +33,9 @@ class Text:
         models.initialize(model, seed)
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        logits: Tensor = model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        logits, auxiliary = models.outputs(model, batch[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return loss if auxiliary is None else loss + auxiliary
 
     def stream(self, slot: int) -> TrainingStream:
         return TrainingStream(
@@ -75,6 +76,7 @@ class Text:
 
     def check_run(self) -> None:
         self.check()
+        self.build()
         for slot in range(self.recipe.train.workers):
             self.stream(slot)
         context_tokens = self.recipe.model.context_tokens
@@ -91,7 +93,7 @@ class Text:
         tokens = torch.as_tensor(reader.encode(prompt or "\n").astype("int64"))
         generator = torch.Generator().manual_seed(seed)
         for _ in range(num_tokens):
-            logits = model(tokens[None, -self.recipe.model.context_tokens :])[0, -1]
+            logits = models.outputs(model, tokens[None, -self.recipe.model.context_tokens :])[0][0, -1]
             if temperature == 0:
                 token = logits.argmax(keepdim=True)
             else:
