@@ -825,6 +825,19 @@ MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["train", "recipe.yaml", "lora.rank"], ["'lora.rank': an override is key=value"]),
     (["train", "recipe.yaml", "lora.rank=0"], ["lora.rank: ", "must be greater"]),
     (["train", "recipe.yaml", "lora.merge=resetb"], ["lora.merge: 'resetb'", "did you mean reset-b?"]),
+    (["data", "pack-images", "nowhere", "--out", "new"], ["nowhere: no such folder or tar file"]),
+    (
+        ["train", "recipe.yaml", "data.kind=images", "model.name=vit"],
+        ["data: holds text, not images; set data.kind=text"],
+    ),
+    (
+        [
+            *["train", "recipe.yaml", "model.name=transformers", "model.architecture=llama"],
+            *["model.width=128", "model.num_layers=4", "model.num_attention_heads=4", "model.mlp_width=512"],
+            "model.config.hiden_size=64",
+        ],
+        ["model.config.hiden_size: unknown setting of llama, did you mean model.config.hidden_size?"],
+    ),
     (["train", "recipe.yaml", "data.shards=nowhere"], ["nowhere: no packed text", "lte data pack TEXT"]),
     (["train", "recipe.yaml", "model.vocab_size=99"], ["model.vocab_size: 99 is less than the 256 tokens"]),
     (
@@ -852,7 +865,7 @@ MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["generate", "run", "--tokens", "-1"], ["--tokens"]),
     (["generate", "run", "--temperature", "hot"], ["--temperature: 'hot' is not a number of 0 or more"]),
     (["data", "pack", "nowhere.txt", "--out", "out"], ["nowhere.txt: no such text file"]),
-    (["data", "pack", "text.txt", "--out", "data"], ["data: holds packed text already", "--force"]),
+    (["data", "pack", "text.txt", "--out", "data"], ["data: holds packed data already", "--force"]),
     (["data", "pack", "text.txt", "--out", "text.txt"], ["text.txt: cannot be made a folder"]),
     (
         ["data", "pack", "text.txt", "--out", "out", "--tokenizer", "bpe"],
@@ -938,6 +951,7 @@ def test_mistakes_in_processes_of_their_own(family: Family, folder: Path) -> Non
         "convert",
         "data",
         "data pack",
+        "data pack-images",
     ],
 )
 def test_help_shows_an_example(lte: Lte, command: str) -> None:
