@@ -17,7 +17,7 @@ from lte import config, optim, recipes
 from lte.compress import CODES, SCALES
 from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
-from lte.errors import RunError
+from lte.errors import ConfigError, RunError
 from lte.models import build
 from lte.nn import convert, dense_parameters, draw_heads
 from lte.quantize import Quant
@@ -42,7 +42,15 @@ _TRIAL_WORKERS = 8
 
 
 def step_flop(recipe: Recipe) -> float:
-    """Operations of a local step, roughly: 6 a parameter and token."""
+    """Operations of a local step, roughly: 6 a parameter and token.
+
+    Raises:
+        ConfigError: the model is not the GPT, of which alone that is true.
+    """
+    if recipe.model.name != "gpt":
+        raise ConfigError(
+            [f"model.name: plans are for gpt, not for {recipe.model.name}; a short run tells its costs"]
+        )
     return 6.0 * plan_of(recipe).num_parameters * recipe.train.batch_size * recipe.model.context_tokens
 
 

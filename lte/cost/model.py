@@ -19,9 +19,8 @@ from lte import quantize
 from lte.compress import factors
 from lte.config import Optimizer, Recipe
 from lte.cost.links import Site
-from lte.errors import ConfigError
-from lte.models import build
 from lte.nn import Plan, plan
+from lte.tasks import task_of
 
 DDP_BYTES = 4
 """Bytes a parameter, step and worker of data-parallel training: bf16 gradients out and in."""
@@ -163,16 +162,8 @@ class Sizes:
 
 
 def plan_of(recipe: Recipe) -> Plan:
-    """What of the recipe's own model is adapted; takes no memory.
-
-    Raises:
-        ConfigError: the model is not the GPT, whose costs alone are known here.
-    """
-    if recipe.model.name != "gpt":
-        raise ConfigError(
-            [f"model.name: plans are for gpt, not for {recipe.model.name}; 'lte train' records it"]
-        )
-    return plan(build(recipe.model), recipe.lora, recipe.base.quant)
+    """What of the recipe's own model is adapted; takes no memory."""
+    return plan(task_of(recipe).build(), recipe.lora, recipe.base.quant)
 
 
 def sizes(recipe: Recipe, plan: Plan) -> Sizes:
