@@ -132,7 +132,7 @@ def test_every_image_survives_with_its_class(packed: Callable[..., Path]) -> Non
         assert label == label_of(number_of(pixels))
     index = ImageIndex.load(folder)
     assert (index.height, index.width, index.channels, index.classes) == (8, 8, 1, CLASSES)
-    assert len({label for _, label in train[:10]}) > 1, "classes are mixed"
+    assert all({label for _, label in train[k : k + 10]} == {0, 1, 2} for k in (0, 10, 20)), "all mixed"
     values = np.stack([pixels for pixels, _ in train]) / 255.0
     assert index.mean == pytest.approx([values.mean()], abs=1e-12)
     assert index.std == pytest.approx([values.std()], abs=1e-12)
@@ -325,6 +325,16 @@ def test_a_batch_depends_on_nothing_but_its_place(packed: Callable[..., Path]) -
         for change in ({"seed": 2}, {"worker": 1}):
             other = stream(folder, augment=augment, **change).batch(3)
             assert not torch.equal(other.pixels, forward[3].pixels)
+
+
+def test_augmentation_is_drawn_anew_for_each_seed_worker_and_step(packed: Callable[..., Path]) -> None:
+    folder = packed(1, num_shards=1, valid_fraction=0)  # of which every batch is full
+    places = [(seed, worker, step) for seed in (1, 2) for worker in (0, 1) for step in (0, 1)]
+    batches = [
+        stream(folder, augment="crop-flip", seed=seed, worker=worker, batch_size=20).batch(step).pixels
+        for seed, worker, step in places
+    ]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(batches, 2))
 
 
 @pytest.mark.parametrize(("num_shards", "num_workers"), [(5, 2), (4, 4), (2, 5)])
