@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from lte.cost.calibrate import assumed, from_run, probe, said
 from lte.cost.links import Link, Site, read_table, transfer_s
-from lte.cost.model import Estimate, Rates, Seconds, ddp_round, diloco_round, lte_round, moments_bytes, plan_of
+from lte.cost.model import (
+    Estimate,
+    Rates,
+    Seconds,
+    ddp_round,
+    diloco_round,
+    lte_round,
+    moments_bytes,
+    plan_of,
+)
 from lte.cost.tables import Outlook, outlook, to_dict, to_text
 
 __all__ = [

@@ -478,7 +478,9 @@ class Master:
             weights, dense = self.ema.tensors, self.dense | self.ema.tensors
         else:
             weights, dense = self.weights, self.dense
-        adapted = {spec.parameter: from_matrix(weights[name], spec) for name, spec in self.plan.adapted.items()}
+        adapted = {
+            spec.parameter: from_matrix(weights[name], spec) for name, spec in self.plan.adapted.items()
+        }
         return adapted | {name: dense[name] for name in self.dense}
 
     @torch.no_grad()
