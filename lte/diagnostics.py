@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lte import lowrank, merge, quantize
+from lte import merge, quantize
 from lte.merge import HeadDelta
 from lte.quantize import Quantized
 
@@ -51,9 +51,7 @@ def subspaces(delta: HeadDelta) -> tuple[Tensor, Tensor]:
     They are the left and right singular vectors of B A - B' A', the leading r of them where merged factors
     add to its rank. k is less than r where its rank is.
     """
-    left, right = delta.B, delta.A
-    if delta.merged_A is not None and delta.merged_B is not None:
-        left, right = lowrank.stacked(delta.A, delta.B, delta.merged_A, delta.merged_B)
+    left, right = merge.product(replace(delta, weight=1.0))
     left_basis, left_core = torch.linalg.qr(left.double())
     right_basis, right_core = torch.linalg.qr(right.double().T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)

@@ -161,7 +161,7 @@ def products(deltas: Sequence[HeadDelta]) -> Tensor:
 
     With D = L R it is <D, D'> = sum((L^T L') * (R R'^T)); no matrix (out, in) is made.
     """
-    lefts, rights = zip(*map(_product, deltas), strict=True)
+    lefts, rights = zip(*map(product, deltas), strict=True)
     left, right = torch.cat(lefts, dim=1).double(), torch.cat(rights, dim=0).double()
     owners = [k for k, right in enumerate(rights) for _ in range(len(right))]
     owned = _indicator(owners, len(deltas))
@@ -189,12 +189,12 @@ def mean_delta(deltas: Sequence[HeadDelta]) -> Tensor:
 
     No head's delta is ever made in full; the order of heads fixes the result to the bit.
     """
-    lefts, rights = zip(*map(_product, deltas), strict=True)
+    lefts, rights = zip(*map(product, deltas), strict=True)
     return torch.cat(lefts, dim=1) @ torch.cat(rights, dim=0)
 
 
-def _product(head: HeadDelta) -> tuple[Tensor, Tensor]:
-    """Factors (left, right) of w s (B A - B' A')."""
+def product(head: HeadDelta) -> tuple[Tensor, Tensor]:
+    """Factors, left (out, k) and right (k, in), of w s (B A - B' A'): k is r, or 2 r with merged factors."""
     left, right = head.B, head.A
     if head.merged_A is not None and head.merged_B is not None:
         left, right = lowrank.stacked(head.A, head.B, head.merged_A, head.merged_B)

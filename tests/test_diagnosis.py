@@ -13,7 +13,7 @@ import pytest
 from test_diagnostics import whole
 
 from launch import local
-from lte import config, language, lowrank
+from lte import config, lowrank, recipes
 from lte.config import Recipe
 from lte.data import pack
 from lte.errors import ConfigError, RunError
@@ -22,6 +22,7 @@ from lte.server.diagnosis import INITIAL, Diagnosis
 from lte.server.master import Received
 from lte.server.publisher import Publisher
 from lte.server.service import Server
+from lte.tasks import Text
 from lte.track import METRICS, Records
 
 NAMES = itertools.count()
@@ -91,8 +92,8 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def same_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """All workers have the data of the first one."""
-    stream = language._stream
-    monkeypatch.setattr(language, "_stream", lambda recipe, worker: stream(recipe, 0))
+    stream = Text.stream
+    monkeypatch.setattr(Text, "stream", lambda task, slot: stream(task, 0))
 
 
 @pytest.mark.parametrize("merge", ["reset-b", "reset-less"])
@@ -200,9 +201,9 @@ def test_the_initial_weights_are_the_runs_whatever_model_a_later_server_is_given
     """Whoever trains a model of their own need not make its first weights again."""
     uninterrupted = lines(run())
     run("interrupted", **{"train.rounds": 2, "schedule.name": "constant"})
-    initial = language.initial_model
+    initial = recipes.initial_model
     monkeypatch.setattr(
-        language, "initial_model", lambda recipe: initial(config.replace(recipe, **{"run.seed": 7}))
+        recipes, "initial_model", lambda recipe: initial(config.replace(recipe, **{"run.seed": 7}))
     )
     found = lines(run("interrupted", **{"schedule.name": "constant"}))
     assert [line["version"] for line in found] == [line["version"] for line in uninterrupted] == [1, 2, 3, 4]

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from launch import local
-from lte import cli, config, language, wire
+from lte import cli, config, recipes, wire
 from lte.config import Recipe
 from lte.data import pack
 from lte.errors import RefusedError, RunError
@@ -198,7 +198,7 @@ def test_a_run_without_an_average_has_none_to_load(train: Train, tmp_path: Path)
     (run,) = tmp_path.glob("run-*")
     assert not any("loss_ema" in line for line in Records.read(run / METRICS))
     with pytest.raises(RunError, match="keeps no average"):
-        language.load_run(run, "ema")
+        recipes.load_run(run, "ema")
 
 
 @pytest.mark.parametrize("merge", ["reset-less", "reset-b"])

@@ -109,12 +109,13 @@ class Diagnosis:
         """
         began_s = perf_counter()
         torch.set_num_threads(self._master.recipe.server.num_threads)
+        quantized = self._master.to_publish(last=version >= self._master.recipe.train.rounds)
         try:
             modules = {}
             for name in self._modules:
                 if is_stopped():
                     return None
-                modules[name] = _rounded(self._of_module(name, heads[name], before[name]))
+                modules[name] = _rounded(self._of_module(name, heads[name], quantized[name], before[name]))
             adapted, dense = self._noise(contributions, heads)
         finally:
             torch.set_num_threads(1)
@@ -129,18 +130,20 @@ class Diagnosis:
         )
         return {"version": version, "tokens": tokens, **whole, "modules": modules}
 
-    def _of_module(self, name: str, heads: Sequence[HeadDelta], before: Quantized) -> dict[str, float]:
-        weight, base = self._master.weights[name], self._master.base[name]
+    def _of_module(
+        self, name: str, heads: Sequence[HeadDelta], quantized: Tensor, before: Quantized
+    ) -> dict[str, float]:
+        base = self._master.base[name]
         cosines = diagnostics.of_pairs(diagnostics.cosines(heads)).tolist()
         columns, rows = _distances(heads)
         of_round = diagnostics.singular(merge.mean_delta(heads)).values
-        error, error_in_steps = diagnostics.quantization_error(weight, base)
+        error, error_in_steps = diagnostics.quantization_error(quantized, base)
         return {
             "cosine_mean": _mean(cosines),
             "cosine_max": max(filter(math.isfinite, cosines), default=math.nan),
             "grassmann_columns": columns,
             "grassmann_rows": rows,
-            **self._accumulated(name, weight),
+            **self._accumulated(name, self._master.weights[name]),
             "round_effective_rank": diagnostics.effective_rank(of_round),
             "round_stable_rank": diagnostics.stable_rank(of_round),
             "quantization_error": error,
@@ -183,7 +186,7 @@ class Diagnosis:
         workers = len(contributions)
         owners = [k for k, contribution in enumerate(contributions) for _ in range(contribution.heads)]
         dense = torch.zeros(workers, workers, dtype=torch.float64)
-        for name in self._master.dense:
+        for name in self._master.plan.dense:
             deltas = [contribution.tensors[name + DENSE] for contribution in contributions]
             dense += merge.dense_products(deltas, [1.0] * workers)
         # A worker's delta is the mean of its heads'.

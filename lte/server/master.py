@@ -386,16 +386,22 @@ class Master:
 
     # Publishing
 
+    def to_publish(self, *, last: bool) -> dict[str, Tensor]:
+        """What a version publishes, before codes and codecs, by module or name: W and dense, or their
+        averages in the run's last version with `outer.publish_ema`."""
+        averages = self.ema.tensors if last and self.recipe.outer.publish_ema else {}
+        return self.weights | self.dense | averages
+
     @torch.no_grad()
     def requantize(self, *, last: bool = False) -> dict[str, Quantized]:
-        """Bring Q up to W; in the run's last version, with `outer.publish_ema`, to W's average.
+        """Bring Q up to W, or what else is `to_publish`.
 
         Returns:
             The Q of before, which `changes_since` needs.
         """
         settings, before = self.recipe.base, self.base
         keep = (settings.keep_scale_from, settings.keep_scale_to)
-        weights = self.ema.tensors if last and self.recipe.outer.publish_ema else self.weights
+        weights = self.to_publish(last=last)
 
         def requantize(name: str) -> Quantized:
             weight, hysteresis = weights[name], settings.hysteresis
@@ -406,14 +412,14 @@ class Master:
 
     @torch.no_grad()
     def publish_dense(self, *, last: bool = False) -> dict[str, Tensor]:
-        """Bring the published dense parameters and statistics up to the master's, or to their average as
-        `requantize` does, but for what the codec leaves out.
+        """Bring the published dense parameters and statistics up to what is `to_publish`, but for what the
+        codec leaves out.
 
         Returns:
             The bytes that tell workers, by `NAME/dense.0`.
         """
         blobs = {}
-        dense = self.dense | self.ema.tensors if last and self.recipe.outer.publish_ema else self.dense
+        dense = self.to_publish(last=last)
         for name in self.dense:
             ahead = dense[name] - self.published_dense[name]
             blob, sent = blockwise.encode_rows(ahead, self._codec(name))
