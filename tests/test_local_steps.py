@@ -236,6 +236,63 @@ def test_gradients_are_the_same_and_activations_are_not_kept(patterns: Any, drop
     assert kept[1] < 0.8 * kept[0]
 
 
+class Normed(nn.Module):
+    """A block of a convolution with norms that keep statistics, and one whose weight is another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        tied = nn.Linear(6, 6)
+        tied.weight = self.first.weight
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4, momentum=None), nn.Conv2d(4, 2, 1)), tied]
+        )
+        self.blocks[0].append(nn.InstanceNorm2d(2, track_running_stats=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.blocks[1](
+            x + self.blocks[0](x.view(-1, 2, 3, 1).expand(-1, -1, -1, 4)).mean(3).flatten(1)
+        )
+
+
+def test_recomputing_leaves_statistics_alone_and_takes_tied_heads_masks() -> None:
+    own = recipe(**{"lora.dropout": 0.4, "lora.heads": 2, "lora.tied": "adapted"})
+    states, met = [], []
+    for checkpoint in (False, True):
+        changed = config.replace(own, **{"train.checkpoint_activations": checkpoint})
+        (trainer,) = Simulation(seeded(Normed), changed, 1).trainers
+        assert {"first", "blocks.0.0"} <= trainer.modules.keys()
+        moved(trainer.model).train()
+        (two,) = batches(1, 2, 16)
+        (trainer.model(two[0][0]) + 2 * trainer.model(two[1][0])).square().mean().backward()
+        states.append(dict(trainer.model.named_buffers()))
+        met.append(gradients(trainer.model))
+    assert states[1].keys() == states[0].keys()
+    for name, buffer in states[0].items():
+        assert torch.equal(states[1][name], buffer), name
+    assert int(states[0]["blocks.0.1.num_batches_tracked"]) == 2
+    assert met[0].keys() == met[1].keys()
+    for name, gradient in met[0].items():
+        assert torch.equal(met[1][name], gradient), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_of_a_convolution_is_that_of_its_factors_inputs(dropout: float) -> None:
+    """Naively, as above: the base sees all of x, and conv1x1_B(conv_A(x)) what the masks leave."""
+    model = moved(
+        lte.convert(nn.Sequential(nn.Conv2d(3, 4, 2, bias=False)), LoRA(rank=2, dropout=dropout), "none")
+    ).train()
+    (conv,) = model
+    conv.dropout_seeds = [5]
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    kept = torch.empty_like(x).bernoulli_(1 - dropout, generator=torch.Generator().manual_seed(5))
+    inner = nn.functional.conv2d(x * kept / (1 - dropout), conv.lora_A[0].view(2, 3, 2, 2))
+    heads = nn.functional.conv2d(inner, conv.lora_B[0][:, :, None, None])
+    expected = nn.functional.conv2d(x, conv.weight) + conv.scale * heads
+    assert torch.allclose(model(x), expected, atol=1e-4)
+
+
 def test_a_copy_of_the_model_computes_by_itself() -> None:
     model = lte.convert(seeded(Deep), LoRA(rank=2), "none")
     recompute_activations(model, ["*"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lte.errors import ConfigError
-from lte.nn.adapted import Adapted
+from lte.nn.adapted import Adapted, Tied
+from lte.nn.constants import changing_buffers
 
 
 def blocks(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -56,8 +58,13 @@ class _Recomputing:
     """The forward of a block, which keeps its inputs alone. A copy of the block gets one of its own."""
 
     def __init__(self, block: nn.Module) -> None:
+        self._block = block
         self._forward: Callable[..., Any] = block.forward
-        self._adapted = [module for module in block.modules() if isinstance(module, Adapted)]
+        self._adapted = [
+            module.adapted if isinstance(module, Tied) else module
+            for module in block.modules()
+            if isinstance(module, Adapted | Tied)
+        ]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -69,4 +76,17 @@ class _Recomputing:
                 module.dropout_seeds = then
             return self._forward(*inputs, **named)
 
-        return checkpoint(run, *inputs, use_reentrant=False, **named)
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._statistics_kept()
+
+        return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts, **named)
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """Give norms their statistics back, which a forward pass moves whether it is a second one or not."""
+        kept = [(buffer, buffer.clone()) for _, buffer in changing_buffers(self._block)]
+        try:
+            yield
+        finally:
+            for buffer, before in kept:  # unseen by autograd, which saved them, though it needs no value
+                buffer.data.copy_(before)
