@@ -233,7 +233,12 @@ def test_a_pattern_that_freezes_nothing_or_all_is_a_fault() -> None:
 @pytest.mark.parametrize("merge", ["reset-less", "reset-b"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"compress.dense": "int4"}, {"outer.name": "sgd", "outer.momentum": 0.9, "outer.dense": True}],
+    [
+        {},
+        {"compress.dense": "int4"},
+        {"outer.name": "sgd", "outer.momentum": 0.9, "outer.dense": True},
+        {"outer.name": "adam", "outer.lr": 0.01, "outer.dense": True},
+    ],
 )
 def test_statistics_are_averaged(merge: str, settings: dict[str, object]) -> None:
     """Exactly, whatever codec and outer optimizer the dense parameters have; counters stay local."""
@@ -262,6 +267,29 @@ def test_statistics_are_averaged(merge: str, settings: dict[str, object]) -> Non
     master.fill(published, "published")
     x, _ = images(7)
     assert torch.allclose(simulation.trainers[0].model.eval()(x), published(x), atol=1e-4)
+
+
+def test_statistics_are_not_averaged_over_versions_again() -> None:
+    """An average of the weights goes with the statistics of now, which forget old versions by themselves."""
+    changed = recipe(**{"outer.ema": 0.9, "outer.publish_ema": True, "base.quant": "int8"})
+    simulation = Simulation(seeded(Net), changed, 2)
+    master = simulation.master
+    for round_ in range(3):
+        simulation.local_steps(loss, [[images(10 * round_ + w)] for w in range(2)])
+        simulation.merge()
+    assert master.ema.tensors.keys() == {*master.weights, *master.plan.dense}
+    average, now = master.parameters("ema"), master.parameters("master")
+    same = {name for name, tensor in average.items() if torch.equal(tensor, now[name])}
+    assert same == {*STATISTICS, "body.3.bias"}, "which the norm behind it takes out again"
+    convolution = average["body.0.weight"]
+    assert convolution.shape == (8, 3, 3, 3)
+    assert torch.equal(convolution.flatten(1), master.ema.tensors["body.0"])
+    master.publish_dense(last=True)
+    for name, tensor in master.published_dense.items():
+        assert torch.allclose(tensor, average[name], atol=1e-6), name
+    model = seeded(Net, 9).eval()
+    master.fill(model, "ema")
+    assert all(torch.equal(model.get_buffer(name), now[name]) for name in STATISTICS)
 
 
 def test_statistics_of_a_worker_that_was_not_merged_are_dropped() -> None:

@@ -224,6 +224,14 @@ def test_what_needs_the_initial_weights_is_left_out_where_they_are_not_known(run
     assert "initial weights are not known" in event["message"]
 
 
+def test_the_error_of_a_published_average_is_that_of_the_average(run: Run) -> None:
+    changes = {"outer.ema": 0.9, "outer.publish_ema": True, "base.quant": "int8", "optimizer.lr": 0.05}
+    *_, before, last = lines(run(**changes))
+    for name in MODULES:
+        error, error_before = (line["modules"][name]["quantization_error"] for line in (last, before))
+        assert 0 < error < 2 * error_before < 0.1
+
+
 def test_damaged_initial_weights_are_one_line(run: Run) -> None:
     folder = run("damaged", **{"train.rounds": 1})
     (folder / INITIAL).write_bytes((folder / INITIAL).read_bytes()[:-100])

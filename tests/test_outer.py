@@ -177,7 +177,7 @@ def test_without_an_average_a_state_is_as_it_was() -> None:
     """Checkpoints of before have no such group, and are read."""
     simulation, _ = run(1)
     state = simulation.master.state()
-    assert state.keys() == {"master", "base", "momentum", "merged"}
+    assert state.keys() == {"master", "base", "constants", "momentum", "merged"}
     other = Master(seeded(Net), recipe(**{"outer.ema": 0.9}))
     other.load_state(state)
     assert other.ema.tensors == {}

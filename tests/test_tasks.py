@@ -21,7 +21,7 @@ from lte.config import Model, Recipe
 from lte.data import pack, pack_images, validation_batches, validation_images
 from lte.errors import ConfigError, UserError
 from lte.models import ViT
-from lte.tasks import AnyTask, task_of
+from lte.tasks import AnyTask, micro_batches, task_of
 from lte.worker.trainer import materialize
 
 CPU = torch.device("cpu")
@@ -35,6 +35,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "architecture": "gpt2",
         "config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16},
     },
+    "llama": {
+        "name": "transformers",
+        "architecture": "llama",
+        "config": {**_SMALL_HF, "max_position_embeddings": 16},
+    },
+    "mixtral": {
+        "name": "transformers",
+        "architecture": "mixtral",
+        "config": {
+            **_SMALL_HF,
+            "num_key_value_heads": 1,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 16,
+        },
+    },
     "vit": {"name": "vit", **_SMALL},
     "hf-vit": {"name": "transformers", "architecture": "vit", "config": {**_SMALL_HF, "patch_size": 4}},
     "convnext": {
@@ -42,9 +58,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "architecture": "convnext",
         "config": {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "patch_size": 2},
     },
+    "resnet": {
+        "name": "transformers",
+        "architecture": "resnet",
+        "config": {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        },
+    },
 }
 """Models of recipes that a worker can build."""
-IMAGES = ("vit", "hf-vit", "convnext")
+IMAGES = ("vit", "hf-vit", "convnext", "resnet")
 
 
 class Data(NamedTuple):
@@ -128,6 +154,7 @@ def test_the_loss_is_a_mean_over_samples(name: str, data: Data) -> None:
     """So that each head of several, which sees a slice of them, gets the gradient that is its own."""
     task = task_of(recipe_of(name, data))
     model, batch = initialized(task), task.stream(0).batch(0)
+    model.train(name != "resnet")  # whose norms make samples of a batch depend on each other
     slices = [batch[torch.arange(4)], batch[torch.arange(4, 8)]]
     whole = task.loss(model, batch)
     assert whole.item() == pytest.approx(sum(task.loss(model, half).item() for half in slices) / 2, rel=1e-5)
@@ -222,6 +249,37 @@ def test_two_rounds_of_every_model(
     first = capsys.readouterr().out.splitlines()[0]
     unit = f"nats an image  accuracy {evals[-1]['accuracy']:.4f}" if name in IMAGES else "nats a token"
     assert f"validation loss {done['loss']:.4f} {unit}" in first
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt"])
+def test_pieces_of_a_batch_hold_as_much_of_every_heads_slice(name: str, data: Data) -> None:
+    batch = task_of(recipe_of(name, data)).stream(0).batch(0)
+    pieces = list(micro_batches(batch, 2, 2))
+    for piece, samples in zip(pieces, ([0, 1, 4, 5], [2, 3, 6, 7]), strict=True):
+        for part, whole in (
+            [(piece.pixels, batch.pixels), (piece.labels, batch.labels)]
+            if name in IMAGES
+            else [(piece, batch)]
+        ):
+            assert torch.equal(part, whole[samples])
+
+
+def test_accuracy_and_loss_of_the_average_are_recorded(
+    trained: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, records = trained("resnet", **{"outer.ema": 0.5, "train.accumulate": 2, "lora.heads": 2})
+    (last,) = [line for line in records if line["kind"] == "eval"][-1:]
+    model, recipe, _ = recipes.load_run(folder, "ema")
+    with torch.no_grad():
+        measured = task_of(recipe).evaluate(model, 0)
+    assert last["loss_ema"] == records[-1]["loss_ema"] == pytest.approx(measured.loss)
+    assert last["accuracy_ema"] == pytest.approx(measured.extras["accuracy"])
+    assert last["loss_ema"] != last["loss_master"]
+    capsys.readouterr()
+    assert cli.main(["eval", str(folder)]) == 0
+    assert (
+        f"ema        version 2  validation loss {measured.loss:.4f} nats an image" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2"])

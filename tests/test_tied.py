@@ -14,6 +14,7 @@ from lte.config import Model
 from lte.errors import ConfigError
 from lte.models import GPT, build
 from lte.nn import LoRAEmbedding, LoRALinear
+from lte.tasks import Text
 
 SMALL = Model(num_layers=1, width=64, num_attention_heads=2, mlp_width=64, tie_embeddings=True)
 
@@ -164,11 +165,12 @@ def test_a_tied_gpt_goes_through_rounds(merge: str) -> None:
     assert lte.nn.describe(worker) == simulation.master.plan.describe(settings.lora)
     tokens = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(0))
     model = simulation.trainers[0].model
-    before = model.eval().loss(tokens).item()
+    task = Text(settings)
+    before = task.loss(model.eval(), tokens).item()
     for _ in range(2):
         for trainer in simulation.trainers:
             trainer.model.train()
-        simulation.local_steps(lambda m, batch: m.loss(batch), [[tokens] * 6] * 2)
+        simulation.local_steps(task.loss, [[tokens] * 6] * 2)
         expected = simulation.master.weights["embedding"].double()
         for trainer in simulation.trainers:
             module = trainer.modules["embedding"]
@@ -179,7 +181,7 @@ def test_a_tied_gpt_goes_through_rounds(merge: str) -> None:
                 expected = expected + 2.0 * D / 4
         simulation.merge()
         assert (simulation.master.weights["embedding"] - expected).abs().max() < 1e-6
-    assert model.eval().loss(tokens).item() < before - 0.3
+    assert task.loss(model.eval(), tokens).item() < before - 0.3
     published = GPT(SMALL).eval()
     simulation.master.fill(published, "published")
     assert published.output.weight is published.embedding.weight
