@@ -11,7 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from processes import Command, Family
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +72,10 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
         ["lte", "train"],
         ["lte", "generate"],
         ["lte", "eval"],
+        ["lte", "convert"],
+        ["lte", "data"],
+        ["lte", "train"],
+        ["lte", "report"],
         ["lte", "server"],
         ["lte", "worker"],
         ["lte", "keys"],
@@ -111,9 +117,25 @@ def test_own_text(folder: Path, family: Family) -> None:
     assert tmp.name == "book"
 
 
+def test_other_models_and_images(folder: Path, family: Family) -> None:
+    pytest.importorskip("transformers")
+    convert, pack, train, report = blocks("sh")[3].splitlines()
+    assert "model.layers.7.mlp.down_proj.weight" in run(convert, family)
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(40):
+            pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.png")
+    assert "2 classes" in run(pack, family)
+    assert "accuracy" in run(train, family, *SMALL, "log.diagnostics_every=1")
+    run(report, family)
+    assert (folder / "heads.png").stat().st_size > 10_000
+
+
 def test_server_and_workers_by_hand(family: Family) -> None:
     run(blocks("sh")[2].splitlines()[0], family)
-    server, worker = blocks("sh")[3].strip(), blocks("sh")[4].strip()
+    server, worker = blocks("sh")[4].strip(), blocks("sh")[5].strip()
     serving = start(server.replace(ADDRESS, ANY_PORT), family, *SMALL, "data.shards=data/book")
     address = serving.until_said(r"tcp://127\.0\.0\.1:\d+")[0]
     workers = [start(worker.replace(ADDRESS, address), family) for _ in range(4)]
@@ -124,8 +146,8 @@ def test_server_and_workers_by_hand(family: Family) -> None:
 def test_keys(folder: Path, family: Family) -> None:
     """As alice's run alone, with a second worker whose key is not on the list."""
     run(blocks("sh")[2].splitlines()[0], family)
-    new_server, new_alice, allow, server = blocks("sh")[5].splitlines()
-    worker = blocks("sh")[6].strip()
+    new_server, new_alice, allow, server = blocks("sh")[6].splitlines()
+    worker = blocks("sh")[7].strip()
     for command in (new_server, new_alice, new_alice.replace("alice", "mallory")):
         run(command, family)
     subprocess.run(allow, shell=True, cwd=folder, check=True)
@@ -142,7 +164,7 @@ def test_keys(folder: Path, family: Family) -> None:
 
 
 def test_plans(family: Family) -> None:
-    for command in blocks("sh")[7].splitlines():
+    for command in blocks("sh")[8].splitlines():
         planned = run(command, family)
         assert "DDP" in planned
         assert "DiLoCo" in planned
