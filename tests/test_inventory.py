@@ -14,7 +14,7 @@ from lte import config, inventory
 from lte.cli import main
 from lte.cost import moments_bytes
 from lte.nn import convert, parameter_groups, plan
-from lte.worker.trainer import make_optimizer
+from lte.optim import make_optimizer
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 Lte = Callable[..., tuple[int, str, str]]
