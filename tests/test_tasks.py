@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,13 @@ from torch.nn import functional as F
 
 from launch import local
 from lte import cli, config, models, recipes
+from lte.compress import DENSE
 from lte.config import Model, Recipe
 from lte.data import pack, pack_images, validation_batches, validation_images
 from lte.errors import ConfigError, UserError
 from lte.models import ViT
+from lte.server.diagnosis import Diagnosis
+from lte.server.master import Received
 from lte.tasks import AnyTask, micro_batches, task_of
 from lte.worker.trainer import materialize
 
@@ -280,6 +284,53 @@ def test_accuracy_and_loss_of_the_average_are_recorded(
     assert (
         f"ema        version 2  validation loss {measured.loss:.4f} nats an image" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet"])
+def test_activations_computed_anew_change_no_bit(name: str, trained: Callable[..., Any]) -> None:
+    """... of a run, with dropout, pieces of batches, several heads, and norms that keep statistics."""
+    changes = {"lora.heads": 2, "lora.dropout": 0.2, "train.accumulate": 2}
+    digests = {
+        trained(name, **changes, **{"train.checkpoint_activations": anew})[1][-1]["master_digest"]
+        for anew in (False, True)
+    }
+    assert len(digests) == 1
+
+
+def test_statistics_of_norms_tell_nothing_of_gradient_noise(
+    trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, found = Diagnosis.measure, []
+
+    def measured(
+        diagnosis: Diagnosis,
+        version: int,
+        tokens: int,
+        contributions: Sequence[Received],
+        *rest: Any,
+        **named: Any,
+    ) -> dict[str, Any] | None:
+        statistics = {f"{name}{DENSE}" for name in diagnosis._master.plan.statistics}
+        assert statistics
+        others = [
+            dataclasses.replace(
+                one, tensors={key: 9 * t if key in statistics else t for key, t in one.tensors.items()}
+            )
+            for one in contributions
+        ]
+        lines = [
+            measure(diagnosis, version, tokens, some, *rest, **named) for some in (contributions, others)
+        ]
+        found.append([{key: line[key] for key in line if key != "diagnose_s"} for line in lines])
+        return lines[0]
+
+    monkeypatch.setattr(Diagnosis, "measure", measured)
+    _, records = trained("resnet", **{"log.diagnostics_every": 1})
+    told = [line for line in records if line["kind"] == "diagnostics"]
+    assert len(told) == len(found) == 2
+    for one, other in found:
+        assert one == other
+    assert "resnet.embedder.embedder.convolution" in told[0]["modules"]
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2"])
