@@ -11,7 +11,7 @@ from cluster import ROUNDS, Cluster, Counted, Fault, audit
 
 STEP, WAIT = "lte.worker.trainer:Trainer.step", "lte.worker.session:Session.next_step"
 STOP = signal.SIGSTOP
-EVALUATE = "lte.models.gpt:GPT.loss"
+EVALUATE = "lte.tasks.text:Text.loss"
 LEFT = {  # two local steps a round
     "in a round's first step": Fault(STEP, call=5, number=signal.SIGTERM),
     "after it": Fault(STEP, call=5, after=True, number=signal.SIGUSR1),
