@@ -123,8 +123,8 @@ class Session:
             RefusedError: the server refused this worker. RunError: the state in the folder is damaged.
         """
         self.folder = None if folder is None else Path(folder)
-        # Read once: what the server is told and what this worker goes on from must be the same state.
-        self.saved = None if self.folder is None else state.load(self.folder)
+        self.saved: state.Saved | None = None
+        version = self._read_state()
         self._endpoint = transport.connect(address, key=key, server_key=server_key)
         self._address, self._say = address, say
         self._progress = (0, 0)
@@ -153,7 +153,7 @@ class Session:
             model=dict(model or {}),
             heads=heads,
             rank=rank,
-            version=self.saved.version if self.saved else 0,
+            version=version,
         )
         try:
             self._join(wait_s)
@@ -391,6 +391,12 @@ class Session:
                     deadline = now + _WELCOME_S
                     self._take(message, frames, entries)
                 case wire.Update(since=None) if is_welcome and (base := self._closed(message)) is not None:
+                    # Until it was fenced, a process that this one replaces may have gone on. What the server
+                    # was told and what this worker goes on from must be the same state, and the last one.
+                    if (version := self._read_state()) != hello.version:
+                        hello = msgspec.structs.replace(hello, version=version, attempt=hello.attempt + 1)
+                        asked_s, is_welcome = -float("inf"), False
+                        continue
                     self.base, self.base_digest = base, message.base_digest
                     self.merged = frozenset(message.merged)
                     self._progress = (message.version, 0)
@@ -401,6 +407,12 @@ class Session:
             f"no server answers at {self._address} after {wait_s:g} s; start one with 'lte server CONFIG'"
             " and give the address that it prints"
         )
+
+    def _read_state(self) -> int:
+        """Read this worker's state, unless what was read is the newest. Returns its version, 0 for none."""
+        if self.folder is not None and not state.is_newest(self.folder, self.saved):
+            self.saved = state.load(self.folder)
+        return self.saved.version if self.saved else 0
 
     def _is_stale(self, message: wire.AnyMessage) -> bool:
         """Whether a message is not of the server that welcomed this worker. A newer one is asked to."""

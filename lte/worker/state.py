@@ -8,7 +8,8 @@ spoil each other's, and one that was replaced and wakes up does not hide its suc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,7 @@ def save(folder: Path, saved: Saved, replaces: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
     tensors |= {_BLOB + name: blob for name, blob in saved.blobs.items()}
-    described = {
-        "format": FORMAT,
-        "run_id": saved.run_id,
-        "slot": str(saved.slot),
-        "incarnation": str(saved.incarnation),
-        "senders": json.dumps(list(saved.senders)),
-        "contribution": msgspec.json.encode(saved.contribution).decode(),
-        "tally": json.dumps(asdict(saved.tally)),
-        "numbers": json.dumps(saved.numbers),
-        "digest": quantize.digest(sorted(tensors.items())),
-    }
+    described = _described(saved) | {"digest": quantize.digest(sorted(tensors.items()))}
     final = folder / _NAMES.replace("*", f"{own:08d}")
     partial = final.with_name(f".{final.name}")
     durable.save_tensors(tensors, partial, described)
@@ -113,18 +104,16 @@ def load(folder: Path) -> Saved | None:
     Raises:
         RunError: it is damaged, or of another version of lte.
     """
-    path = max(folder.glob(_NAMES), key=_incarnation, default=None)
+    path = _newest(folder)
     if path is None:
         return None
     try:
-        with safe_open(path, "pt") as file:
+        with _opened(path) as file:
             described = file.metadata() or {}
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:  # another process has saved a newer one meanwhile
         return load(folder)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: damaged ({error}); delete it, and this worker starts over") from None
     if described.get("format") != FORMAT:
         raise RunError(f"{path}: of another version of lte; delete it, and this worker starts over")
     if described["digest"] != quantize.digest(sorted(tensors.items())):
@@ -140,6 +129,57 @@ def load(folder: Path) -> Saved | None:
         tensors={name: tensor for name, tensor in tensors.items() if not name.startswith(_BLOB)},
         numbers=json.loads(described["numbers"]),
     )
+
+
+def is_newest(folder: Path, saved: Saved | None) -> bool:
+    """Whether this is what `load` would give: no process has saved another state since.
+
+    Raises:
+        RunError: the state in the folder is damaged.
+    """
+    path = _newest(folder)
+    if path is None or saved is None:
+        return path is None and saved is None
+    try:
+        with _opened(path) as file:
+            described = file.metadata() or {}
+    except FileNotFoundError:  # another process has saved a newer one meanwhile
+        return False
+    return _described(saved).items() <= described.items()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A state's file, by safetensors' `safe_open`, which has no types.
+
+    Raises:
+        RunError: it is damaged. FileNotFoundError: it is gone.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: damaged ({error}); delete it, and this worker starts over") from None
+
+
+def _described(saved: Saved) -> dict[str, str]:
+    """What the head of a state's file says beside the digest of its tensors."""
+    return {
+        "format": FORMAT,
+        "run_id": saved.run_id,
+        "slot": str(saved.slot),
+        "incarnation": str(saved.incarnation),
+        "senders": json.dumps(list(saved.senders)),
+        "contribution": msgspec.json.encode(saved.contribution).decode(),
+        "tally": json.dumps(asdict(saved.tally)),
+        "numbers": json.dumps(saved.numbers),
+    }
+
+
+def _newest(folder: Path) -> Path | None:
+    return max(folder.glob(_NAMES), key=_incarnation, default=None)
 
 
 def _incarnation(path: Path) -> int:

@@ -137,6 +137,46 @@ def test_of_two_workers_with_one_id_the_newer_goes_on(
     audit(cluster.run, ROUNDS, {"a", "b"})
 
 
+CONNECT = "lte.transport:connect"
+GOES_ON = {  # where b waits while its successor reads; where it stops then; where a waits, if not for b
+    "none, and one is held": (
+        Wait(CONNECT),
+        Fault("lte.worker.session:Session._is_stale", given="Receipt", number=STOP),
+        Wait(STEP),
+    ),
+    "none, and one is merged": (Wait(CONNECT), Fault(STEP, call=3, number=STOP), None),
+    "none, and two are merged": (Wait(CONNECT), Fault(STEP, call=5, number=STOP), None),
+    "one, and two more are merged": (Wait(STEP, call=3), Fault(STEP, call=7, number=STOP), None),
+}
+
+
+@pytest.mark.parametrize(("waits", "stops", "of_a"), GOES_ON.values(), ids=GOES_ON.keys())
+def test_a_successor_goes_on_from_the_last_state_of_whom_it_fences(
+    cluster: Cluster, undisturbed: str, tmp_path: Path, waits: Wait, stops: Fault, of_a: Wait | None
+) -> None:
+    """It reads what state there is of b, and says Hello when b has contributed once more, or twice."""
+    of_b, of_successor, until = (Gate(tmp_path / name) for name in ("b", "successor", "a"))
+    server = cluster.serve()
+    a = cluster.work("a", *([replace(of_a, gate=until)] if of_a else []))
+    b = cluster.work("b", replace(waits, gate=of_b), stops)
+    cluster.until(of_b.reached.exists, "b")
+    successor = cluster.work("b", Wait(CONNECT, gate=of_successor))
+    cluster.until(of_successor.reached.exists, "successor that has read")
+    of_b.open()
+    cluster.stopped(b)
+    of_successor.open()
+    cluster.until(lambda: cluster.events("left"), "word that b is replaced")
+    cluster.wake(b)
+    cluster.ended(b, 1)
+    if of_a:
+        until.open()
+    for process in (server, a, successor):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    assert cluster.events("recalled") == []
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
 @pytest.mark.parametrize(
     ("where", "words"),
     [
