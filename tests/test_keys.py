@@ -33,6 +33,7 @@ from lte.transport import ServerEndpoint, WorkerEndpoint, keys
 from lte.transport.gate import Gate
 from lte.transport.keys import AllowList
 from lte.transport.limits import Buckets
+from lte.transport.zmq import _Handshakes
 
 WAIT_S = 20.0
 MAX_MESSAGE_BYTES = 1 << 20
@@ -149,6 +150,38 @@ def test_a_peer_without_a_key_does_not_get_in(ring: Ring) -> None:
         stranger.send([b"let me in"])
         assert "the server demands a key" in refused(stranger)
         only_good_ones_are_heard(ring, server)
+
+
+@pytest.mark.parametrize(
+    ("has_keys", "own", "says"),
+    [
+        (True, "", "the server demands a key"),
+        (False, "alice", "the server has no keys"),
+        (True, "alice", ""),
+        (False, "", ""),
+    ],
+)
+def test_a_server_that_hung_up_before_it_had_said_why_is_asked(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch, has_keys: bool, own: str, says: str
+) -> None:
+    """As a busy one does whose mechanism is another."""
+    monkeypatch.setattr("lte.transport.zmq._NAMES_WITHIN_S", WAIT_S)
+    server = ring.bind() if has_keys else ring.bind(key=None, allow=None)
+    handshakes = _Handshakes(server.address, ring.pairs.get(own))
+    fault = handshakes.fault(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, 0, now_s=0.0)
+    assert (bool(fault), says in fault) == (bool(says), True)
+    assert server.notices() == []
+    if has_keys:
+        only_good_ones_are_heard(ring, server)
+
+
+def test_a_tunnel_that_leads_to_no_server_yet_is_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as tunnel:
+        handshakes = _Handshakes(f"tcp://127.0.0.1:{tunnel.getsockname()[1]}", None)
+        hanging_up = threading.Thread(target=lambda: tunnel.accept()[0].close())
+        hanging_up.start()
+        assert handshakes.fault(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, 0, now_s=100.0) == ""
+        hanging_up.join()
 
 
 @pytest.mark.parametrize("mechanism", ["NULL", "PLAIN"])

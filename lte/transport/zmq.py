@@ -51,6 +51,10 @@ _CURVE_BYTES = 33
 """How much larger a frame is that is encrypted."""
 _HUNG_UP_S = 3.0
 """A server that hangs up in the handshake for so long has another key. Once, it may have been stopped."""
+_NAMES_WITHIN_S = 2.0
+_GREETING_BEGINS = b"\xff" + bytes(7) + b"\x01\x7f\x03"
+_GREETING_BYTES, _MECHANISM = 64, slice(12, 32)
+"""Of ZMTP 3: signature and major version, after which the other side sends its whole greeting."""
 
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[\w.-]+|\*):(?P<port>\*|\d{1,5})", re.ASCII)
 _FORMS = "an address is tcp://HOST:PORT, ipc://PATH or inprocess://NAME"
@@ -272,14 +276,22 @@ class _Handshakes:
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
                 return self._mismatched()
-        elif self._pair and not self._succeeded:
-            self._hung_up_s = now_s if self._hung_up_s is None else self._hung_up_s
-            if now_s - self._hung_up_s >= _HUNG_UP_S:
-                return (
-                    f"{self._address}: the server hangs up in the handshake: its key is another than the"
-                    " given server key, or no server is behind this address; check both"
-                )
+        elif not self._succeeded:
+            return self._hung_up(now_s)
         return ""
+
+    def _hung_up(self, now_s: float) -> str:
+        if _named_mechanism(self._address) not in ("", "CURVE" if self._pair else "NULL"):
+            return self._mismatched()
+        if not self._pair:  # a tunnel that leads to no server yet, say: such a one is waited for
+            return ""
+        self._hung_up_s = now_s if self._hung_up_s is None else self._hung_up_s
+        if now_s - self._hung_up_s < _HUNG_UP_S:
+            return ""
+        return (
+            f"{self._address}: the server hangs up in the handshake: its key is another than the given server"
+            " key, or no server is behind this address; check both"
+        )
 
     def _refused(self, status: int) -> str:
         if self._pair and status == _NOT_ALLOWED:
@@ -299,6 +311,27 @@ class _Handshakes:
             f"{self._address}: the server demands a key; make one with 'lte keys new NAME', have it added"
             " to the server's allow-list, and give --key NAME.secret --server-key SERVER.public"
         )
+
+
+def _named_mechanism(address: str) -> str:
+    """How the server at a TCP address secures connections, as it says itself; "" where nobody does.
+
+    A busy server may read the whole greeting of a worker before it has sent its own: then it hangs up on
+    one of another mechanism without a word of it. So this one is shown no more than the beginning.
+    """
+    if (tcp := _parse(address)) is None:
+        return ""
+    server = tcp["host"].strip("[]"), int(tcp["port"])
+    try:
+        with (
+            socket.create_connection(server, _NAMES_WITHIN_S) as connection,
+            connection.makefile("rb") as answer,
+        ):
+            connection.sendall(_GREETING_BEGINS)
+            greeting = answer.read(_GREETING_BYTES)
+    except OSError:  # it is away, or busy: then it is asked again when it has hung up again
+        return ""
+    return greeting[_MECHANISM].rstrip(b"\0").decode("ascii", "replace")
 
 
 def bind(
