@@ -28,8 +28,8 @@ from lte.server.folder import LOCKS
 from lte.server.master import Master
 from lte.track import METRICS
 
-ENDS_WITHIN_S = 10.0
-"""How long Ctrl-C may take."""
+ENDS_WITHIN_S = 25.0
+"""How long Ctrl-C may take: less than the 30 s after which launchers kill who has not ended."""
 
 
 # The recipe, the data, and ways to run `lte`

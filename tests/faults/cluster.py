@@ -34,7 +34,8 @@ from lte.track import METRICS, Records
 
 ROUNDS = 6
 """Of the run that is disturbed."""
-ENDS_WITHIN_S = 50.0
+ENDS_WITHIN_S = 100.0
+"""Whatever must happen does; generous, as other jobs may share the machine."""
 
 
 class Script(Protocol):
