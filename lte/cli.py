@@ -502,6 +502,9 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="RATE",
         help="of the link that all workers share at the server (default: no limit)",
     )
+    command.add_argument(
+        "--round", type=_whole, default=0, metavar="N", help="with the settings of this one (train.phases)"
+    )
     command.add_argument("--step-time", type=_unit(links.seconds), metavar="S", help="of a local step")
     command.add_argument(
         "--from", dest="run_folder", type=Path, metavar="RUN", help="take speeds and bits from this run"
@@ -519,7 +522,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    recipe = config.load(arguments.config, arguments.overrides)
+    recipe = config.load(arguments.config, arguments.overrides).in_round(arguments.round)
     if arguments.table:
         if arguments.bandwidth or arguments.rtt is not None or arguments.workers:
             raise UserError("--table says it for each worker: leave out --bandwidth, --rtt and --workers")

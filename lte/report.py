@@ -18,7 +18,7 @@ from rich.filesize import decimal as bytes_text
 from rich.table import Table
 from rich.text import Text
 
-from lte.config import Recipe, load
+from lte.config import Phase, Recipe, load
 from lte.cost.model import DDP_BYTES
 from lte.errors import RunError
 from lte.tasks import task_of
@@ -93,11 +93,11 @@ class Outcome:
             return None
         return 8 * num_bytes / (self.num_parameters * self.rounds * self.workers)
 
-    def ddp_bytes(self, local_steps: int) -> int | None:
-        """What data-parallel training of as many steps and workers exchanges."""
+    def ddp_bytes(self, steps: int) -> int | None:
+        """What data-parallel training of so many steps, and as many workers, exchanges."""
         if not self.num_parameters or not self.rounds:
             return None
-        return DDP_BYTES * self.num_parameters * local_steps * self.rounds * self.workers
+        return DDP_BYTES * self.num_parameters * steps * self.workers
 
 
 def outcome(folder: Path) -> Outcome:
@@ -157,11 +157,12 @@ def summary(folder: Path) -> RenderableType:
         RunError: when its records are damaged.
     """
     recipe, run = load(folder / "config.yaml"), outcome(folder)
-    local_steps, heads = recipe.train.local_steps, recipe.lora.heads
+    train, heads = recipe.train, recipe.lora.heads
     of = f"round {run.rounds:,} of {recipe.train.rounds:,}"
     state = f"finished at {of}" if run.finished else f"stopped at {of}, or still running"
     rows = {
-        "rounds": f"{run.rounds:,} of {_count(local_steps, 'local step')} each",
+        "rounds": f"{run.rounds:,} of {_count(train.local_steps, 'local step')} each",
+        **({"phases": "\n".join(map(_phase, train.phases))} if train.phases else {}),
         recipe.data.counted: f"{run.tokens:,}"
         + (f" ({run.tokens / run.time_s:,.0f}/s)" if run.time_s else ""),
         "time": clock_text(run.time_s),
@@ -172,7 +173,7 @@ def summary(folder: Path) -> RenderableType:
         **_accuracies(run),
         "up": _bytes(run, run.uplink_bytes),
         "down": _bytes(run, run.downlink_bytes),
-        "data-parallel": _against_ddp(run, local_steps),
+        "data-parallel": _against_ddp(run, recipe.steps_before(run.rounds)),
         "files": "\n".join(str(folder / name) for name in _ARTEFACTS if (folder / name).exists()),
     }
     grid = Table.grid(padding=(0, 2))
@@ -181,6 +182,11 @@ def summary(folder: Path) -> RenderableType:
     for name, value in rows.items():
         grid.add_row(name, Text(value))  # Text: paths may hold [brackets]
     return Group(Text.assemble((folder.resolve().name, "bold cyan"), "  ", state), grid)
+
+
+def _phase(phase: Phase) -> str:
+    changed = {key: value for key, value in vars(phase).items() if value is not None and key != "from_round"}
+    return f"from round {phase.from_round:,} on: {', '.join(f'{key} {changed[key]}' for key in changed)}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -213,8 +219,8 @@ def _bytes(run: Outcome, num_bytes: int) -> str:
     return text if bits is None else f"{text}, {bits:.3g} bits a parameter, round and worker"
 
 
-def _against_ddp(run: Outcome, local_steps: int) -> str:
-    ddp, own = run.ddp_bytes(local_steps), run.uplink_bytes + run.downlink_bytes
+def _against_ddp(run: Outcome, steps: int) -> str:
+    ddp, own = run.ddp_bytes(steps), run.uplink_bytes + run.downlink_bytes
     if not ddp or not own:
         return "not known yet"
     return f"would move {bytes_text(ddp)}, {ddp / own:,.{0 if ddp >= 100 * own else 1}f} times more"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lte.config import Schedule
+from lte.config import Recipe, Schedule
 
 
 def join_factor(schedule: Schedule, own_step: int) -> float:
@@ -16,19 +16,26 @@ def join_factor(schedule: Schedule, own_step: int) -> float:
     return min(1.0, (own_step + 1) / max(1, schedule.join_warmup_steps))
 
 
-def factor(schedule: Schedule, step: int, total_steps: int, local_steps: int) -> float:
+def factor_in(recipe: Recipe, number: int, local_step: int) -> float:
+    """Factor on all learning rates at a local step of a round, both counted from 0."""
+    settings, step = recipe.schedule, recipe.steps_before(number) + local_step
+    last_restart = number - number % settings.restart_rounds
+    return factor(settings, step, recipe.total_steps, recipe.steps_before(last_restart))
+
+
+def factor(schedule: Schedule, step: int, total_steps: int, restart_step: int) -> float:
     """Factor on all learning rates at a local step of the run: linear warmup, then the shape.
 
     Args:
         step: counted from 0 at the start of the run. total_steps: of the whole run.
-        local_steps: between two merges.
+        restart_step: the first one since jagged-cosine's last restart; 0 before the first restart.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.name == "constant":
         return 1.0
     if schedule.name == "jagged-cosine":
-        return _jagged(schedule, step, total_steps, schedule.restart_rounds * local_steps)
+        return _jagged(schedule, step, total_steps, restart_step)
     return schedule.final + (1 - schedule.final) * _shape(schedule, step, total_steps)
 
 
@@ -43,10 +50,10 @@ def _shape(schedule: Schedule, step: int, total_steps: int) -> float:
     return 1 - done if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _jagged(schedule: Schedule, step: int, total_steps: int, period: int) -> float:
-    """ReLoRA's: a cosine to which the factor climbs anew, in a straight line, after each period."""
-    restart, since = divmod(step, period)
-    climb = schedule.restart_warmup_steps if restart else 0
-    on_cosine = step if since >= climb else restart * period + climb - 1
+def _jagged(schedule: Schedule, step: int, total_steps: int, restart_step: int) -> float:
+    """ReLoRA's: a cosine to which the factor climbs anew, in a straight line, after each restart."""
+    since = step - restart_step
+    climb = schedule.restart_warmup_steps if restart_step else 0
+    on_cosine = step if since >= climb else restart_step + climb - 1
     reached = schedule.final + (1 - schedule.final) * _shape(schedule, on_cosine, total_steps)
     return reached * min(1.0, (since + 1) / max(1, climb))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte.config.describe import describe
-from lte.config.recipe import Override, Rate, Recipe
+from lte.config.recipe import Override, Phase, Rate, Recipe
 
 _EXPECTED = {
     "bool_parsing": "true or false",
@@ -28,7 +28,7 @@ _EXPECTED = {
 """What to say for pydantic's types of errors."""
 
 
-_LISTED = {"lora.overrides": Override, "optimizer.rates": Rate}
+_LISTED = {"lora.overrides": Override, "optimizer.rates": Rate, "train.phases": Phase}
 """What the lists hold whose entries have settings of their own."""
 
 

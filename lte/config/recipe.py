@@ -114,6 +114,15 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Other settings from a round on, until a later phase changes them again; None keeps what was."""
+
+    __pydantic_config__ = _STRICT
+    from_round: Whole = _doc(0, "first round, counted from 0, that these settings are for")
+    local_steps: Annotated[Count | None, _OrNone] = _doc(None, "train.local_steps of these rounds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """How long, how often merged, by how many."""
 
@@ -137,6 +146,9 @@ class Train:
     overlap: bool = _doc(False, "take local steps of the next round while a merge is under way")
     overlap_steps: Annotated[Count | None, _OrNone] = _doc(
         None, "local steps of the next round after which the update is applied; none: all T"
+    )
+    phases: tuple[Phase, ...] = _doc(
+        (), "settings that change in the run, in order: [{from_round: 80, local_steps: 2}, ...]"
     )
 
     @property
@@ -474,7 +486,36 @@ class Recipe:
     @property
     def total_steps(self) -> int:
         """Local steps of a worker in the whole run."""
-        return self.train.rounds * self.train.local_steps
+        return self.steps_before(self.train.rounds)
+
+    def steps_before(self, number: int) -> int:
+        """Local steps of a worker in the rounds before this one: names the first batch of it."""
+        steps, since, local_steps = 0, 0, self.train.local_steps
+        for phase in self.train.phases:
+            if phase.local_steps is not None:
+                begins = min(phase.from_round, number)
+                steps += (begins - since) * local_steps
+                since, local_steps = begins, phase.local_steps
+        return steps + (number - since) * local_steps
+
+    def in_round(self, number: int) -> Recipe:
+        """The recipe with the settings of a round, counted from 0; after the last one, with the last one's.
+
+        Its phases name the settings of the rounds before the first of them, too, so that it says the
+        same of all rounds as this one does.
+        """
+        if not self.train.phases:
+            return self
+        first = Phase(from_round=0, local_steps=self.train.local_steps)
+        phases = (first, *self.train.phases)
+        now: dict[str, Any] = {}
+        for phase in phases:
+            if phase.from_round <= number:
+                now |= {key: value for key, value in vars(phase).items() if value is not None}
+        return dataclasses.replace(
+            self,
+            train=dataclasses.replace(self.train, local_steps=now["local_steps"], phases=phases),
+        )
 
     @property
     def grace_s(self) -> float:

@@ -28,7 +28,25 @@ _OF_BOTH = {
 
 
 def check(recipe: Recipe) -> list[str]:
-    """Faults that no single field shows, one line each."""
+    """Faults that no single field shows, one line each, in whichever phase."""
+    faults = _faults(recipe)
+    starts = [phase.from_round for phase in recipe.train.phases]
+    if starts != sorted(set(starts)):
+        faults.append(f"train.phases: their from_round must rise, not be {', '.join(map(str, starts))}")
+    elif starts and starts[-1] >= recipe.train.rounds:
+        faults.append(
+            f"train.phases: round {starts[-1]} does not come, as train.rounds is {recipe.train.rounds} (the"
+            " first one is 0)"
+        )
+    else:
+        for start in starts:
+            later = [line for line in _faults(recipe.in_round(start)) if line not in faults]
+            faults += [f"train.phases: from round {start} on: {line}" for line in later]
+    return faults
+
+
+def _faults(recipe: Recipe) -> list[str]:
+    """What contradicts each other in the settings of one phase."""
     lora, model, train, outer = recipe.lora, recipe.model, recipe.train, recipe.outer
     schedule = recipe.schedule
     period_steps = schedule.restart_rounds * train.local_steps

@@ -185,7 +185,7 @@ class Server:
                 self._eval_losses.saw(earlier["version"], earlier["loss"])
         for line in found.rounds:  # of versions that a crash kept from the records
             if line["version"] not in told:
-                lr = self._rate(int(line["version"] or 0))
+                lr = self._rate(int(line["version"]))
                 self._tracker.record("round", **line, downlink_bytes=0, merge_s=0.0, wait_s=0.0, lr=lr)
             if measured := found.diagnostics.get(line["version"]):
                 self._tracker.record("diagnostics", **measured)
@@ -540,7 +540,7 @@ class Server:
             wait_s, self._published_s = closed_s - self._published_s, self._now_s()
             self._merged_s = self._published_s
             for _, message in held:
-                self._roll.merged(message, self.recipe.train.local_steps)
+                self._roll.merged(message, self.recipe.in_round(version - 1).train.local_steps)
             if self.recipe.compress.measure_entropy:
                 pairs = ((before[name], now) for name, now in self.master.base.items())
                 changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
@@ -666,9 +666,8 @@ class Server:
 
     def _rate(self, version: int) -> float:
         """Learning rate of the last local step before a version."""
-        recipe, local_steps = self.recipe, self.recipe.train.local_steps
-        step = version * local_steps - 1
-        return recipe.optimizer.lr * schedule.factor(recipe.schedule, step, recipe.total_steps, local_steps)
+        last_step = self.recipe.in_round(version - 1).train.local_steps - 1
+        return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, version - 1, last_step)
 
     def _measure(self, max_tokens: int) -> Losses | None:
         """Measure the published model and the master, and record both; None if told to stop meanwhile."""
@@ -801,7 +800,7 @@ class Server:
             words=words,
             version=self.version,
             rounds=self.recipe.train.rounds,
-            local_steps=self.recipe.train.local_steps,
+            local_steps=self.recipe.in_round(self.version).train.local_steps,
             train_loss=standing.train_loss,
             valid_loss=standing.valid_loss,
             tokens=self._tokens,

@@ -146,7 +146,7 @@ class Worker:
     @property
     def step_index(self) -> int:
         """Local steps since the start of the run: names the next batch."""
-        return self._trainer.round * self.recipe.train.local_steps + self._trainer.local_step
+        return self.recipe.steps_before(self._trainer.round) + self._trainer.local_step
 
     def step(self, loss: Tensor | float | None = None, *, tokens: int = 0) -> bool:
         """Take an optimizer step on the gradients at hand; after every T-th, merge.
@@ -179,7 +179,8 @@ class Worker:
 
     def _follow_through(self) -> None:
         """Pull and push as it is time to after the local steps taken: the next one may follow."""
-        trainer, train = self._trainer, self.recipe.train
+        trainer = self._trainer
+        train = self.recipe.in_round(trainer.round).train
         if trainer.round > trainer.version and trainer.local_step >= train.steps_ahead:
             self._until_published()
         if not self.done and trainer.local_step >= train.local_steps:

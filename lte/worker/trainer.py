@@ -159,7 +159,7 @@ class Trainer:
     def _seed_dropout(self) -> None:
         """Choose the masks of the next forward pass: a function of run, head, local step and how many there
         were in it, so that neither a restart nor threads of other workers change them."""
-        step = self.round * self.recipe.train.local_steps + self.local_step
+        step = self.recipe.steps_before(self.round) + self.local_step
         for name, module in self.modules.items():
             module.dropout_seeds = [
                 lowrank.seed_of(self.recipe.run.seed, "dropout", name, head, step, self._num_forwards)
@@ -169,12 +169,10 @@ class Trainer:
 
     def _factor(self) -> float:
         """Factor on the rates of the next local step, by how far the run is and how old these heads are."""
-        recipe = self.recipe
-        step = self.round * recipe.train.local_steps + self.local_step
-        factor = schedule.factor(recipe.schedule, step, recipe.total_steps, recipe.train.local_steps)
+        factor = schedule.factor_in(self.recipe, self.round, self.local_step)
         if self._own_steps is None:
             return factor
-        return factor * schedule.join_factor(recipe.schedule, self._own_steps)
+        return factor * schedule.join_factor(self.recipe.schedule, self._own_steps)
 
     def go_ahead(self) -> None:
         """Begin the local steps of the next round; the update that opens it is still to come."""
