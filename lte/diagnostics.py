@@ -212,7 +212,10 @@ def quantization_error(weight: Tensor, base: Quantized) -> tuple[float, float]:
 
 
 def codes_flipped(before: Quantized, after: Quantized) -> float:
-    """Share of a base's codes that are others in another version of it; of fp32 elements for `none`."""
+    """Share of a base's codes that are others in another version of it; of fp32 elements for `none`, and
+    NaN where the format is another one."""
+    if before.quant != after.quant:
+        return math.nan
     if before.quant == "nf4":  # two codes a byte
         changed = before.codes ^ after.codes
         count = (changed > 0x0F).sum() + (changed & 0x0F > 0).sum()

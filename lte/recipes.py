@@ -180,6 +180,7 @@ def load_run(folder: Path, which: str = "published") -> tuple[nn.Module, Recipe,
     progress, state = checkpoint.load(checkpoint.newest(folder))
     model = initial_model(recipe)
     master = Master(model, recipe)
+    master.enter(progress.version)
     master.load_state(state)
     if which == "ema" and not master.ema.tensors:
         raise RunError(f"{folder}: keeps no average of its master; train with outer.ema=0.98, say")
@@ -206,7 +207,8 @@ def roll_back(folder: Path, version: int) -> rollback.RolledBack:
 
 def _with_heads(recipe: Recipe) -> nn.Module:
     """The recipe's model with heads; no weight (out, in) takes memory."""
-    return convert(task_of(recipe).build(), recipe.lora, recipe.base.quant)
+    built = recipe.as_built
+    return convert(task_of(recipe).build(), built.lora, built.base.quant)
 
 
 def _of_own(recipe: Recipe, rank: int, heads: int) -> Recipe:

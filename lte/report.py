@@ -204,7 +204,7 @@ def _losses(run: Outcome, recipe: Recipe) -> str:
     if run.loss is None and run.loss_master is None:
         return "not evaluated yet, or not finite"
     gap = "" if run.gap is None else f" (published {run.gap:+.2%})"
-    published = f"{loss_text(run.loss)} published ({recipe.base.quant})"
+    published = f"{loss_text(run.loss)} published ({recipe.in_round(run.rounds).base.quant})"
     return f"{published}, {loss_text(run.loss_master)} master{gap}"
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import lte
 from lte import config
-from lte.compress import CODES, SCALES
+from lte.compress import CODES, SCALES, changes
 from lte.config import Recipe
 from lte.server.master import Master, Received
 from lte.worker.trainer import Trainer
@@ -44,7 +44,9 @@ class Simulation:
         self.master = Master(model, recipe)
         self.trainers = [
             Trainer(
-                lte.convert(copy.deepcopy(model), recipe.lora.capped(*cap), recipe.base.quant),
+                lte.convert(
+                    copy.deepcopy(model), recipe.as_built.lora.capped(*cap), recipe.as_built.base.quant
+                ),
                 recipe,
                 slot=slot,
                 version=0,
@@ -98,15 +100,21 @@ class Simulation:
                 trainer.go_ahead()
             ahead()
         self.outcome = self.master.merge(received, missing)
+        version = self.trainers[0].version + 1
+        self.master.enter(version)
         before = self.master.requantize()
         blobs = self.master.publish_dense()
-        for name, change in self.master.changes_since(before):
-            blobs |= {name + CODES: change.codes, name + SCALES: change.scales}
+        whole = changes.is_reformatted(before, self.master.base)
+        if whole:
+            blobs = self.master.snapshot()
+        else:
+            for name, change in self.master.changes_since(before):
+                blobs |= {name + CODES: change.codes, name + SCALES: change.scales}
         for slot, trainer in enumerate(self.trainers):
             trainer.apply(
-                trainer.version + 1,
+                version,
                 blobs,
                 self.master.base_digest(),
                 merged=slot in chosen,
-                whole=False,
+                whole=whole,
             )

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from simulation import Simulation, recipe
+from test_algorithm import Net, batches, mse, seeded
 
 from launch import local
-from lte import config
+from lte import config, quantize
 from lte.config import Recipe
 from lte.data import TrainingStream, pack
 from lte.errors import ConfigError
@@ -157,3 +160,59 @@ def test_workers_take_the_steps_of_each_round_and_read_every_batch_once(
     last = [rates[n, length - 1].pop() for n, length in enumerate(lengths)]
     assert [line["lr"] for line in rounds] == pytest.approx(last)
     assert last[-1] < 0.02 * max(last), "the run ends with its last step, not when 6 rounds of 2 would"
+
+
+# The base's format
+
+
+def test_a_base_in_another_format_is_made_anew_from_the_master() -> None:
+    """fp32, then 4 bits, then 8: what 4 bits had rounded away comes back with more of them."""
+    phases = [{"from_round": 2, "base_quant": "nf4"}, {"from_round": 4, "base_quant": "int8"}]
+    settings = recipe(**{"train.phases": phases, "optimizer.lr": 0.05})
+    simulation = Simulation(seeded(Net), settings, 2)
+    master = simulation.master
+    for version in range(1, 7):
+        simulation.local_steps(mse, batches(2, 3, 8, seed=version))
+        simulation.merge()
+        quant = "none" if version < 2 else "nf4" if version < 4 else "int8"
+        assert {base.quant for base in master.base.values()} == {quant}
+        for trainer in simulation.trainers:
+            assert trainer.base_digest() == master.base_digest()
+            assert all(module.quant == quant for module in trainer.modules.values())
+        if version in (2, 4):
+            for name, weight in master.weights.items():
+                fresh = quantize.quantize(weight, quant)
+                assert torch.equal(master.base[name].codes, fresh.codes)
+                assert torch.equal(master.base[name].scales, fresh.scales)
+    x = torch.randn(16, 6)
+    plain = seeded(Net)
+    master.fill(plain, "published")
+    model = simulation.trainers[0].model.eval()
+    assert torch.allclose(model(x), plain.eval()(x), atol=1e-6)
+
+
+def test_training_goes_on_by_the_new_base() -> None:
+    """With fp32 all along, the same phase changes nothing; with fewer bits the workers see others."""
+    masters = {}
+    for quant in (None, "none", "nf4"):
+        settings = recipe(**{"train.phases": [{"from_round": 1, "base_quant": quant}], "optimizer.lr": 0.05})
+        simulation = Simulation(seeded(Net), settings, 2)
+        for round_ in range(3):
+            simulation.local_steps(mse, batches(2, 3, 8, seed=round_))
+            simulation.merge()
+        masters[quant] = simulation.master.master_digest()
+    assert masters[None] == masters["none"] != masters["nf4"]
+
+
+def test_the_model_is_sent_whole_once_when_its_format_changes(train: Train) -> None:
+    phases = [{"from_round": 2, "base_quant": "int8"}, {"from_round": 4, "base_quant": "nf4"}]
+    lines = train(**{"train.phases": phases, "eval.every": 1, "log.diagnostics_every": 1})
+    changed = {line["version"]: line["codes_changed"] for line in of_kind(lines, "round")}
+    assert [version for version, share in changed.items() if share == 1.0] == [2, 4]
+    flipped = {
+        line["version"]: {module["codes_flipped"] for module in line["modules"].values()}
+        for line in of_kind(lines, "diagnostics")
+    }
+    assert [version for version, shares in flipped.items() if shares == {None}] == [2, 4]
+    gaps = {line["version"]: abs(line["loss"] - line["loss_master"]) for line in of_kind(lines, "eval")}
+    assert max(gaps[2], gaps[3]) < min(gaps[1], gaps[4], gaps[5]), "8 bits show the master better"

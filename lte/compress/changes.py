@@ -20,7 +20,7 @@ Within 5 % of the zeroth-order entropy of the differences for a million codes an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,11 @@ def full(base: Quantized) -> Change:
     codes, scales = _full_codes(_bytes(base.codes), base.quant), _full_scales(_bits(base.scales))
     num_codes = base.codes.numel() * _CODES_A_BYTE.get(base.quant, 1)
     return Change(torch.from_numpy(codes), torch.from_numpy(scales), num_codes, base.scales.numel())
+
+
+def is_reformatted(old: Mapping[str, Quantized], new: Mapping[str, Quantized]) -> bool:
+    """Whether a base of these has another format than before: then there is no change between them."""
+    return any(old[name].quant != base.quant for name, base in new.items())
 
 
 def apply(base: Quantized, codes: Tensor, scales: Tensor) -> Quantized:

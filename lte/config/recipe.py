@@ -120,6 +120,9 @@ class Phase:
     __pydantic_config__ = _STRICT
     from_round: Whole = _doc(0, "first round, counted from 0, that these settings are for")
     local_steps: Annotated[Count | None, _OrNone] = _doc(None, "train.local_steps of these rounds")
+    base_quant: Quant | None = _doc(
+        None, "base.quant of what these rounds train on, made anew from the master; none: fp32, not as before"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,7 +509,7 @@ class Recipe:
         """
         if not self.train.phases:
             return self
-        first = Phase(from_round=0, local_steps=self.train.local_steps)
+        first = Phase(from_round=0, local_steps=self.train.local_steps, base_quant=self.base.quant)
         phases = (first, *self.train.phases)
         now: dict[str, Any] = {}
         for phase in phases:
@@ -515,7 +518,14 @@ class Recipe:
         return dataclasses.replace(
             self,
             train=dataclasses.replace(self.train, local_steps=now["local_steps"], phases=phases),
+            base=dataclasses.replace(self.base, quant=now["base_quant"]),
         )
+
+    @property
+    def as_built(self) -> Recipe:
+        """The recipe by which models are built that join, in whichever round: their worker brings them to
+        the settings of the round."""
+        return self.in_round(0)
 
     @property
     def grace_s(self) -> float:

@@ -92,6 +92,17 @@ class Adapted(nn.Module):
         """The frozen base; its tensors are this module's buffers."""
         return Quantized(self.quant, self.spec.shape, self.codes, self.scales)
 
+    def load_base(self, base: Quantized) -> None:
+        """Take over the codes and scales of a base, which may be of another format."""
+        if base.quant != self.quant:
+            self.quant, device = base.quant, self.codes.device
+            self.codes, self.scales = (
+                torch.empty_like(base.codes, device=device),
+                torch.empty_like(base.scales, device=device),
+            )
+        self.codes.copy_(base.codes)
+        self.scales.copy_(base.scales)
+
     def sliced(self, batch: Tensor) -> Tensor:
         """A batch (n, ...) as its heads see it, (H, n / H, ...), or whole, (1, ...), by one head."""
         if self.heads == 1:

@@ -62,6 +62,14 @@ class Plan:
         adapted = {n: replace(spec, rank=min(spec.rank, rank)) for n, spec in self.adapted.items()}
         return replace(self, adapted=adapted)
 
+    def of_settings(self, lora: LoRA, quant: Quant) -> Plan:
+        """The plan of the same model where other settings hold for its heads and its base."""
+        adapted = {}
+        for name, spec in self.adapted.items():
+            rank, scale, init = settings_of(name, lora)
+            adapted[name] = replace(spec, rank=rank, scale=scale, init=init)
+        return replace(self, adapted=adapted, quant=quant)
+
     def describe(self, lora: LoRA) -> dict[str, str]:
         """Everything in which server and worker must agree about the model, in words."""
         described = {}

@@ -168,8 +168,9 @@ class Diagnosis:
         try:
             with safe_open(self._path, "pt") as file:
                 bases = {
-                    name: replace(
-                        self._master.base[name],
+                    name: Quantized(
+                        self._master.recipe.in_round(0).base.quant,
+                        self._master.base[name].shape,
                         codes=file.get_tensor(name + CODES),
                         scales=file.get_tensor(name + SCALES),
                     )

@@ -95,6 +95,8 @@ class Master:
     recipe's or the worker's own, whichever is smaller.
 
     Attributes:
+        recipe: with the settings of the round on the version at hand. plan: what becomes of the model by
+            them; built: what becomes of one that joins, before its worker brings it to these.
         weights: W of every adapted module, by `MODULE`. dense: every dense parameter and statistic, by
             name. constants: all that stays as it is, by name.
         base: Q, by `MODULE`. published_dense: the dense parameters and statistics that workers hold.
@@ -114,8 +116,9 @@ class Master:
         """
         if any(adapted_modules(model)):
             raise ConfigError(["the server needs the plain model; this one was converted"])
-        self.recipe = recipe
+        self.recipe = recipe = recipe.in_round(0)
         self.plan = plan(model, recipe.lora, recipe.base.quant)
+        self.built = self.plan.of_settings(recipe.as_built.lora, recipe.as_built.base.quant)
         optim.check_patterns(self.plan, recipe.optimizer)
         if recipe.train.checkpoint_activations:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
@@ -139,6 +142,16 @@ class Master:
         self.ema = Average()
         self.merged: dict[str, dict[str, Tensor]] = {}
         self._given: dict[int, tuple[tuple[int, int, int], dict[str, Tensor]]] = {}
+
+    def enter(self, version: int, recipe: Recipe | None = None) -> None:
+        """Have the settings of the round on a version: after the merge that makes it and before it is
+        published, or before a state of it is loaded.
+
+        Args:
+            recipe: another one than so far.
+        """
+        self.recipe = (recipe or self.recipe).in_round(version)
+        self.plan = self.plan.of_settings(self.recipe.lora, self.recipe.base.quant)
 
     # Contributions
 
@@ -394,7 +407,7 @@ class Master:
 
     @torch.no_grad()
     def requantize(self, *, last: bool = False) -> dict[str, Quantized]:
-        """Bring Q up to W, or what else is `to_publish`.
+        """Bring Q up to W, or what else is `to_publish`; in another format it is made anew.
 
         Returns:
             The Q of before, which `changes_since` needs.
@@ -405,6 +418,8 @@ class Master:
 
         def requantize(name: str) -> Quantized:
             weight, hysteresis = weights[name], settings.hysteresis
+            if before[name].quant != settings.quant:
+                return quantize.quantize(weight, settings.quant)
             return quantize.requantize(weight, before[name], hysteresis=hysteresis, keep=keep)
 
         self.base = dict(zip(before, self._of_each(requantize), strict=True))
@@ -428,7 +443,7 @@ class Master:
         return blobs
 
     def changes_since(self, before: Mapping[str, Quantized]) -> Iterator[tuple[str, changes.Change]]:
-        """The change of each module's base since then, as soon as it is encoded."""
+        """The change of each module's base since then, as soon as it is encoded; in the same format."""
         yield from zip(
             self.base, self._of_each(lambda name: changes.encode(before[name], self.base[name])), strict=True
         )
@@ -520,12 +535,12 @@ class Master:
         }
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned, of the version that was entered."""
         for name, base in self.base.items():
             spec = self.plan.adapted[name]
             self.weights[name] = to_matrix(state["master"][spec.parameter], spec).clone()
             codes, scales = state["base"][name + CODES].clone(), state["base"][name + SCALES].clone()
-            self.base[name] = replace(base, codes=codes, scales=scales)
+            self.base[name] = Quantized(self.plan.quant, base.shape, codes, scales)
         self.dense = {name: state["master"][name].clone() for name in self.dense}
         self.published_dense = {name: state["base"][name + DENSE].clone() for name in self.dense}
         self.constants = {name: state["constants"][name].clone() for name in self.constants}

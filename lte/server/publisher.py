@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lte import wire
-from lte.compress import CODES, KINDS, SCALES, kind_of
+from lte.compress import CODES, KINDS, SCALES, changes, kind_of
 from lte.config import Recipe
 from lte.quantize import Quantized
 from lte.server.master import Master
@@ -44,7 +44,8 @@ class Publisher:
         merged: Sequence[int],
         base_digest: str,
     ) -> dict[str, float]:
-        """Send the next version to all, each layer as soon as it is encoded, and remember its bytes.
+        """Send the next version to all, each layer as soon as it is encoded, and remember its bytes; the
+        whole of it where the base's format is another one than before.
 
         Args:
             before: the base of the version before. dense: what `Master.publish_dense` gave.
@@ -70,6 +71,8 @@ class Publisher:
 
         since, self.version = self.version, self.version + 1
         self.base_digest, self.num_told = base_digest, len(peers)
+        if changes.is_reformatted(before, self._master.base):
+            return self._publish_whole(peers, merged)
         self._send_update(peers, since, encoded(), merged)
         self._history.append(blobs)
         # More of them would be no smaller than the whole model.
@@ -81,6 +84,15 @@ class Publisher:
             "scales_changed": scales / max(num_scales, 1),
             "changes_bytes": num_bytes,
         }
+
+    def _publish_whole(self, peers: Sequence[Peer], merged: Sequence[int]) -> dict[str, float]:
+        """Send a version whose base has another format: no change leads to it."""
+        whole = self._master.snapshot()
+        self._send_update(peers, None, whole.items(), merged)
+        self._history.clear()
+        self._whole_bytes = _size(whole)
+        of_base = {name: blob for name, blob in whole.items() if name.endswith((CODES, SCALES))}
+        return {"codes_changed": 1.0, "scales_changed": 1.0, "changes_bytes": _size(of_base)}
 
     def send_whole(self, peer: Peer, merged: Sequence[int]) -> None:
         """Send the whole published model."""

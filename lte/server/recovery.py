@@ -60,6 +60,7 @@ def recover(
     for path in reversed(checkpoints):
         try:
             found.progress, state = checkpoint.load(path)
+            master.enter(found.progress.version)
             master.load_state(state)
             _check(master, found.progress.master_digest, found.progress.base_digest, str(path))
             break
@@ -98,7 +99,7 @@ def _replay_all(
                 f"{segment.path}: {segment.fault}; version {found.progress.version} is the last that it tells"
             )
             break
-    master.recipe = recipe
+    master.enter(found.progress.version, recipe)
 
 
 class _Replay:
@@ -113,7 +114,7 @@ class _Replay:
         progress = self._found.progress
         match record:
             case journal.Opened():
-                self._master.recipe = config.from_dict(record.settings)
+                self._master.enter(progress.version, config.from_dict(record.settings))
             case journal.Admitted():
                 members = {member.worker_id: member for member in progress.members}
                 known = {member.worker_id: member for member in progress.known}
@@ -141,6 +142,7 @@ class _Replay:
         is_due = self._diagnosis is not None and self._diagnosis.is_due(merged.version)
         outcome = master.merge(contributions, merged.num_missing_heads, keep_heads=is_due)
         is_last = merged.version >= master.recipe.train.rounds
+        master.enter(merged.version)
         before = master.requantize(last=is_last)
         master.publish_dense(last=is_last)
         master.keep_only(merged.remain)

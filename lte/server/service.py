@@ -354,7 +354,7 @@ class Server:
         if self.finished and is_new:
             self._send(peer, self._farewell("the run is finished"))
             return
-        plan, lora = self.master.plan, self.recipe.lora
+        plan, lora = self.master.built, self.recipe.as_built.lora
         refusal = objection(hello, plan, lora)
         if not refusal and is_new and not self._joins.may(self._endpoint.sender):
             refusal = "too many workers have joined lately", "try again in a minute"
@@ -369,7 +369,7 @@ class Server:
 
     def _described(self, rank: int) -> dict[str, str]:
         """The model as a worker must have it whose heads are of this lora_rank at most."""
-        return self.master.plan.capped(rank).describe(self.recipe.lora)
+        return self.master.built.capped(rank).describe(self.recipe.as_built.lora)
 
     def _hear_inquiry(self, peer: Peer, inquiry: wire.Inquiry) -> None:
         if not self._inquiries.take(self._endpoint.sender, self._now_s()):
@@ -506,8 +506,8 @@ class Server:
         is_due = self._diagnosis.is_due(version)
         outcome = self.master.merge(contributions, num_missing_heads, keep_heads=is_due)
         merged_s = self._now_s()
-        version = self.version + 1
         is_last = version >= self.recipe.train.rounds
+        self.master.enter(version)
         before = self.master.requantize(last=is_last)
         dense = self.master.publish_dense(last=is_last)
         digests = self.master.base_digest(), self.master.master_digest()
@@ -541,7 +541,7 @@ class Server:
             self._merged_s = self._published_s
             for _, message in held:
                 self._roll.merged(message, self.recipe.in_round(version - 1).train.local_steps)
-            if self.recipe.compress.measure_entropy:
+            if self.recipe.compress.measure_entropy and not changes.is_reformatted(before, self.master.base):
                 pairs = ((before[name], now) for name, now in self.master.base.items())
                 changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
             self._happened(rounds.Merged())
@@ -848,7 +848,7 @@ class Server:
 
     def _say_joined(self, member: rounds.Member) -> None:
         who, own = member.worker_id, so_many(member.heads, member.rank)
-        usual = own == so_many(self.recipe.lora.heads, self.master.plan.rank)
+        usual = own == so_many(self.recipe.lora.heads, self.master.built.rank)
         said = f"{who} joined" if usual else f"{who} joined with {own}"
         self._event("joined", said, worker_id=who)
         if who in self.master.merged and not self.master.merged_of(who, member.heads, member.rank):

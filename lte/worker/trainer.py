@@ -63,6 +63,7 @@ class Trainer:
     """Trains the heads and dense parameters of one converted model.
 
     Attributes:
+        recipe: with the settings of the round on the version at hand.
         version: of the base. round: the one that local steps belong to: the version's, or the next
             one where steps are taken ahead of the update that opens it. local_step: taken in it.
         heads, rank: how many heads it trains, and the largest lora_rank of them; the recipe's or less.
@@ -93,7 +94,8 @@ class Trainer:
         Raises:
             DigestError: the base does not have its digest.
         """
-        self.model, self.recipe, self.version = model, recipe, version
+        self.model, self.recipe, self.version = model, recipe.in_round(version), version
+        recipe = self.recipe
         self.round, self.local_step, self.lost = version, 0, 0.0
         # Local steps of heads that began, with empty moments, in the middle of the run; None of others.
         self._own_steps = 0 if version else None
@@ -118,7 +120,7 @@ class Trainer:
         self._known_A: dict[str, Tensor] = {}
         # Squared norms of what the last merge dropped of heads that had moved on, and of what it took.
         self._lost_ahead = (0.0, 0.0)
-        self._load(self._staged(base, base_digest, whole=True))
+        self._load(self._staged(base, base_digest, version, whole=True))
         for name, tensor in self._averaged():
             with torch.no_grad():
                 tensor.copy_(self._published[name])
@@ -294,7 +296,7 @@ class Trainer:
         Raises:
             DigestError: the update does not lead to its digest; nothing was changed.
         """
-        self._take(self._staged(blobs, base_digest, whole=whole), version, merged)
+        self._take(self._staged(blobs, base_digest, version, whole=whole), version, merged)
 
     def _take(self, published: _Published, version: int, merged: bool) -> None:
         for name, parameter in self.dense.items():
@@ -317,6 +319,11 @@ class Trainer:
         elif not any(bool(module.lora_B.any()) for module in self.modules.values()):
             self._follow_draw()  # a joiner that waited for this version owes nothing by an older A
         self._sent, self._sent_with = {}, {}
+        self._enter(version)
+
+    def _enter(self, version: int) -> None:
+        """Have the settings of the round on a version, once what was merged is settled by those before."""
+        self.recipe = self.recipe.in_round(version)
 
     def factor_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of the factor `MODULE/A` or `MODULE/B` of this model; None of any other name."""
@@ -535,6 +542,7 @@ class Trainer:
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
+        self.recipe = self.recipe.in_round(self.version)
         self.local_step, self.draw = int(numbers["local_step"]), int(numbers["draw"])
         self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
         self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])
@@ -544,8 +552,11 @@ class Trainer:
 
     # The base
 
-    def _staged(self, blobs: Mapping[str, Tensor], base_digest: str, *, whole: bool) -> _Published:
+    def _staged(
+        self, blobs: Mapping[str, Tensor], base_digest: str, version: int, *, whole: bool
+    ) -> _Published:
         """A version, complete and with the right digest."""
+        quant = self.recipe.in_round(version).base.quant
         left = dict(blobs)
         bases, published, found = dict[str, Quantized](), dict[str, Tensor](), dict[str, Tensor]()
         digests = self._constants_digests
@@ -553,7 +564,7 @@ class Trainer:
             for name, module in self.modules.items():
                 held = _on_cpu(module.base)
                 if whole:
-                    held = quantize.empty(held.shape, held.quant, "cpu")
+                    held = quantize.empty(held.shape, quant, "cpu")
                 bases[name] = changes.apply(held, left.pop(name + CODES), left.pop(name + SCALES))
             for name, now in self._published.items():
                 shape, k = tuple(now.shape), 0
@@ -579,8 +590,7 @@ class Trainer:
     @torch.no_grad()
     def _load(self, published: _Published) -> None:
         for name, base in published.bases.items():
-            self.modules[name].codes.copy_(base.codes)
-            self.modules[name].scales.copy_(base.scales)
+            self.modules[name].load_base(base)
         constants.fill(self._constants, published.constants)
         self._published, self._constants_digests = published.averaged, published.constants_digests
 
