@@ -164,6 +164,14 @@ def stacked(lora_A: Tensor, lora_B: Tensor, merged_A: Tensor, merged_B: Tensor) 
     return left, right
 
 
+def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """A tensor of this size along one dimension: its first elements, then zeros."""
+    same = tensor.narrow(dim, 0, min(size, tensor.shape[dim]))
+    shape = list(tensor.shape)
+    shape[dim] = size - same.shape[dim]
+    return torch.cat([same, tensor.new_zeros(shape)], dim)
+
+
 def transport(
     first_moment: Tensor, second_moment: Tensor, old_A: Tensor, new_A: Tensor
 ) -> tuple[Tensor, Tensor]:

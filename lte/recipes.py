@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,7 +76,7 @@ def work(
         ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here. Ended: by a
         signal; what is to be saved is.
     """
-    described = describe(_with_heads(_of_own(recipe, rank, heads))) if recipe else None
+    described = describe(_with_heads(recipe, rank, heads)) if recipe else None
     while True:
         with Session(
             server,
@@ -107,7 +106,7 @@ def work(
                 raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
             say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
             try:
-                _train(session, _of_own(given, rank, heads), say, began)
+                _train(session, given, rank, heads or given.lora.heads, say, began)
                 return
             except JoinAnewError as error:
                 say(f"{error.reason}; joining anew")
@@ -116,13 +115,15 @@ def work(
 def _train(
     session: Session,
     recipe: Recipe,
+    rank: int,
+    heads: int,
     say: Callable[[str], None],
     began: Callable[[Worker], object],
 ) -> None:
     """Train for the server that a session has joined, on this worker's part of the data.
 
     Args:
-        recipe: the server's, with this worker's own rank and heads.
+        recipe: the server's. rank: most that this worker's heads have; 0: as it says. heads: how many.
     """
     torch.set_num_threads(recipe.worker.num_threads)
     task, device = task_of(recipe), device_of(recipe)
@@ -130,7 +131,7 @@ def _train(
     # itself where a worker has a process of its own.
     torch.manual_seed(seed_of(recipe.run.seed, "forward", session.welcome.slot))
     stream = task.stream(session.welcome.slot)
-    model = materialize(_with_heads(recipe), device)
+    model = materialize(_with_heads(recipe, rank, heads), device)
     worker, ended_by = Worker(model, session, say=say), list[int]()
 
     def stop(number: int) -> None:
@@ -143,7 +144,7 @@ def _train(
         while goes_on:
             batch = stream.batch(worker.step_index).to(device)
             total = torch.zeros((), device=device)
-            for part in micro_batches(batch, recipe.lora.heads, recipe.train.accumulate):
+            for part in micro_batches(batch, heads, recipe.train.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
                     loss = task.loss(model, part) / recipe.train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -205,15 +206,14 @@ def roll_back(folder: Path, version: int) -> rollback.RolledBack:
     return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
 
 
-def _with_heads(recipe: Recipe) -> nn.Module:
-    """The recipe's model with heads; no weight (out, in) takes memory."""
+def _with_heads(recipe: Recipe, rank: int, heads: int) -> nn.Module:
+    """The recipe's model with a worker's heads; no weight (out, in) takes memory.
+
+    Args:
+        rank: the most that they have. heads: how many there are, at most; 0: as the recipe says.
+    """
     built = recipe.as_built
-    return convert(task_of(recipe).build(), built.lora, built.base.quant)
-
-
-def _of_own(recipe: Recipe, rank: int, heads: int) -> Recipe:
-    """The recipe with a worker's own rank and heads; 0: as it says."""
-    return dataclasses.replace(recipe, lora=recipe.lora.capped(rank, heads))
+    return convert(task_of(recipe).build(), built.lora.capped(rank, heads), built.base.quant)
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from simulation import Simulation, recipe
 from test_algorithm import Net, batches, mse, seeded
 
+import lte
 from launch import local
 from lte import config, quantize
 from lte.config import Recipe
@@ -112,6 +114,7 @@ FAULTS = {
         {"from_round": 4, "local_steps": 2},
         {"from_round": 6, "local_steps": 5},
     ],
+    "train.overlap: contradicts train.phases of other heads": [{"from_round": 4, "rank": 3}],
     "train.phases.0.xyz: unknown setting; known here: from_round": [{"from_round": 4, "xyz": 1}],
 }
 
@@ -216,3 +219,190 @@ def test_the_model_is_sent_whole_once_when_its_format_changes(train: Train) -> N
     assert [version for version, shares in flipped.items() if shares == {None}] == [2, 4]
     gaps = {line["version"]: abs(line["loss"] - line["loss_master"]) for line in of_kind(lines, "eval")}
     assert max(gaps[2], gaps[3]) < min(gaps[1], gaps[4], gaps[5]), "8 bits show the master better"
+
+
+# Heads
+
+
+CHANGES = {
+    "more rank": {"rank": 6},
+    "less rank": {"rank": 2},
+    "reset-less": {"merge": "reset-less"},
+    "reset-b": {"merge": "reset-b"},
+    "reset": {"merge": "reset"},
+    "both": {"rank": 5, "merge": "reset-b"},
+}
+
+
+def effective(trainer: Trainer, name: str) -> torch.Tensor:
+    """The weight that a worker of one head trains with, in float64."""
+    module = trainer.modules[name]
+    weight = quantize.dequantize(module.base).double()
+    A, B = module.lora_A[0].detach().double(), module.lora_B[0].detach().double()
+    weight = weight + module.scale * B @ A
+    if module.merged_A is not None and module.merged_B is not None:
+        weight -= module.scale * module.merged_B[0].double() @ module.merged_A[0].double()
+    return weight
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("A", ["trained", "frozen"])
+@pytest.mark.parametrize("merge", ["reset-less", "reset-b", "reset"])
+def test_merges_add_the_mean_of_the_deltas_on_both_sides_of_a_change(
+    merge: str, A: str, change: dict[str, Any]
+) -> None:
+    """Naively in float64, with AdamW; worker 1 misses the merge before the change and still owes after it."""
+    if A == "frozen" and "reset" in (merge, change.get("merge")):
+        return
+    phases = [{"from_round": 2, **change}]
+    settings = recipe(
+        **{
+            "train.phases": phases,
+            "lora.merge": merge,
+            "lora.A": A,
+            "optimizer.name": "adamw",
+            "optimizer.lr": 0.02,
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 2)
+    for version in range(1, 6):
+        simulation.local_steps(mse, batches(2, 3, 8, seed=version))
+        merged = [0] if version == 2 else [0, 1]
+        expected = {name: weight.double() for name, weight in simulation.master.weights.items()}
+        for name, weight in expected.items():
+            for slot in merged:
+                published = quantize.dequantize(simulation.trainers[slot].modules[name].base).double()
+                weight += (effective(simulation.trainers[slot], name) - published) / 2
+        before = dict(simulation.master.weights)
+        simulation.merge(only=merged)
+        for name, weight in simulation.master.weights.items():
+            assert (weight.double() - expected[name]).abs().max() < 1e-6
+            assert (weight - before[name]).abs().max() > 1e-3, "nothing was merged"
+        now = settings.in_round(version).lora
+        for module in simulation.trainers[0].modules.values():
+            assert module.lora_A.shape[1] == module.lora_B.shape[2] == module.rank == now.rank
+            assert (module.merged_A is not None) == (now.merge == "reset-less")
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int4"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("merge", ["reset-less", "reset-b"])
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "too late"])
+def test_what_a_worker_owes_when_its_heads_change_is_kept_or_said_to_be_lost(
+    merge: str, change: dict[str, Any], codec: str, is_merged: bool
+) -> None:
+    phases = [{"from_round": 2, **change}]
+    settings = recipe(
+        **{"train.phases": phases, "lora.merge": merge, "compress.factors": codec, "optimizer.lr": 0.3}
+    )
+    simulation = Simulation(seeded(Net), settings, 2)
+    trainer = simulation.trainers[1]
+    for round_ in range(2):
+        simulation.local_steps(mse, batches(2, 3, 8, seed=round_))
+        if round_ == 0:
+            simulation.merge()
+    # The same round without a change, to compare with.
+    like = copy.deepcopy(simulation)
+    like.master.recipe = config.replace(settings, **{"train.phases": []})
+    for one in like.trainers:
+        one.recipe = like.master.recipe
+    for each in (simulation, like):
+        each.merge(only=[0, 1] if is_merged else [0])
+    other = like.trainers[1]
+    assert torch.equal(simulation.master.weights["up"], like.master.weights["up"])
+    lost = sum(
+        float((effective(trainer, name) - effective(other, name)).square().sum()) / 2.0**2
+        for name in trainer.modules
+    )
+    left_out, total = trainer._lost_ahead
+    assert lost == pytest.approx(left_out, rel=1e-3, abs=1e-9)
+    owes = sum(
+        float((effective(other, n) - quantize.dequantize(other.modules[n].base)).square().sum())
+        for n in other.modules
+    )
+    assert (owes < 1e-9) == (is_merged and codec == "fp32")
+    if codec == "fp32" and (is_merged or change.get("rank", 4) >= 4) and (is_merged or merge == "reset-b"):
+        assert lost < 1e-9, "the rows of A can hold it"
+    assert lost <= total
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_trained_rows_and_their_moments_are_kept(rank: int) -> None:
+    settings = recipe(
+        **{"train.phases": [{"from_round": 1, "rank": rank}], "optimizer.name": "adamw", "optimizer.lr": 0.05}
+    )
+    simulation = Simulation(seeded(Net), settings, 1)
+    (trainer,) = simulation.trainers
+    simulation.local_steps(mse, batches(1, 3, 8))
+    module, state = trainer.modules["up"], trainer.optimizer.state
+    A = module.lora_A.detach().clone()
+    moments = {p: state[p]["exp_avg_sq"].clone() for p in (module.lora_A, module.lora_B)}
+    simulation.merge()
+    kept = min(rank, 4)
+    assert torch.equal(module.lora_A[:, :kept], A[:, :kept])
+    assert torch.equal(state[module.lora_A]["exp_avg_sq"][:, :kept], moments[module.lora_A][:, :kept])
+    assert torch.equal(state[module.lora_B]["exp_avg_sq"][..., :kept], moments[module.lora_B][..., :kept])
+    assert not state[module.lora_A]["exp_avg_sq"][:, kept:].any()
+    assert module.lora_A[:, kept:].abs().sum(-1).gt(0).all(), "further rows are drawn"
+    assert float(state[module.lora_A]["step"]) == 3.0
+
+
+def test_a_capped_worker_keeps_its_bound_and_joiners_have_the_heads_of_the_round() -> None:
+    """Ranks 4, 7, 2 by phase, on workers that may have 3 at most, or all."""
+    phases = [{"from_round": 1, "rank": 7}, {"from_round": 2, "rank": 2}]
+    simulation = Simulation(
+        seeded(Net), recipe(**{"train.phases": phases, "lora.A": "frozen"}), 2, caps=[(3, 0), (0, 0)]
+    )
+    ranks = []
+    for version in range(1, 4):
+        ranks.append([trainer.modules["up"].rank for trainer in simulation.trainers])
+        joiner = Trainer(
+            lte.convert(seeded(Net), simulation.master.recipe.as_built.lora, "none"),
+            simulation.master.recipe,
+            slot=1,
+            version=version - 1,
+            base=simulation.master.snapshot(),
+            base_digest=simulation.master.base_digest(),
+        )
+        other = simulation.trainers[1]
+        assert torch.equal(joiner.modules["up"].lora_A, other.modules["up"].lora_A)
+        simulation.local_steps(mse, batches(2, 2, 8, seed=version))
+        simulation.merge()
+    assert ranks == [[3, 4], [3, 7], [2, 2]]
+
+
+def test_disjoint_and_stabilized_heads_of_another_rank() -> None:
+    phases = [{"from_round": 1, "rank": 3}]
+    settings = recipe(
+        **{
+            "train.phases": phases,
+            "lora.rank": 2,
+            "lora.A": "frozen",
+            "lora.subspace": "disjoint",
+            "lora.scaling": "rank-stabilized",
+            "lora.alpha": 4.0,
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 2)
+    for round_ in range(3):
+        simulation.local_steps(mse, batches(2, 2, 8, seed=round_))
+        simulation.merge()
+    one, two = (trainer.modules["up"] for trainer in simulation.trainers)
+    assert one.lora_A.shape == (1, 3, 6)
+    assert (one.lora_A[0] @ two.lora_A[0].T).abs().max() < 1e-5
+    assert one.scale == simulation.master.plan.adapted["up"].scale == pytest.approx(4 / 3**0.5)
+
+
+def test_heads_that_are_reset_no_more_keep_the_last_A_that_was_drawn() -> None:
+    phases = [{"from_round": 2, "merge": "reset-b"}, {"from_round": 4, "merge": "reset"}]
+    settings = recipe(**{"train.phases": phases, "lora.merge": "reset", "optimizer.lr_A": 0.0})
+    simulation = Simulation(seeded(Net), settings, 2)
+    draws, As = [], []
+    for round_ in range(6):
+        simulation.local_steps(mse, batches(2, 2, 8, seed=round_))
+        draws.append(simulation.trainers[0].draw)
+        As.append(simulation.trainers[0].modules["up"].lora_A.detach().clone())
+        simulation.merge()
+    assert draws == [0, 1, 2, 2, 2, 5]
+    assert torch.equal(As[2], As[4])
+    assert not torch.equal(As[4], As[5])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValida
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
 Multiple = Annotated[float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
 Name = Annotated[str, Field(min_length=1)]
+Merge = Literal["reset-less", "reset-b", "reset"]
 _OrNone = BeforeValidator(_none_if_said)
 
 _STRICT = ConfigDict(extra="forbid")
@@ -123,6 +125,17 @@ class Phase:
     base_quant: Quant | None = _doc(
         None, "base.quant of what these rounds train on, made anew from the master; none: fp32, not as before"
     )
+    rank: Annotated[Count | None, _OrNone] = _doc(
+        None, "lora.rank of these rounds: the first rows of A are kept, further ones drawn"
+    )
+    merge: Annotated[Merge | None, _OrNone] = _doc(
+        None, "lora.merge of these rounds; what a worker owes when it changes stays in B, as for a new rank"
+    )
+
+    @property
+    def changes_heads(self) -> bool:
+        """Whether heads of these rounds are others than before."""
+        return self.rank is not None or self.merge is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +202,7 @@ class LoRA:
         "share of the inputs of A that are dropped in training (not of embeddings, whose inputs are tokens)",
     )
     heads: Count = _doc(1, "heads a worker trains (H), at most; they share its batch in equal slices")
-    merge: Literal["reset-less", "reset-b", "reset"] = _doc(
-        "reset-b", "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0"
-    )
+    merge: Merge = _doc("reset-b", "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0")
     A: Literal["trained", "frozen", "rotating"] = _doc(
         "trained", "A is trained; or drawn once from the seed; or redrawn after merges; not sent then"
     )
@@ -493,13 +504,28 @@ class Recipe:
 
     def steps_before(self, number: int) -> int:
         """Local steps of a worker in the rounds before this one: names the first batch of it."""
-        steps, since, local_steps = 0, 0, self.train.local_steps
+        spans = self._spans("local_steps", self.train.local_steps, number)
+        return sum((end - begin) * local_steps for begin, end, local_steps in spans)
+
+    def last_reset(self, version: int) -> int:
+        """The last version up to this one with whose merge heads drew a new A, as lora.merge = reset says;
+        0 where there was none."""
+        spans = self._spans("merge", self.lora.merge, version)
+        return max((end for begin, end, merge in spans if merge == "reset" and begin < end), default=0)
+
+    def _spans(self, key: str, first: Any, until: int) -> Iterator[tuple[int, int, Any]]:
+        """Begin, end and value of each stretch of the rounds before `until` with one value of a setting.
+
+        Args:
+            key: its name in `Phase`. first: its value before all phases.
+        """
+        since, now = 0, first
         for phase in self.train.phases:
-            if phase.local_steps is not None:
-                begins = min(phase.from_round, number)
-                steps += (begins - since) * local_steps
-                since, local_steps = begins, phase.local_steps
-        return steps + (number - since) * local_steps
+            if (other := getattr(phase, key)) is not None:
+                begins = min(phase.from_round, until)
+                yield since, begins, now
+                since, now = begins, other
+        yield since, until, now
 
     def in_round(self, number: int) -> Recipe:
         """The recipe with the settings of a round, counted from 0; after the last one, with the last one's.
@@ -509,7 +535,13 @@ class Recipe:
         """
         if not self.train.phases:
             return self
-        first = Phase(from_round=0, local_steps=self.train.local_steps, base_quant=self.base.quant)
+        first = Phase(
+            from_round=0,
+            local_steps=self.train.local_steps,
+            base_quant=self.base.quant,
+            rank=self.lora.rank,
+            merge=self.lora.merge,
+        )
         phases = (first, *self.train.phases)
         now: dict[str, Any] = {}
         for phase in phases:
@@ -518,14 +550,18 @@ class Recipe:
         return dataclasses.replace(
             self,
             train=dataclasses.replace(self.train, local_steps=now["local_steps"], phases=phases),
+            lora=dataclasses.replace(self.lora, rank=now["rank"], merge=now["merge"]),
             base=dataclasses.replace(self.base, quant=now["base_quant"]),
         )
 
     @property
     def as_built(self) -> Recipe:
-        """The recipe by which models are built that join, in whichever round: their worker brings them to
-        the settings of the round."""
-        return self.in_round(0)
+        """The recipe by which models are built that join, in whichever round: the first one's, with the
+        largest lora.rank of all. Their worker brings them to the settings of the round."""
+        first = self.in_round(0)
+        spans = self._spans("rank", self.lora.rank, self.train.rounds)
+        rank = max(rank for begin, end, rank in spans if begin < end)
+        return dataclasses.replace(first, lora=dataclasses.replace(first.lora, rank=rank))
 
     @property
     def grace_s(self) -> float:

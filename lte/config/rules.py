@@ -38,6 +38,11 @@ def check(recipe: Recipe) -> list[str]:
             f"train.phases: round {starts[-1]} does not come, as train.rounds is {recipe.train.rounds} (the"
             " first one is 0)"
         )
+    elif recipe.train.overlap and any(phase.changes_heads for phase in recipe.train.phases):
+        faults.append(
+            "train.overlap: contradicts train.phases of other heads (rank, merge): a contribution may be"
+            " under way when they begin"
+        )
     else:
         for start in starts:
             later = [line for line in _faults(recipe.in_round(start)) if line not in faults]

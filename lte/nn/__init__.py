@@ -4,7 +4,7 @@ from lte.nn.adapted import Adapted
 from lte.nn.attention import LoRAMultiheadAttention
 from lte.nn.constants import changing_buffers, constant_tensors, statistics
 from lte.nn.conv import LoRAConv2d
-from lte.nn.convert import convert, draw_A, draw_heads, parameter_groups
+from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
 from lte.nn.embedding import LoRAEmbedding
 from lte.nn.linear import LoRALinear
 from lte.nn.plan import (
@@ -38,6 +38,7 @@ __all__ = [
     "difference",
     "draw_A",
     "draw_heads",
+    "fit_heads",
     "from_matrix",
     "lora_of",
     "parameter_groups",

@@ -86,6 +86,17 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
                 module.merged_B.zero_()
 
 
+def fit_heads(model: nn.Module, lora: LoRA, most_rank: int) -> None:
+    """Have the heads of a converted model be as other settings say: of their ranks and scales, and zero.
+
+    Args:
+        lora: the recipe's, whose ranks may be larger. most_rank: largest lora_rank of this model.
+    """
+    for name, module in adapted_modules(model):
+        rank, scale, _ = settings_of(name, lora)
+        module.set_heads(min(rank, most_rank), scale, are_kept=lora.merge == "reset-less")
+
+
 def draw_A(name: str, module: Adapted, lora: LoRA, *, seed: int, first_head: int, draw: int) -> Tensor:
     """A of the heads of one module, (H, r, in), on the CPU; arguments as of `draw_heads`."""
     share, _, _ = settings_of(name, lora)

@@ -150,7 +150,9 @@ class Master:
         Args:
             recipe: another one than so far.
         """
-        self.recipe = (recipe or self.recipe).in_round(version)
+        before, self.recipe = self.recipe.lora, (recipe or self.recipe).in_round(version)
+        if self.recipe.lora != before:  # the workers' heads hold what they owe, and nothing that is merged
+            self.merged, self._given = {}, {}
         self.plan = self.plan.of_settings(self.recipe.lora, self.recipe.base.quant)
 
     # Contributions

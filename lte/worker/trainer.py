@@ -36,6 +36,7 @@ from lte.nn import (
     dense_parameters,
     draw_A,
     draw_heads,
+    fit_heads,
     recompute_activations,
     statistics,
 )
@@ -66,7 +67,8 @@ class Trainer:
         recipe: with the settings of the round on the version at hand.
         version: of the base. round: the one that local steps belong to: the version's, or the next
             one where steps are taken ahead of the update that opens it. local_step: taken in it.
-        heads, rank: how many heads it trains, and the largest lora_rank of them; the recipe's or less.
+        heads, rank: how many heads it trains, and the largest lora_rank of them in any round; the
+            recipe's or less.
         draw: which draw of A the heads have; see `_draw_at`.
         lost: share of the heads' change that the last contribution, or the merge of the one before,
             left out and no later one owes. Without error feedback it is not measured in reset-less.
@@ -124,6 +126,8 @@ class Trainer:
         for name, tensor in self._averaged():
             with torch.no_grad():
                 tensor.copy_(self._published[name])
+        if recipe.train.phases:
+            fit_heads(model, recipe.lora, self.rank)
         draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
         if optimizer is None:
             self.optimizer = optim.make_optimizer(model, recipe.optimizer)
@@ -323,7 +327,55 @@ class Trainer:
 
     def _enter(self, version: int) -> None:
         """Have the settings of the round on a version, once what was merged is settled by those before."""
-        self.recipe = self.recipe.in_round(version)
+        before, self.recipe = self.recipe.lora, self.recipe.in_round(version)
+        if self.recipe.lora != before:
+            self._remake_heads()
+
+    def _remake_heads(self) -> None:
+        """Have heads of the settings at hand. The server forgets what it knows of the old ones, so the new
+        ones hold what these owe, s (B A - B' A'), as far as the rows of A can.
+
+        A that is trained keeps its first rows, with their moments.
+        """
+        lora, seed = self.recipe.lora, self.recipe.run.seed
+        olds = {}
+        for name, module in self.modules.items():
+            A_now, B_now = module.lora_A.detach().cpu(), module.lora_B.detach().cpu()
+            if module.merged_A is not None and module.merged_B is not None:
+                B_owed, A_owed = lowrank.stacked(A_now, B_now, module.merged_A.cpu(), module.merged_B.cpu())
+            else:
+                A_owed, B_owed = A_now, B_now
+            olds[name] = A_now, A_owed, B_owed * module.scale
+        fit_heads(self.model, lora, self.rank)
+        for name, module in self.modules.items():
+            old_A, A_owed, B_owed = olds[name]
+            B_owed = B_owed / module.scale
+            new_A = draw_A(name, module, lora, seed=seed, first_head=self.first_head, draw=self.draw)
+            if lora.A == "trained":
+                num_kept = min(old_A.shape[1], module.rank)
+                new_A[:, :num_kept] = old_A[:, :num_kept]
+            new_B = factors.refit(B_owed, A_owed, new_A)
+            left_out, total = factors.lost(B_owed, A_owed, new_B, new_A)
+            self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
+            module.lora_A.copy_(new_A)
+            module.lora_B.copy_(new_B)
+            self._resize_moments(module.lora_A, -2)
+            self._resize_moments(module.lora_B, -1)
+        self._known_A, self._has_merged = {}, False
+
+    def _resize_moments(self, factor: Tensor, dim: int) -> None:
+        """Have the optimizer's state of a factor fit it again along its lora_rank, new elements being zero;
+        clear a state that cannot be cut or filled up so, and that of a factor whose A was drawn anew."""
+        state = self.optimizer.state.get(factor, {})
+        moments = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        rank, ndim = factor.shape[dim], factor.ndim
+        if self.recipe.lora.A != "trained" or not all(
+            m.is_floating_point() and m.ndim == ndim for m in moments.values()
+        ):
+            self.optimizer.state.pop(factor, None)
+            return
+        for key, moment in moments.items():
+            state[key] = lowrank.resized(moment, dim, rank)
 
     def factor_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of the factor `MODULE/A` or `MODULE/B` of this model; None of any other name."""
@@ -410,10 +462,9 @@ class Trainer:
     def _draw_at(self, version: int) -> int:
         """Which draw of A belongs to a version: the same on all workers, also on late and new ones,
         so that disjoint subspaces stay disjoint."""
-        lora = self.recipe.lora
-        if lora.A == "rotating":
-            return version // lora.rotate_every
-        return version if lora.merge == "reset" else 0
+        if self.recipe.lora.A == "rotating":
+            return version // self.recipe.lora.rotate_every
+        return self.recipe.last_reset(version)
 
     def _follow_draw(self) -> None:
         """Have the A that belongs to the version."""
@@ -506,12 +557,16 @@ class Trainer:
         Raises:
             KeyError, ValueError: it is not a state of this model.
         """
+        published, version = self._published, self.version
+        self.version, self.round = int(numbers["version"]), int(numbers["round"])
+        self.recipe = self.recipe.in_round(self.version)
+        if self.recipe.train.phases:
+            fit_heads(self.model, self.recipe.lora, self.rank)
         for name, module in self.modules.items():
             heads, _, rank = tensors[f"parameter/{name}.lora_B"].shape
             if (heads, rank) != (module.heads, module.rank):
                 own = f"{module.heads} of lora_rank {module.rank}"
                 raise ValueError(f"{name} had {heads} heads of lora_rank {rank}, and has {own}")
-        published, version = self._published, self.version
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[f"parameter/{name}"])
@@ -541,8 +596,6 @@ class Trainer:
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
-        self.version, self.round = int(numbers["version"]), int(numbers["round"])
-        self.recipe = self.recipe.in_round(self.version)
         self.local_step, self.draw = int(numbers["local_step"]), int(numbers["draw"])
         self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
         self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])
