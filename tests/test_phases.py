@@ -336,12 +336,12 @@ def test_trained_rows_and_their_moments_are_kept(rank: int) -> None:
     simulation.local_steps(mse, batches(1, 3, 8))
     module, state = trainer.modules["up"], trainer.optimizer.state
     A = module.lora_A.detach().clone()
-    moments = {p: state[p]["exp_avg_sq"].clone() for p in (module.lora_A, module.lora_B)}
+    of_A, of_B = (state[p]["exp_avg_sq"].clone() for p in (module.lora_A, module.lora_B))
     simulation.merge()
     kept = min(rank, 4)
     assert torch.equal(module.lora_A[:, :kept], A[:, :kept])
-    assert torch.equal(state[module.lora_A]["exp_avg_sq"][:, :kept], moments[module.lora_A][:, :kept])
-    assert torch.equal(state[module.lora_B]["exp_avg_sq"][..., :kept], moments[module.lora_B][..., :kept])
+    assert torch.equal(state[module.lora_A]["exp_avg_sq"][:, :kept], of_A[:, :kept])
+    assert torch.equal(state[module.lora_B]["exp_avg_sq"][..., :kept], of_B[..., :kept])
     assert not state[module.lora_A]["exp_avg_sq"][:, kept:].any()
     assert module.lora_A[:, kept:].abs().sum(-1).gt(0).all(), "further rows are drawn"
     assert float(state[module.lora_A]["step"]) == 3.0

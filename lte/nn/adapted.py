@@ -93,14 +93,16 @@ class Adapted(nn.Module):
         return Quantized(self.quant, self.spec.shape, self.codes, self.scales)
 
     def set_heads(self, rank: int, scale: float, *, are_kept: bool) -> None:
-        """Have heads of this lora_rank and lora_scale: all zero, the same parameters of other shapes.
+        """Have new heads, of this lora_rank and lora_scale, that are zero.
 
         Args:
             are_kept: merges keep the heads, so that there are merged factors.
         """
         self.rank, self.scale = rank, scale
-        self.lora_A.data = self.lora_A.new_zeros(self.heads, rank, self.in_features)
-        self.lora_B.data = self.lora_B.new_zeros(self.heads, self.out_features, rank)
+        A, B = self.lora_A, self.lora_B
+        # New parameters: a graph that is still held remembers the old ones' shapes.
+        self.lora_A = nn.Parameter(A.new_zeros(self.heads, rank, self.in_features), A.requires_grad)
+        self.lora_B = nn.Parameter(B.new_zeros(self.heads, self.out_features, rank))
         self.merged_A = torch.zeros_like(self.lora_A) if are_kept else None
         self.merged_B = torch.zeros_like(self.lora_B) if are_kept else None
 

@@ -87,7 +87,7 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
 
 
 def fit_heads(model: nn.Module, lora: LoRA, most_rank: int) -> None:
-    """Have the heads of a converted model be as other settings say: of their ranks and scales, and zero.
+    """Give a converted model new heads, of the ranks and scales of other settings, that are zero.
 
     Args:
         lora: the recipe's, whose ranks may be larger. most_rank: largest lora_rank of this model.

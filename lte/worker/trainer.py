@@ -346,7 +346,7 @@ class Trainer:
             else:
                 A_owed, B_owed = A_now, B_now
             olds[name] = A_now, A_owed, B_owed * module.scale
-        fit_heads(self.model, lora, self.rank)
+        self._refit_heads()
         for name, module in self.modules.items():
             old_A, A_owed, B_owed = olds[name]
             B_owed = B_owed / module.scale
@@ -362,6 +362,22 @@ class Trainer:
             self._resize_moments(module.lora_A, -2)
             self._resize_moments(module.lora_B, -1)
         self._known_A, self._has_merged = {}, False
+
+    def _refit_heads(self) -> None:
+        """`fit_heads` to the settings at hand; the optimizer steps them in place of those before, and has
+        the state that it kept for these."""
+        before = [(module.lora_A, module.lora_B) for module in self.modules.values()]
+        fit_heads(self.model, self.recipe.lora, self.rank)
+        replaced = {
+            old: new
+            for olds, module in zip(before, self.modules.values(), strict=True)
+            for old, new in zip(olds, (module.lora_A, module.lora_B), strict=True)
+        }
+        for group in self.optimizer.param_groups:
+            group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+        for old, new in replaced.items():
+            if old in self.optimizer.state:
+                self.optimizer.state[new] = self.optimizer.state.pop(old)
 
     def _resize_moments(self, factor: Tensor, dim: int) -> None:
         """Have the optimizer's state of a factor fit it again along its lora_rank, new elements being zero;
@@ -561,7 +577,7 @@ class Trainer:
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
         self.recipe = self.recipe.in_round(self.version)
         if self.recipe.train.phases:
-            fit_heads(self.model, self.recipe.lora, self.rank)
+            self._refit_heads()
         for name, module in self.modules.items():
             heads, _, rank = tensors[f"parameter/{name}.lora_B"].shape
             if (heads, rank) != (module.heads, module.rank):
