@@ -573,7 +573,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             "convert: there is nothing to write, as servers and workers convert the model themselves; give"
             " --dry-run for the table, or use 'lte train'"
         )
-    recipe = config.load(arguments.config, arguments.overrides)
+    recipe = config.load(arguments.config, arguments.overrides).in_round(0)
     found = inventory.take(cost.plan_of(recipe), recipe)
     if arguments.json:
         print(json.dumps(inventory.to_dict(found), indent=2))

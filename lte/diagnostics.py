@@ -55,7 +55,7 @@ def subspaces(delta: HeadDelta) -> tuple[Tensor, Tensor]:
     left_basis, left_core = torch.linalg.qr(left.double())
     right_basis, right_core = torch.linalg.qr(right.double().T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    k = min(len(delta.A), int((values > _ZERO * values[0]).sum()))
+    k = min(delta.B.shape[1], int((values > _ZERO * values[0]).sum()))
     return left_basis @ u[:, :k], right_basis @ vh[:k].T
 
 

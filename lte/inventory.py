@@ -95,10 +95,11 @@ def take(plan: Plan, recipe: Recipe) -> Inventory:
         rows.append(Row(parameter=name, shape=constant.shape, what=what))
     elements = {kind: sum(row.elements for row in rows if row.what == kind) for kind in MEANINGS}
     lora = recipe.lora
-    held_A = lora.heads * sum(spec.rank * spec.shape[1] for spec in plan.adapted.values())
+    rows_A = 0 if plan.full_rank else sum(spec.rank * spec.shape[1] for spec in plan.adapted.values())
+    held_A = lora.heads * rows_A
     held_B = lora.heads * sum(spec.rank * spec.shape[0] for spec in plan.adapted.values())
     copies = 2 if lora.merge == "reset-less" else 1
-    trained = held_B + (held_A if lora.A == "trained" else 0) + elements["dense"]
+    trained = held_B + (held_A if recipe.is_A_sent else 0) + elements["dense"]
     return Inventory(
         rows=tuple(rows),
         elements=elements,

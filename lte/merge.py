@@ -26,11 +26,12 @@ class HeadDelta:
     """One head's contribution to one weight: w s (B A - B' A'), kept as factors.
 
     Attributes:
-        A, B: (r, in), (out, r). merged_A, merged_B: A', B', or None for zero.
+        A, B: (r, in), (out, r). A is None for the identity, where B is of full rank.
+        merged_A, merged_B: A', B', or None for zero.
         weight: s times the head's weight w in the mean.
     """
 
-    A: Tensor
+    A: Tensor | None
     B: Tensor
     merged_A: Tensor | None
     merged_B: Tensor | None
@@ -161,6 +162,8 @@ def products(deltas: Sequence[HeadDelta]) -> Tensor:
 
     With D = L R it is <D, D'> = sum((L^T L') * (R R'^T)); no matrix (out, in) is made.
     """
+    if any(head.A is None for head in deltas):
+        return dense_products([head.B for head in deltas], [head.weight for head in deltas])
     lefts, rights = zip(*map(product, deltas), strict=True)
     left, right = torch.cat(lefts, dim=1).double(), torch.cat(rights, dim=0).double()
     owners = [k for k, right in enumerate(rights) for _ in range(len(right))]
@@ -187,17 +190,23 @@ def _indicator(owners: Sequence[int], n: int) -> Tensor:
 def mean_delta(deltas: Sequence[HeadDelta]) -> Tensor:
     """sum_n w_n s_n (B_n A_n - B'_n A'_n), (out, in), as one product of the stacked factors.
 
-    No head's delta is ever made in full; the order of heads fixes the result to the bit.
+    No head's delta is ever made in full, unless it is of full rank; the order of heads fixes the result to
+    the bit.
     """
+    if any(head.A is None for head in deltas):
+        total = torch.zeros_like(deltas[0].B)
+        for head in deltas:
+            total += head.B * head.weight
+        return total
     lefts, rights = zip(*map(product, deltas), strict=True)
     return torch.cat(lefts, dim=1) @ torch.cat(rights, dim=0)
 
 
 def product(head: HeadDelta) -> tuple[Tensor, Tensor]:
     """Factors, left (out, k) and right (k, in), of w s (B A - B' A'): k is r, or 2 r with merged factors."""
-    left, right = head.B, head.A
+    left, right = head.B, torch.eye(head.B.shape[1]) if head.A is None else head.A
     if head.merged_A is not None and head.merged_B is not None:
-        left, right = lowrank.stacked(head.A, head.B, head.merged_A, head.merged_B)
+        left, right = lowrank.stacked(right, head.B, head.merged_A, head.merged_B)
     return left * head.weight, right
 
 

@@ -12,13 +12,16 @@ import pytest
 import torch
 from simulation import Simulation, recipe
 from test_algorithm import Net, batches, mse, seeded
+from torch import nn
 
 import lte
 from launch import local
 from lte import config, quantize
 from lte.config import Recipe
+from lte.cost.model import plan_of, sizes
 from lte.data import TrainingStream, pack
 from lte.errors import ConfigError
+from lte.nn import adapted_modules, fit_heads
 from lte.track import METRICS, Records
 from lte.worker.trainer import Trainer
 
@@ -125,6 +128,13 @@ def test_impossible_phases_are_one_line(line: str) -> None:
         phased(*FAULTS[line], **{"train.overlap": True, "train.overlap_steps": 3})
     (met,) = raised.value.faults
     assert met.startswith(line)
+
+
+def test_full_rank_is_for_reset_b() -> None:
+    with pytest.raises(ConfigError, match=r"train\.full_rank: needs lora\.merge = reset-b, not reset-less"):
+        phased({"from_round": 0, "full_rank": True, "merge": "reset-less"})
+    phases = [{"from_round": 0, "full_rank": True}, {"from_round": 2, "full_rank": False, "merge": "reset"}]
+    assert config.check(phased(*phases)) == []
 
 
 # Local steps
@@ -406,3 +416,185 @@ def test_heads_that_are_reset_no_more_keep_the_last_A_that_was_drawn() -> None:
     assert draws == [0, 1, 2, 2, 2, 5]
     assert torch.equal(As[2], As[4])
     assert not torch.equal(As[4], As[5])
+
+
+# Full rank
+
+
+FULL = {"train.full_rank": True, "optimizer.name": "adamw", "optimizer.dense_lr": 0.01}
+
+
+def test_full_rank_is_local_training_of_all_weights_averaged() -> None:
+    """Against plain copies of the model, AdamW on all parameters, and the mean of what they learnt."""
+    simulation = Simulation(seeded(Net), recipe(**FULL), 2)
+    plain = seeded(Net)
+    copies = [copy.deepcopy(plain) for _ in range(2)]
+    optimizers = [
+        torch.optim.AdamW(c.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0) for c in copies
+    ]
+    for round_ in range(3):
+        data = batches(2, 4, 8, seed=round_)
+        for model, optimizer, own in zip(copies, optimizers, data, strict=True):
+            for batch in own:
+                optimizer.zero_grad()
+                mse(model, batch).backward()
+                optimizer.step()
+        with torch.no_grad():
+            for parameters in zip(*(model.parameters() for model in copies), strict=True):
+                mean = sum(parameters) / 2
+                for parameter in parameters:
+                    parameter.copy_(mean)
+        simulation.local_steps(mse, data)
+        simulation.merge()
+        master = simulation.master.parameters("master")
+        for name, parameter in copies[0].named_parameters():
+            assert (master[name] - parameter).abs().max() < 2e-6, name
+    assert (master["up.weight"] - seeded(Net).up.weight).abs().max() > 0.02
+
+
+class Zoo(nn.Module):
+    """Every kind of module that can have heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv = nn.Embedding(7, 8, padding_idx=0), nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(24, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.out(self.conv(x.view(len(x), 4, 2, -1)).flatten(1)[:, :24])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_every_kind_of_module_trains_at_full_rank(heads: int) -> None:
+    """The output and the gradient of each B are the plain model's, on its own slice of the batch."""
+    lora = lte.LoRA(rank=2, heads=heads, embeddings=True)
+    plain = seeded(Zoo)
+    model = lte.convert(copy.deepcopy(plain), lora, "none")
+    fit_heads(model, lora, 2, full_rank=True)
+    tokens = torch.randint(7, (4, 4), generator=torch.Generator().manual_seed(0))
+    target = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        model.zero_grad()
+        output = model(tokens)
+        (output - target).square().mean().backward()
+        for head, (own, aim) in enumerate(zip(tokens.chunk(heads), target.chunk(heads), strict=True)):
+            reference = copy.deepcopy(plain)
+            with torch.no_grad():
+                for _, module in adapted_modules(model):
+                    parameter = reference.get_parameter(module.spec.parameter)
+                    parameter += module.lora_B[head].view(parameter.shape)
+            expected = reference(own)
+            (expected - aim).square().mean().backward()
+            assert torch.allclose(output.chunk(heads)[head], expected, atol=1e-5)
+            for _, module in adapted_modules(model):
+                gradient = reference.get_parameter(module.spec.parameter).grad
+                assert torch.allclose(
+                    module.lora_B.grad[head], gradient.view(module.lora_B[head].shape), atol=1e-5
+                )
+        with torch.no_grad():
+            for _, module in adapted_modules(model):
+                module.lora_B -= 0.1 * module.lora_B.grad
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_after_a_warm_start_heads_begin_on_what_was_learnt(codec: str) -> None:
+    """Nothing is owed with fp32; with int8 what is owed goes into B as far as it can."""
+    phases = [{"from_round": 2, "full_rank": False, "rank": 3, "base_quant": "int8"}]
+    settings = recipe(
+        **FULL, **{"train.phases": phases, "compress.dense": codec, "schedule.join_warmup_steps": 2}
+    )
+    simulation = Simulation(seeded(Net), settings, 2)
+    (trainer, _), master = simulation.trainers, simulation.master
+    assert trainer.modules["up"].lora_B.shape == (1, 16, 6)
+    for round_ in range(2):
+        simulation.local_steps(mse, batches(2, 3, 8, seed=round_))
+        if round_:
+            norm = trainer.dense["norm.weight"]
+            moment = trainer.optimizer.state[norm]["exp_avg"].clone()
+        simulation.merge()
+    module = trainer.modules["up"]
+    assert (module.is_full, module.rank, module.scale) == (False, 3, 2.0)
+    assert bool(module.lora_B.any()) == (codec != "fp32")
+    assert trainer.lost == 0.0
+    assert (trainer._lost_ahead[0] > 0) == (codec != "fp32"), "rank 3 cannot hold all of it"
+    assert torch.equal(master.base["up"].codes, quantize.quantize(master.weights["up"], "int8").codes)
+    assert torch.equal(trainer.optimizer.state[norm]["exp_avg"], moment), "dense parameters keep theirs"
+    assert module.lora_B not in trainer.optimizer.state
+    before = {name: weight.clone() for name, weight in master.weights.items()}
+    rates = []
+    for _ in range(3):
+        simulation.local_steps(mse, batches(2, 1, 8, seed=7))
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == [0.5 * rates[2], rates[2], rates[2]], "heads that are new are warmed up"
+    expected = {
+        name: before[name].double()
+        + sum(effective(t, name) - quantize.dequantize(t.modules[name].base) for t in simulation.trainers) / 2
+        for name in before
+    }
+    simulation.merge()
+    for name, weight in master.weights.items():
+        assert (weight - expected[name]).abs().max() < 1e-6
+        assert (weight - before[name]).abs().max() > 1e-3
+
+
+def test_heads_may_become_of_full_rank_and_lose_nothing() -> None:
+    phases = [{"from_round": 1, "full_rank": True}]
+    settings = recipe(**{"train.phases": phases, "optimizer.lr": 0.3})
+    simulation = Simulation(seeded(Net), settings, 2)
+    simulation.local_steps(mse, batches(2, 3, 8))
+    trainer = simulation.trainers[1]
+    owed = {
+        name: effective(trainer, name) - quantize.dequantize(m.base) for name, m in trainer.modules.items()
+    }
+    simulation.merge(only=[0])
+    for name, module in trainer.modules.items():
+        assert module.lora_B.shape == (1, *module.spec.shape)
+        assert torch.allclose(module.lora_B[0].double(), owed[name], atol=1e-6)
+
+
+def test_an_optimizer_over_the_parameters_cannot_follow_to_full_rank() -> None:
+    master = Simulation(seeded(Net), recipe(**FULL), 1).master
+    model = lte.convert(seeded(Net), lte.LoRA(rank=4), "none")
+    with pytest.raises(ConfigError, match="a function that makes the optimizer"):
+        Trainer(
+            model,
+            recipe(**FULL),
+            slot=0,
+            version=0,
+            base=master.snapshot(),
+            base_digest=master.base_digest(),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+
+
+def test_a_run_warms_up_at_full_rank_and_its_bytes_are_counted(train: Train) -> None:
+    phases = [
+        {"from_round": 0, "full_rank": True, "local_steps": 1},
+        {"from_round": 3, "full_rank": False, "local_steps": 4, "rank": 2},
+    ]
+    lines = train(**{"train.phases": phases, "lora.heads": 2, "eval.every": 1, "log.diagnostics_every": 2})
+    rounds = of_kind(lines, "round")
+    assert [line["tokens"] for line in rounds] == [2 * 4 * 16 * n for n in (1, 2, 3, 7, 11, 15)]
+    up = [line["uplink_factors_bytes"] for line in rounds]
+    adapted = of_kind(lines, "event")[0]["num_adapted_parameters"]
+    for line in rounds[:3]:  # a byte a weight, and a scale of two bytes for 64 of them, of two heads each
+        assert line["uplink_factors_bytes"] <= 2 * 2 * adapted * (1 + 2 / 64) * 1.05
+        assert line["uplink_factors_bytes"] > 2 * max(up[3:])
+    losses = [line["loss_master"] for line in of_kind(lines, "eval")]
+    assert losses[-1] < losses[0]
+    assert len(of_kind(lines, "diagnostics")) == 3
+
+
+def test_the_plan_of_a_round_is_by_its_settings() -> None:
+    phases = [
+        {"from_round": 3, "full_rank": True},
+        {"from_round": 5, "full_rank": False, "base_quant": "none"},
+    ]
+    all_rounds = phased(*phases, **{"model.width": 32})
+    sent = [sizes(now, plan_of(now)).sent for now in map(all_rounds.in_round, (0, 3, 5))]
+    size = sizes(all_rounds, plan_of(all_rounds))
+    assert sent == [size.sent, size.adapted, size.sent]
+    bases = [sizes(now, plan_of(now)).base_bytes for now in map(all_rounds.in_round, (0, 5))]
+    assert bases[1] == 4 * size.adapted > bases[0]

@@ -28,6 +28,8 @@ def codec_of(name: str, recipe: Recipe, *, is_known: bool) -> tuple[Codec, int |
         name: `MODULE/A` or `MODULE/B`. is_known: the server knows an earlier value of it.
     """
     settings = recipe.compress
+    if recipe.train.full_rank:
+        return settings.dense, None
     if name.endswith(A) and not is_known:
         if recipe.lora.merge == "reset":  # an A for one round only is never known
             return settings.factors, None
@@ -43,8 +45,7 @@ def is_lossy(recipe: Recipe) -> bool:
 
 def refits(recipe: Recipe) -> bool:
     """Whether a worker sets A to what was sent of it, and refits B."""
-    lora = recipe.lora
-    return lora.A == "trained" and lora.merge != "reset-less" and is_lossy(recipe)
+    return recipe.is_A_sent and recipe.lora.merge != "reset-less" and is_lossy(recipe)
 
 
 def remembers_A(recipe: Recipe) -> bool:

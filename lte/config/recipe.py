@@ -132,10 +132,12 @@ class Phase:
         None, "lora.merge of these rounds; what a worker owes when it changes stays in B, as for a new rank"
     )
 
+    full_rank: bool | None = _doc(None, "train.full_rank in these rounds: true from round 0 is a warm start")
+
     @property
     def changes_heads(self) -> bool:
         """Whether heads of these rounds are others than before."""
-        return self.rank is not None or self.merge is not None
+        return any(value is not None for value in (self.rank, self.merge, self.full_rank))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,9 @@ class Train:
     overlap: bool = _doc(False, "take local steps of the next round while a merge is under way")
     overlap_steps: Annotated[Count | None, _OrNone] = _doc(
         None, "local steps of the next round after which the update is applied; none: all T"
+    )
+    full_rank: bool = _doc(
+        False, "heads are weights of full rank, sent by compress.dense: with the memory and bytes of these"
     )
     phases: tuple[Phase, ...] = _doc(
         (), "settings that change in the run, in order: [{from_round: 80, local_steps: 2}, ...]"
@@ -541,6 +546,7 @@ class Recipe:
             base_quant=self.base.quant,
             rank=self.lora.rank,
             merge=self.lora.merge,
+            full_rank=self.train.full_rank,
         )
         phases = (first, *self.train.phases)
         now: dict[str, Any] = {}
@@ -549,10 +555,26 @@ class Recipe:
                 now |= {key: value for key, value in vars(phase).items() if value is not None}
         return dataclasses.replace(
             self,
-            train=dataclasses.replace(self.train, local_steps=now["local_steps"], phases=phases),
+            train=dataclasses.replace(
+                self.train, local_steps=now["local_steps"], full_rank=now["full_rank"], phases=phases
+            ),
             lora=dataclasses.replace(self.lora, rank=now["rank"], merge=now["merge"]),
             base=dataclasses.replace(self.base, quant=now["base_quant"]),
         )
+
+    @property
+    def is_A_given(self) -> bool:
+        """Whether the server draws the heads' A too, so that it is not sent."""
+        return self.lora.A != "trained" and not self.train.full_rank
+
+    @property
+    def is_A_sent(self) -> bool:
+        """Whether heads have an A that they train."""
+        return self.lora.A == "trained" and not self.train.full_rank
+
+    def has_heads_of(self, other: Recipe) -> bool:
+        """Whether heads by this recipe are as by another, so that what is merged of them stays known."""
+        return (self.lora, self.train.full_rank) == (other.lora, other.train.full_rank)
 
     @property
     def as_built(self) -> Recipe:

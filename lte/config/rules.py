@@ -40,8 +40,8 @@ def check(recipe: Recipe) -> list[str]:
         )
     elif recipe.train.overlap and any(phase.changes_heads for phase in recipe.train.phases):
         faults.append(
-            "train.overlap: contradicts train.phases of other heads (rank, merge): a contribution may be"
-            " under way when they begin"
+            "train.overlap: contradicts train.phases of other heads (rank, merge, full_rank): a contribution"
+            " may be under way when they begin"
         )
     else:
         for start in starts:
@@ -123,6 +123,10 @@ def _faults(recipe: Recipe) -> list[str]:
             lora.A != "rotating" or lora.merge == "reset-b",
             f"lora.A: rotating needs lora.merge = reset-b, not {lora.merge} (a kept B would act"
             " through another A)",
+        ),
+        (
+            not train.full_rank or lora.merge == "reset-b",
+            f"train.full_rank: needs lora.merge = reset-b, not {lora.merge} (a phase may set both)",
         ),
         (
             lora.A == "trained" or lora.merge != "reset",

@@ -163,7 +163,8 @@ class Sizes:
 
 def plan_of(recipe: Recipe) -> Plan:
     """What of the recipe's own model is adapted; takes no memory."""
-    return plan(task_of(recipe).build(), recipe.lora, recipe.base.quant)
+    found = plan(task_of(recipe).build(), recipe.lora, recipe.base.quant)
+    return found.of_settings(recipe.lora, recipe.base.quant, full_rank=recipe.train.full_rank)
 
 
 def sizes(recipe: Recipe, plan: Plan) -> Sizes:
@@ -173,15 +174,17 @@ def sizes(recipe: Recipe, plan: Plan) -> Sizes:
     merge_flop = 0.0
     for spec in plan.adapted.values():
         out_features, in_features = spec.shape
-        held_A += heads * spec.rank * in_features
+        held_A += 0 if plan.full_rank else heads * spec.rank * in_features
         held_B += heads * spec.rank * out_features
-        sent += heads * _elements_sent(out_features, spec.rank, recipe.compress.truncate_rank)
-        if lora.A == "trained":  # a new A each round travels whole
-            truncate_rank = recipe.compress.truncate_rank if lora.merge != "reset" else None
+        truncate_rank = None if plan.full_rank else recipe.compress.truncate_rank
+        sent += heads * _elements_sent(out_features, spec.rank, truncate_rank)
+        if recipe.is_A_sent:  # a new A each round travels whole
+            truncate_rank = truncate_rank if lora.merge != "reset" else None
             sent += heads * _elements_sent(spec.rank, in_features, truncate_rank)
         base_bytes += quantize.num_bytes(spec.shape, plan.quant)
         products = 2 if lora.merge == "reset-less" else 1
-        merge_flop += 2.0 * out_features * in_features * spec.rank * heads * products
+        depth = 1 if plan.full_rank else spec.rank
+        merge_flop += 2.0 * out_features * in_features * depth * heads * products
     return Sizes(
         adapted=plan.num_adapted_parameters,
         dense=plan.num_parameters - plan.num_adapted_parameters,
@@ -216,7 +219,7 @@ def lte_round(
     size, workers = sizes(recipe, plan), _num_workers(sites)
     control = _CONTROL_BYTES + _CONTROL_BYTES_TENSOR * size.num_tensors
     uplink = {
-        "factors": size.sent * rates.factor_bits / 8,
+        "factors": size.sent * (rates.dense_bits_up if plan.full_rank else rates.factor_bits) / 8,
         "dense": size.dense * rates.dense_bits_up / 8,
         "control": control,
     }
@@ -330,7 +333,7 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     """Bytes that a worker and the server hold, all but activations and one layer's scratch."""
     lora, outer = recipe.lora, recipe.outer
     factors_held = size.held_A + size.held_B
-    given_A = 0 if lora.A == "trained" else size.held_A
+    given_A = size.held_A if recipe.is_A_given else 0
     trained = factors_held - given_A
     states_bytes = 8 + moments_bytes(recipe.optimizer)
     known_A = size.held_A if factors.remembers_A(recipe) else 0

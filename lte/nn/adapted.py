@@ -44,6 +44,7 @@ class Adapted(nn.Module):
             but reset-less).
         codes, scales: the base (see `quantize.Quantized`), frozen.
         spec: of its site, by the name that it had when it was converted.
+        is_full: heads are of full rank: A is the identity, and lora_A has no rows. s is 1.
         dropout_seeds: of each head's masks of dropout; None: these come from torch's own generator.
     """
 
@@ -64,6 +65,7 @@ class Adapted(nn.Module):
         self.spec, self.lora, self.heads, self.quant = spec, lora, lora.heads, quant
         self.out_features, self.in_features = spec.shape
         self.rank, self.scale, self.init = spec.rank, spec.scale, spec.init
+        self.is_full = False
         self.dropout_seeds: list[int] | None = None
         if plain.is_meta:
             device = torch.device("cpu")
@@ -98,13 +100,24 @@ class Adapted(nn.Module):
         Args:
             are_kept: merges keep the heads, so that there are merged factors.
         """
-        self.rank, self.scale = rank, scale
-        A, B = self.lora_A, self.lora_B
-        # New parameters: a graph that is still held remembers the old ones' shapes.
-        self.lora_A = nn.Parameter(A.new_zeros(self.heads, rank, self.in_features), A.requires_grad)
-        self.lora_B = nn.Parameter(B.new_zeros(self.heads, self.out_features, rank))
+        self._replace_heads(rank, rank, scale)
+        self.is_full = False
         self.merged_A = torch.zeros_like(self.lora_A) if are_kept else None
         self.merged_B = torch.zeros_like(self.lora_B) if are_kept else None
+
+    def set_full_heads(self) -> None:
+        """Have new heads of full rank, that are zero."""
+        self._replace_heads(self.in_features, 0, 1.0)
+        self.is_full = True
+        self.merged_A = self.merged_B = None
+
+    def _replace_heads(self, rank: int, rows: int, scale: float) -> None:
+        """New parameters: a graph that is still held remembers the shapes of those before."""
+        self.rank, self.scale = rank, scale
+        A, B = self.lora_A, self.lora_B
+        is_trained = self.lora.A == "trained" and rows > 0
+        self.lora_A = nn.Parameter(A.new_zeros(self.heads, rows, self.in_features), is_trained)
+        self.lora_B = nn.Parameter(B.new_zeros(self.heads, self.out_features, rank))
 
     def load_base(self, base: Quantized) -> None:
         """Take over the codes and scales of a base, which may be of another format."""

@@ -84,6 +84,10 @@ class LoRAConv2d(Adapted):
 
     def _heads_product(self, x: Tensor, manner: dict[str, Any]) -> Tensor:
         A, B = self.of_heads(self.lora_A), self.of_heads(self.lora_B)
+        if self.is_full:
+            kernels = B.view(-1, *self.spec.plain_shape)
+            pairs = zip(self.sliced(x), kernels, strict=True)
+            return torch.cat([F.conv2d(own, kernel, **manner) for own, kernel in pairs])
         if self.merged_A is not None and self.merged_B is not None:
             B, A = lowrank.stacked(A, B, self.merged_A, self.merged_B)
         kernels = A.view(*A.shape[:2], *self.spec.plain_shape[1:]).repeat(1, self.groups, 1, 1, 1)

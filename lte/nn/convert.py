@@ -86,19 +86,26 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
                 module.merged_B.zero_()
 
 
-def fit_heads(model: nn.Module, lora: LoRA, most_rank: int) -> None:
+def fit_heads(model: nn.Module, lora: LoRA, most_rank: int, *, full_rank: bool) -> None:
     """Give a converted model new heads, of the ranks and scales of other settings, that are zero.
 
     Args:
         lora: the recipe's, whose ranks may be larger. most_rank: largest lora_rank of this model.
+        full_rank: they are of full rank instead.
     """
     for name, module in adapted_modules(model):
-        rank, scale, _ = settings_of(name, lora)
-        module.set_heads(min(rank, most_rank), scale, are_kept=lora.merge == "reset-less")
+        if full_rank:
+            module.set_full_heads()
+        else:
+            rank, scale, _ = settings_of(name, lora)
+            module.set_heads(min(rank, most_rank), scale, are_kept=lora.merge == "reset-less")
 
 
 def draw_A(name: str, module: Adapted, lora: LoRA, *, seed: int, first_head: int, draw: int) -> Tensor:
-    """A of the heads of one module, (H, r, in), on the CPU; arguments as of `draw_heads`."""
+    """A of the heads of one module, (H, r, in), on the CPU; without a row for heads of full rank.
+    Arguments as of `draw_heads`."""
+    if module.is_full:
+        return torch.zeros(module.lora_A.shape)
     share, _, _ = settings_of(name, lora)
     return lowrank.draw_A_of_heads(
         module.rank,
@@ -114,11 +121,12 @@ def draw_A(name: str, module: Adapted, lora: LoRA, *, seed: int, first_head: int
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """What a worker trains, by kind: `lora_A`, `lora_B`, `dense`. Empty kinds are left out."""
-    groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "dense": []}
+    """What a worker trains, by kind: `lora_A`, `lora_B`, `full` (B of full rank), `dense`. Empty kinds are
+    left out."""
+    groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "full": [], "dense": []}
     for _, module in adapted_modules(model):
         if module.lora_A.requires_grad:
             groups["lora_A"].append(module.lora_A)
-        groups["lora_B"].append(module.lora_B)
+        groups["full" if module.is_full else "lora_B"].append(module.lora_B)
     groups["dense"] = [parameter for _, parameter in dense_parameters(model)]
     return {kind: parameters for kind, parameters in groups.items() if parameters}

@@ -62,6 +62,8 @@ def _heads_product(of: Adapted, tokens: Tensor, padding_idx: int | None) -> Tens
     A, B = of.of_heads(of.lora_A), of.of_heads(F.embedding(index, of.lora_B.flatten(0, 1)))
     if padding_idx is not None:
         B = B.masked_fill((in_slices == padding_idx)[:, :, None], 0)
+    if of.is_full:
+        return B.view(*tokens.shape, of.in_features)
     if of.merged_A is not None and of.merged_B is not None:
         merged_B = F.embedding(index, of.merged_B.flatten(0, 1))
         B, A = lowrank.stacked(A, B, of.merged_A, merged_B)

@@ -50,6 +50,10 @@ def product(of: Adapted, x: Tensor, bias: Tensor | None, *, with_heads: bool, ro
 
 def _heads_product(of: Adapted, x: Tensor, rows: slice) -> Tensor:
     A, B = of.of_heads(of.lora_A), of.of_heads(of.lora_B[:, rows])
+    if of.is_full and of.heads == 1:
+        return F.linear(x, B[0])
+    if of.is_full:
+        return torch.bmm(of.sliced(x).flatten(1, -2), B.mT).view(*x.shape[:-1], B.shape[1])
     if of.merged_A is not None and of.merged_B is not None:
         B, A = lowrank.stacked(A, B, of.merged_A, of.merged_B[:, rows])
     if of.heads == 1:

@@ -29,6 +29,7 @@ class Plan:
         quant: format of the base.
         statistics: buffer name -> shape, of what `constants.statistics` finds.
         constants: parameter or buffer name -> what `constants.constant_tensors` finds.
+        full_rank: see `of_settings`.
     """
 
     adapted: dict[str, HeadSpec]
@@ -36,6 +37,7 @@ class Plan:
     quant: Quant
     statistics: dict[str, tuple[int, ...]]
     constants: dict[str, Constant]
+    full_rank: bool = False
 
     @property
     def averaged(self) -> dict[str, tuple[int, ...]]:
@@ -59,16 +61,24 @@ class Plan:
 
     def capped(self, rank: int) -> Plan:
         """The plan of a worker whose heads are of this lora_rank at most."""
+        if self.full_rank:
+            return self
         adapted = {n: replace(spec, rank=min(spec.rank, rank)) for n, spec in self.adapted.items()}
         return replace(self, adapted=adapted)
 
-    def of_settings(self, lora: LoRA, quant: Quant) -> Plan:
-        """The plan of the same model where other settings hold for its heads and its base."""
+    def of_settings(self, lora: LoRA, quant: Quant, *, full_rank: bool = False) -> Plan:
+        """The plan of the same model where other settings hold for its heads and its base.
+
+        Args:
+            full_rank: every B is (out, in), its A the identity and its scale 1, also of capped workers.
+        """
         adapted = {}
         for name, spec in self.adapted.items():
             rank, scale, init = settings_of(name, lora)
+            if full_rank:
+                rank, scale = spec.shape[1], 1.0
             adapted[name] = replace(spec, rank=rank, scale=scale, init=init)
-        return replace(self, adapted=adapted, quant=quant)
+        return replace(self, adapted=adapted, quant=quant, full_rank=full_rank)
 
     def describe(self, lora: LoRA) -> dict[str, str]:
         """Everything in which server and worker must agree about the model, in words."""

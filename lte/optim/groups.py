@@ -18,8 +18,10 @@ Group = dict[str, Any]
 
 
 def groups(model: nn.Module, settings: Optimizer) -> list[Group]:
-    """Groups of what a converted model trains: lora_A, lora_B, dense matrices and dense vectors, each
-    divided further where rates differ, and by `orthogonal` for Muon.
+    """Groups of what a converted model trains: lora_A, lora_B, B of full rank, dense matrices and dense
+    vectors, each divided further where rates differ, and by `orthogonal` for Muon.
+
+    A B of full rank has dense_lr, and no decay, which would be that of its change alone.
 
     Raises:
         ConfigError: a pattern matches no parameter.
@@ -27,6 +29,7 @@ def groups(model: nn.Module, settings: Optimizer) -> list[Group]:
     peaks = {
         "lora_A": settings.lr if settings.lr_A is None else settings.lr_A,
         "lora_B": settings.lr,
+        "full": settings.dense_lr,
         "dense": settings.dense_lr,
     }
     names = {parameter: name for name, parameter in model.named_parameters()}

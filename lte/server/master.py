@@ -28,7 +28,7 @@ from lte.compress import (
 from lte.config import Codec, Outer, Recipe
 from lte.errors import ConfigError, WireError
 from lte.merge import HeadDelta, Robust
-from lte.nn import adapted_modules, blocks, from_matrix, plan, to_matrix
+from lte.nn import Plan, adapted_modules, blocks, from_matrix, plan, to_matrix
 from lte.quantize import Quantized
 from lte.server.average import Average
 
@@ -117,8 +117,8 @@ class Master:
         if any(adapted_modules(model)):
             raise ConfigError(["the server needs the plain model; this one was converted"])
         self.recipe = recipe = recipe.in_round(0)
-        self.plan = plan(model, recipe.lora, recipe.base.quant)
-        self.built = self.plan.of_settings(recipe.as_built.lora, recipe.as_built.base.quant)
+        self.built = plan(model, recipe.as_built.lora, recipe.as_built.base.quant)
+        self.plan = self._plan()
         optim.check_patterns(self.plan, recipe.optimizer)
         if recipe.train.checkpoint_activations:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
@@ -150,10 +150,17 @@ class Master:
         Args:
             recipe: another one than so far.
         """
-        before, self.recipe = self.recipe.lora, (recipe or self.recipe).in_round(version)
-        if self.recipe.lora != before:  # the workers' heads hold what they owe, and nothing that is merged
+        before, self.recipe = self.recipe, (recipe or self.recipe).in_round(version)
+        if not self.recipe.has_heads_of(
+            before
+        ):  # the workers' heads hold what they owe, and nothing that is merged
             self.merged, self._given = {}, {}
-        self.plan = self.plan.of_settings(self.recipe.lora, self.recipe.base.quant)
+        self.plan = self._plan()
+
+    def _plan(self) -> Plan:
+        """The plan by the settings at hand."""
+        recipe = self.recipe
+        return self.built.of_settings(recipe.lora, recipe.base.quant, full_rank=recipe.train.full_rank)
 
     # Contributions
 
@@ -196,7 +203,7 @@ class Master:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, spec in self.plan.capped(rank).adapted.items():
             out_features, in_features = spec.shape
-            if self.recipe.lora.A == "trained":
+            if self.recipe.is_A_sent:
                 shapes[name + A] = (heads, spec.rank, in_features)
             shapes[name + B] = (heads, out_features, spec.rank)
         return shapes
@@ -333,8 +340,12 @@ class Master:
 
     def _factors(
         self, name: str, contribution: Received
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """A, B, A', B' of each of the worker's heads on one module."""
+    ) -> Iterator[tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]]:
+        """A (None: the identity), B, A', B' of each of the worker's heads on one module."""
+        if self.recipe.train.full_rank:
+            for B_of_head in contribution.tensors[name + B]:
+                yield None, B_of_head, None, None
+            return
         now_A, now_B, merged_A, merged_B = self._pair(name, contribution)
         for h in range(contribution.heads):
             if merged_A is None or merged_B is None:  # of zeros, or an A that is only remembered
@@ -346,7 +357,7 @@ class Master:
         """A, B, A', B' of all of the worker's heads on one module: what it sent and what is known."""
         known = self.merged.get(contribution.worker_id, {})
         merged_A, merged_B = known.get(name + A), known.get(name + B)
-        if self.recipe.lora.A == "trained":
+        if self.recipe.is_A_sent:
             sent_A = contribution.tensors[name + A]
             now_A = sent_A if merged_A is None else merged_A + sent_A
         else:
@@ -380,8 +391,8 @@ class Master:
         return known[1]
 
     def given_digest(self, first_head: int, heads: int, rank: int, draw: int) -> str:
-        """Digest of what the worker must have drawn; '' where A is sent."""
-        if self.recipe.lora.A == "trained" or not self.base:
+        """Digest of what the worker must have drawn; '' where A is sent, or none."""
+        if not self.recipe.is_A_given or not self.base:
             return ""
         return quantize.digest(self.given_A(first_head, heads, rank, draw).items())
 

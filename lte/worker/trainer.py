@@ -126,15 +126,12 @@ class Trainer:
         for name, tensor in self._averaged():
             with torch.no_grad():
                 tensor.copy_(self._published[name])
-        if recipe.train.phases:
-            fit_heads(model, recipe.lora, self.rank)
-        draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
-        if optimizer is None:
-            self.optimizer = optim.make_optimizer(model, recipe.optimizer)
-        elif isinstance(optimizer, torch.optim.Optimizer):
+        self._make_optimizer: MakeOptimizer | None = None
+        if isinstance(optimizer, torch.optim.Optimizer):
             self.optimizer = optimizer
         else:
-            self.optimizer = optimizer(model)
+            self._make_optimizer = optimizer or (lambda model: optim.make_optimizer(model, recipe.optimizer))
+            self.optimizer = self._make_optimizer(model)
         if recipe.train.checkpoint_activations:
             recompute_activations(model, recipe.train.checkpoint_modules)
         if recipe.lora.dropout:
@@ -142,6 +139,9 @@ class Trainer:
         # Forward passes since the last local step: micro-batches have masks of their own.
         self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if recipe.train.phases or recipe.train.full_rank:
+            self._refit_heads()
+        draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The dense parameters, then the statistics, by name."""
@@ -207,7 +207,8 @@ class Trainer:
                 yield name + A, self._encode_A(name, module)
             yield name + B, self._encode_B(name, module)
             if forgets:
-                lost, moved = factors.lost(old_B, old_A, *self._kept(name, module))
+                old_A, kept_B, kept_A = _or_identity(module, old_A), *self._kept(name, module)
+                lost, moved = factors.lost(old_B, old_A, kept_B, _or_identity(module, kept_A))
                 left_out, total = left_out + lost, total + moved
             if self.recipe.train.overlap:
                 self._sent_with[name] = module.lora_A.clone()
@@ -280,7 +281,7 @@ class Trainer:
 
     def given_digest(self) -> str:
         """Digest of A where it is not sent, because the server draws it too; else ''."""
-        if self.recipe.lora.A == "trained" or not self.modules:
+        if not self.recipe.is_A_given or not self.modules:
             return ""
         return quantize.digest((name + A, module.lora_A) for name, module in self.modules.items())
 
@@ -327,71 +328,79 @@ class Trainer:
 
     def _enter(self, version: int) -> None:
         """Have the settings of the round on a version, once what was merged is settled by those before."""
-        before, self.recipe = self.recipe.lora, self.recipe.in_round(version)
-        if self.recipe.lora != before:
+        before, self.recipe = self.recipe, self.recipe.in_round(version)
+        if not self.recipe.has_heads_of(before):
             self._remake_heads()
 
     def _remake_heads(self) -> None:
         """Have heads of the settings at hand. The server forgets what it knows of the old ones, so the new
         ones hold what these owe, s (B A - B' A'), as far as the rows of A can.
 
-        A that is trained keeps its first rows, with their moments.
+        A that is trained keeps its first rows. Rows that stay keep their moments.
         """
-        lora, seed = self.recipe.lora, self.recipe.run.seed
-        olds = {}
-        for name, module in self.modules.items():
-            A_now, B_now = module.lora_A.detach().cpu(), module.lora_B.detach().cpu()
-            if module.merged_A is not None and module.merged_B is not None:
-                B_owed, A_owed = lowrank.stacked(A_now, B_now, module.merged_A.cpu(), module.merged_B.cpu())
-            else:
-                A_owed, B_owed = A_now, B_now
-            olds[name] = A_now, A_owed, B_owed * module.scale
+        olds = {name: (module.lora_A.detach().cpu(), *_owed(module)) for name, module in self.modules.items()}
         self._refit_heads()
         for name, module in self.modules.items():
-            old_A, A_owed, B_owed = olds[name]
-            B_owed = B_owed / module.scale
-            new_A = draw_A(name, module, lora, seed=seed, first_head=self.first_head, draw=self.draw)
-            if lora.A == "trained":
-                num_kept = min(old_A.shape[1], module.rank)
+            old_A, owed_B, owed_A = olds[name]
+            new_A, owed_B = self._draw_A(name, module), owed_B / module.scale
+            num_kept = min(old_A.shape[1], new_A.shape[1])
+            if self.recipe.is_A_sent:
                 new_A[:, :num_kept] = old_A[:, :num_kept]
-            new_B = factors.refit(B_owed, A_owed, new_A)
-            left_out, total = factors.lost(B_owed, A_owed, new_B, new_A)
-            self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
+            new_B = owed_B @ owed_A if module.is_full else factors.refit(owed_B, owed_A, new_A)
+            if not module.is_full:
+                left_out, total = factors.lost(owed_B, owed_A, new_B, new_A)
+                self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
             module.lora_A.copy_(new_A)
             module.lora_B.copy_(new_B)
-            self._resize_moments(module.lora_A, -2)
-            self._resize_moments(module.lora_B, -1)
+            stays = torch.equal(new_A[:, :num_kept], old_A[:, :num_kept])
+            self._resize_moments(module.lora_A, -2, stays=stays)
+            self._resize_moments(module.lora_B, -1, stays=stays)
         self._known_A, self._has_merged = {}, False
 
     def _refit_heads(self) -> None:
-        """`fit_heads` to the settings at hand; the optimizer steps them in place of those before, and has
-        the state that it kept for these."""
-        before = [(module.lora_A, module.lora_B) for module in self.modules.values()]
-        fit_heads(self.model, self.recipe.lora, self.rank)
-        replaced = {
-            old: new
-            for olds, module in zip(before, self.modules.values(), strict=True)
-            for old, new in zip(olds, (module.lora_A, module.lora_B), strict=True)
-        }
+        """Give the model new heads, zero, by the settings at hand. The optimizer steps them in place of those
+        before, whose state it keeps; where heads become of full rank, or are so no more, it is made anew,
+        and the heads have none."""
+        olds = [(module.lora_A, module.lora_B, module.is_full) for module in self.modules.values()]
+        fit_heads(self.model, self.recipe.lora, self.rank, full_rank=self.recipe.train.full_rank)
+        replaced = dict[Tensor, Tensor]()
+        for (old_A, old_B, was_full), module in zip(olds, self.modules.values(), strict=True):
+            if module.is_full == was_full:
+                replaced |= {old_A: module.lora_A, old_B: module.lora_B}
+        states = {replaced.get(old, old): state for old, state in self.optimizer.state.items()}
+        if olds and not replaced:
+            if self._make_optimizer is None:
+                what = "train.full_rank: changes which parameters have which rates"
+                raise ConfigError([f"{what}; give lte.Worker a function that makes the optimizer, not one"])
+            self.optimizer = self._make_optimizer(self.model)
+            self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self._own_steps = 0 if self.version else None
         for group in self.optimizer.param_groups:
             group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
-        for old, new in replaced.items():
-            if old in self.optimizer.state:
-                self.optimizer.state[new] = self.optimizer.state.pop(old)
+        stepped = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        self.optimizer.state.clear()
+        self.optimizer.state.update({p: state for p, state in states.items() if p in stepped})
 
-    def _resize_moments(self, factor: Tensor, dim: int) -> None:
-        """Have the optimizer's state of a factor fit it again along its lora_rank, new elements being zero;
-        clear a state that cannot be cut or filled up so, and that of a factor whose A was drawn anew."""
+    def _draw_A(self, name: str, module: Adapted) -> Tensor:
+        """A as it was drawn last, (H, r, in), on the CPU."""
+        recipe = self.recipe
+        return draw_A(
+            name, module, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw
+        )
+
+    def _resize_moments(self, factor: Tensor, dim: int, *, stays: bool) -> None:
+        """Have the optimizer's state of a factor fit it again along its lora_rank, new elements being zero.
+
+        Args:
+            stays: the rows of A do; a state of others is cleared, and one that cannot be cut or filled up.
+        """
         state = self.optimizer.state.get(factor, {})
         moments = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
-        rank, ndim = factor.shape[dim], factor.ndim
-        if self.recipe.lora.A != "trained" or not all(
-            m.is_floating_point() and m.ndim == ndim for m in moments.values()
-        ):
+        if not stays or not all(m.is_floating_point() and m.ndim == factor.ndim for m in moments.values()):
             self.optimizer.state.pop(factor, None)
             return
         for key, moment in moments.items():
-            state[key] = lowrank.resized(moment, dim, rank)
+            state[key] = lowrank.resized(moment, dim, factor.shape[dim])
 
     def factor_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of the factor `MODULE/A` or `MODULE/B` of this model; None of any other name."""
@@ -486,6 +495,8 @@ class Trainer:
         """Have the A that belongs to the version."""
         if (draw := self._draw_at(self.version)) != self.draw:
             self.draw, moments = draw, self.recipe.lora.moments
+            if self.recipe.train.full_rank:
+                return
             self._redraw(transport=moments == "transport", clear=moments == "clear")
 
     def _redraw(self, *, transport: bool, clear: bool) -> None:
@@ -575,9 +586,13 @@ class Trainer:
         """
         published, version = self._published, self.version
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
+        self.draw = int(numbers["draw"])
         self.recipe = self.recipe.in_round(self.version)
         if self.recipe.train.phases:
             self._refit_heads()
+        if self.recipe.is_A_given:  # it is in no state: what was drawn can be drawn again
+            for name, module in self.modules.items():
+                module.lora_A.copy_(self._draw_A(name, module))
         for name, module in self.modules.items():
             heads, _, rank = tensors[f"parameter/{name}.lora_B"].shape
             if (heads, rank) != (module.heads, module.rank):
@@ -612,7 +627,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
-        self.local_step, self.draw = int(numbers["local_step"]), int(numbers["draw"])
+        self.local_step = int(numbers["local_step"])
         self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
         self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])
         self._lost_ahead = (float(numbers["lost_ahead"][0]), float(numbers["lost_ahead"][1]))
@@ -662,6 +677,19 @@ class Trainer:
             self.modules[name].load_base(base)
         constants.fill(self._constants, published.constants)
         self._published, self._constants_digests = published.averaged, published.constants_digests
+
+
+def _or_identity(module: Adapted, A: Tensor) -> Tensor:
+    """The A (H, r, in) of a module, on the CPU; the identity for heads of full rank."""
+    return torch.eye(module.in_features).expand(module.heads, -1, -1) if module.is_full else A
+
+
+def _owed(module: Adapted) -> tuple[Tensor, Tensor]:
+    """What heads hold beyond what is merged, s (B A - B' A'), as factors (H, out, k), (H, k, in)."""
+    A, B = _or_identity(module, module.lora_A.detach().cpu()), module.lora_B.detach().cpu() * module.scale
+    if module.merged_A is None or module.merged_B is None:
+        return B, A
+    return lowrank.stacked(A, B, module.merged_A.cpu(), module.merged_B.cpu() * module.scale)
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

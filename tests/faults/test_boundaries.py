@@ -44,6 +44,22 @@ def phased(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -
     cluster.close()
 
 
+WARM_START = [
+    {"from_round": 0, "full_rank": True, "merge": "reset-b", "local_steps": 1, "base_quant": "none"},
+    {"from_round": 2, "full_rank": False, "merge": "reset-less", "local_steps": 2, "base_quant": "int8"},
+]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Iterator[Cluster]:
+    """A run that begins at full rank."""
+    cluster = Cluster(tmp_path_factory.mktemp("warm"), settings | {"train.phases": WARM_START})
+    for process in (cluster.serve(), cluster.work("a"), cluster.work("b")):
+        cluster.ended(process, 0)
+    yield cluster
+    cluster.close()
+
+
 @pytest.fixture
 def cluster(tmp_path: Path, settings: dict[str, Any]) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path, settings | {"train.phases": PHASES})
@@ -51,8 +67,9 @@ def cluster(tmp_path: Path, settings: dict[str, Any]) -> Iterator[Cluster]:
     cluster.close()
 
 
-def test_the_journal_leads_over_all_boundaries(phased: Cluster) -> None:
-    assert replayed(phased.run) == phased.master_digest()
+def test_the_journal_leads_over_all_boundaries(phased: Cluster, warm: Cluster) -> None:
+    for run in (phased, warm):
+        assert replayed(run.run) == run.master_digest()
     tokens = [line["tokens"] for line in phased.lines("round")]
     assert tokens == [2 * 4 * 16 * steps for steps in (2, 4, 7, 10, 11, 12)]
 
@@ -105,3 +122,26 @@ def test_who_joins_in_a_phase_has_its_heads(cluster: Cluster) -> None:
     assert [line["num_merged"] for line in cluster.lines("round")] == [2, 2, 1, 1, 1, 3]
     assert cluster.events("refused") == []
     audit(cluster.run, ROUNDS, {"a", "b", "c"})
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("dies", ["worker", "server"])
+def test_a_warm_start_survives_whoever_is_killed_in_it(
+    cluster: Cluster, warm: Cluster, dies: str, call: int
+) -> None:
+    cluster.settings = warm.settings
+    server_dies = [Fault("lte.server.publisher:Publisher.publish", call=call)] if dies == "server" else []
+    worker_dies = [Fault(f"{PUSHES}.push", call=call, after=True)] if dies == "worker" else []
+    server, a = cluster.serve(*server_dies), cluster.work("a")
+    b = cluster.work("b", *worker_dies)
+    if server_dies:
+        cluster.ended(server, -signal.SIGKILL)
+        server = cluster.serve()
+    else:
+        cluster.ended(b, -signal.SIGKILL)
+        b = cluster.work("b")
+    for process in (server, a, b):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == warm.master_digest()
+    audit(cluster.run, ROUNDS, {"a", "b"})
+    assert cluster.events("refused") == cluster.events("recalled") == []
