@@ -169,7 +169,8 @@ class Train:
         False, "heads are weights of full rank, sent by compress.dense: with the memory and bytes of these"
     )
     phases: tuple[Phase, ...] = _doc(
-        (), "settings that change in the run, in order: [{from_round: 80, local_steps: 2}, ...]"
+        (),
+        "settings that change: [{from_round: 80, local_steps: 2, base_quant, rank, merge, full_rank}, ...]",
     )
 
     @property

@@ -116,7 +116,7 @@ class Diagnosis:
                 if is_stopped():
                     return None
                 modules[name] = _rounded(self._of_module(name, heads[name], quantized[name], before[name]))
-            adapted, dense = self._noise(contributions, heads)
+            adapted, dense = self._noise(version - 1, contributions, heads)
         finally:
             torch.set_num_threads(1)
         whole = _rounded(
@@ -181,9 +181,9 @@ class Diagnosis:
         return {name: quantize.dequantize(base) for name, base in bases.items()}
 
     def _noise(
-        self, contributions: Sequence[Received], heads: Mapping[str, Sequence[HeadDelta]]
+        self, number: int, contributions: Sequence[Received], heads: Mapping[str, Sequence[HeadDelta]]
     ) -> tuple[Noise, Noise]:
-        """Of all weights, and of the dense ones alone, which every worker trains in the same space."""
+        """In a round: of all weights, and of the dense ones alone, which every worker trains in one space."""
         workers = len(contributions)
         owners = [k for k, contribution in enumerate(contributions) for _ in range(contribution.heads)]
         dense = torch.zeros(workers, workers, dtype=torch.float64)
@@ -194,9 +194,9 @@ class Diagnosis:
         share = torch.zeros(workers, len(owners), dtype=torch.float64)
         for k, owner in enumerate(owners):
             share[owner, k] = 1 / contributions[owner].heads
-        whole = dense.clone()
+        whole, plan = dense.clone(), self._master.plan_in(number)
         for name, of_module in heads.items():
-            scale = self._master.plan.adapted[name].scale
+            scale = plan.adapted[name].scale
             whole += share @ merge.products([replace(head, weight=scale) for head in of_module]) @ share.T
         tokens = [contribution.tokens for contribution in contributions]
         return diagnostics.gradient_noise(whole, tokens), diagnostics.gradient_noise(dense, tokens)

@@ -118,7 +118,7 @@ class Master:
             raise ConfigError(["the server needs the plain model; this one was converted"])
         self.recipe = recipe = recipe.in_round(0)
         self.built = plan(model, recipe.as_built.lora, recipe.as_built.base.quant)
-        self.plan = self._plan()
+        self.plan = self.plan_in(0)
         optim.check_patterns(self.plan, recipe.optimizer)
         if recipe.train.checkpoint_activations:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
@@ -155,11 +155,11 @@ class Master:
             before
         ):  # the workers' heads hold what they owe, and nothing that is merged
             self.merged, self._given = {}, {}
-        self.plan = self._plan()
+        self.plan = self.plan_in(version)
 
-    def _plan(self) -> Plan:
-        """The plan by the settings at hand."""
-        recipe = self.recipe
+    def plan_in(self, number: int) -> Plan:
+        """The plan by the settings of a round."""
+        recipe = self.recipe.in_round(number)
         return self.built.of_settings(recipe.lora, recipe.base.quant, full_rank=recipe.train.full_rank)
 
     # Contributions

@@ -65,7 +65,8 @@ class Worker:
 
         Args:
             model: from `lte.convert`; its heads may be fewer, and of a smaller rank, than the server's
-                recipe says.
+                recipe says. Where `train.phases` change them it has those of `Recipe.as_built`, whose rank
+                is the largest, and the heads follow.
             server: its address, or a session that has joined, with a worker_id, folder and keys of its own.
             optimizer: over the model's parameters, or a function that makes one of the model; its
                 learning rates are peaks on which the recipe's schedule acts.

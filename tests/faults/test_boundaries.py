@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 from cluster import ROUNDS, Cluster, EveryCheckpoint, Fault, audit, replayed
+
+from lte import recipes
 
 PHASES = [
     {"from_round": 2, "local_steps": 3, "base_quant": "nf4", "rank": 6},
@@ -104,6 +107,16 @@ def test_a_server_killed_at_a_boundary_loses_nothing(
     assert cluster.master_digest() == phased.master_digest()
     audit(cluster.run, ROUNDS, {"a", "b"})
     assert cluster.events("damaged") == cluster.events("recalled") == []
+
+
+def test_a_run_goes_back_before_the_boundaries_and_over_them_again(phased: Cluster, cluster: Cluster) -> None:
+    shutil.copytree(phased.run, cluster.run)
+    recipes.roll_back(cluster.run, 1)
+    for process in (cluster.serve(), cluster.work("a"), cluster.work("b")):
+        cluster.ended(process, 0)
+    audit(cluster.run, ROUNDS, {"a", "b"})
+    assert cluster.events("refused") == []
+    assert replayed(cluster.run) == cluster.master_digest()
 
 
 def test_who_joins_in_a_phase_has_its_heads(cluster: Cluster) -> None:
