@@ -452,6 +452,17 @@ def test_full_rank_is_local_training_of_all_weights_averaged() -> None:
     assert (master["up.weight"] - seeded(Net).up.weight).abs().max() > 0.02
 
 
+class Wide(nn.Module):
+    """A weight of 4,096 elements and more, from where on bitsandbytes keeps 8 bits of a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
 class Zoo(nn.Module):
     """Every kind of module that can have heads."""
 
@@ -598,3 +609,34 @@ def test_the_plan_of_a_round_is_by_its_settings() -> None:
     assert sent == [size.sent, size.adapted, size.sent]
     bases = [sizes(now, plan_of(now)).base_bytes for now in map(all_rounds.in_round, (0, 5))]
     assert bases[1] == 4 * size.adapted > bases[0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon", "adamw8bit"])
+def test_every_optimizer_goes_on_with_other_heads_and_from_its_state(name: str) -> None:
+    """Full rank, then rank 2, then 3; each worker is replaced by one that goes on from its state."""
+    phases = [{"from_round": 2, "full_rank": False, "rank": 2}, {"from_round": 4, "rank": 3}]
+    settings = recipe(
+        **FULL
+        | {"train.phases": phases, "optimizer.name": name, "optimizer.momentum": 0.9, "lora.A": "frozen"}
+    )
+    calm, disturbed = (Simulation(seeded(Wide), settings, 2) for _ in range(2))
+    for round_ in range(6):
+        for simulation in (calm, disturbed):
+            simulation.local_steps(mse, batches(2, 2, 8, seed=round_, features=64))
+        saved = [trainer.state() for trainer in disturbed.trainers]
+        digest, base = disturbed.master.base_digest(), disturbed.master.snapshot()
+        for slot, (tensors, numbers) in enumerate(saved):
+            built = disturbed.master.recipe.as_built
+            again = Trainer(
+                lte.convert(seeded(Wide), built.lora, built.base.quant),
+                settings,
+                slot=slot,
+                version=round_,
+                base=base,
+                base_digest=digest,
+            )
+            again.resume({key: tensor.clone() for key, tensor in tensors.items()}, numbers, merged=False)
+            disturbed.trainers[slot] = again
+        for simulation in (calm, disturbed):
+            simulation.merge()
+        assert calm.master.master_digest() == disturbed.master.master_digest()
