@@ -142,6 +142,36 @@ def test_dropout_goes_on_bit_for_bit_whatever_others_draw() -> None:
     assert all(torch.equal(met[name], parameter) for name, parameter in expected.items())
 
 
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "too late"])
+def test_a_worker_that_missed_a_rotation_has_the_A_of_its_state(is_merged: bool) -> None:
+    """It turns its moments out of that A if its contribution was merged; else it owes by that A still."""
+    own = recipe(**{"lora.A": "rotating", "lora.moments": "transport", "optimizer.name": "adamw"})
+    simulation = Simulation(seeded(Net), own, 2)
+    trainer = simulation.trainers[1]
+    simulation.local_steps(mse, batches(2, 3, 8))
+    simulation.merge()
+    simulation.local_steps(mse, batches(2, 3, 8, seed=2))
+    assert dict(trainer.contribution())
+    tensors, numbers = copy.deepcopy(trainer.state())
+    simulation.merge(only=[0, 1] if is_merged else [0])
+    again = Trainer(
+        lte.convert(seeded(Net), own.lora, "none"),
+        own,
+        slot=1,
+        version=2,
+        base=simulation.master.snapshot(),
+        base_digest=simulation.master.base_digest(),
+    )
+    again.resume(tensors, numbers, merged=is_merged)
+    assert again.draw == trainer.draw == (2 if is_merged else 1)
+    assert again.given_digest() == trainer.given_digest() != ""
+    for name, module in again.modules.items():
+        other = trainer.modules[name]
+        assert torch.equal(module.lora_B, other.lora_B)
+        met, expected = (t.optimizer.state[m.lora_B] for t, m in ((again, module), (trainer, other)))
+        assert torch.equal(met["exp_avg"], expected["exp_avg"])
+
+
 # Scale
 
 
