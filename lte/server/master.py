@@ -151,9 +151,8 @@ class Master:
             recipe: another one than so far.
         """
         before, self.recipe = self.recipe, (recipe or self.recipe).in_round(version)
-        if not self.recipe.has_heads_of(
-            before
-        ):  # the workers' heads hold what they owe, and nothing that is merged
+        # From then on the workers' heads hold what they owe, and nothing of them is merged.
+        if not self.recipe.has_heads_of(before):
             self.merged, self._given = {}, {}
         self.plan = self.plan_in(version)
 

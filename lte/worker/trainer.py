@@ -346,8 +346,10 @@ class Trainer:
             num_kept = min(old_A.shape[1], new_A.shape[1])
             if self.recipe.is_A_sent:
                 new_A[:, :num_kept] = old_A[:, :num_kept]
-            new_B = owed_B @ owed_A if module.is_full else factors.refit(owed_B, owed_A, new_A)
-            if not module.is_full:
+            if module.is_full:
+                new_B = owed_B @ owed_A
+            else:
+                new_B = factors.refit(owed_B, owed_A, new_A)
                 left_out, total = factors.lost(owed_B, owed_A, new_B, new_A)
                 self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
             module.lora_A.copy_(new_A)
