@@ -614,6 +614,17 @@ def test_a_plan_as_json(lte: Lte) -> None:
     assert told["recommended"].keys() == {"share", "local_steps", "local_steps_with_overlap", "rank"}
 
 
+@pytest.mark.parametrize(("number", "steps"), [("0", 1), ("5", 10)])
+def test_a_plan_of_a_round_is_by_the_settings_of_its_phase(lte: Lte, number: str, steps: int) -> None:
+    begin = "{from_round: 0, full_rank: true, merge: reset-b, local_steps: 1}"
+    phases = f"train.phases=[{begin}, {{from_round: 5, full_rank: false, local_steps: 10}}]"
+    code, out, _ = lte(QUICKSTART, phases, *OVER, "--step-time", "0.2s", "--json", "--round", number)
+    told = json.loads(out)
+    assert (code, told["local_steps"]) == (0, steps)
+    sent = told["methods"][0]["uplink_bytes"]["factors"]
+    assert (sent > 700_000) == (number == "0"), "a byte a weight, of 820,000"
+
+
 def test_a_plan_for_unequal_workers(lte: Lte, tmp_path: Path) -> None:
     table = tmp_path / "links.txt"
     table.write_text("near 1gbit 1ms 0.1s 3\nfar 2mbit 200ms 0.3s\n")

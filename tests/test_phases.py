@@ -89,6 +89,7 @@ def test_a_phase_may_begin_with_the_run() -> None:
     recipe = phased({"from_round": 0, "local_steps": 1}, {"from_round": 4, "local_steps": 8})
     assert [recipe.in_round(number).train.local_steps for number in (0, 3, 4)] == [1, 1, 8]
     assert recipe.steps_before(6) == 4 + 16
+    assert all(config.check(recipe.in_round(number)) == [] for number in range(12))
 
 
 def test_the_settings_of_a_round_say_the_same_of_all_rounds() -> None:
@@ -96,6 +97,7 @@ def test_the_settings_of_a_round_say_the_same_of_all_rounds() -> None:
     for number in range(13):
         own = recipe.in_round(number)
         assert own.total_steps == recipe.total_steps
+        assert config.check(own) == []
         assert [own.steps_before(n) for n in range(13)] == [recipe.steps_before(n) for n in range(13)]
         assert [own.in_round(n).train.local_steps for n in range(13)] == [
             recipe.in_round(n).train.local_steps for n in range(13)

@@ -134,6 +134,12 @@ class Phase:
 
     full_rank: bool | None = _doc(None, "train.full_rank in these rounds: true from round 0 is a warm start")
 
+    def then(self, later: Phase) -> Phase:
+        """The settings once a later phase has begun."""
+        return dataclasses.replace(
+            self, **{k: value for k, value in vars(later).items() if value is not None}
+        )
+
     @property
     def changes_heads(self) -> bool:
         """Whether heads of these rounds are others than before."""
@@ -549,18 +555,19 @@ class Recipe:
             merge=self.lora.merge,
             full_rank=self.train.full_rank,
         )
-        phases = (first, *self.train.phases)
-        now: dict[str, Any] = {}
-        for phase in phases:
-            if phase.from_round <= number:
-                now |= {key: value for key, value in vars(phase).items() if value is not None}
+        said = self.train.phases
+        if said[0].from_round == 0:
+            first, said = first.then(said[0]), said[1:]
+        now = first
+        for phase in said:
+            now = now.then(phase) if phase.from_round <= number else now
+        settings: dict[str, Any] = vars(now)  # of which none is None
+        of_train = {key: settings[key] for key in ("local_steps", "full_rank")}
         return dataclasses.replace(
             self,
-            train=dataclasses.replace(
-                self.train, local_steps=now["local_steps"], full_rank=now["full_rank"], phases=phases
-            ),
-            lora=dataclasses.replace(self.lora, rank=now["rank"], merge=now["merge"]),
-            base=dataclasses.replace(self.base, quant=now["base_quant"]),
+            train=dataclasses.replace(self.train, **of_train, phases=(first, *said)),
+            lora=dataclasses.replace(self.lora, rank=settings["rank"], merge=settings["merge"]),
+            base=dataclasses.replace(self.base, quant=settings["base_quant"]),
         )
 
     @property
