@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from launch import local
-from lte import __version__, config, cost, inventory, recipes, report, signals, status
+from lte import __version__, config, cost, export, inventory, recipes, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack, pack_images
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_rollback(commands)
     _add_eval(commands)
     _add_generate(commands)
+    _add_export(commands)
     _add_plan(commands)
     _add_convert(commands)
     _add_data(commands)
@@ -467,6 +468,60 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     print(text)
+    return 0
+
+
+# export
+
+
+def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "export",
+        "write what a run trained for other libraries",
+        "examples:\n"
+        "  lte export runs/quickstart --format hf --out exports/model       for transformers\n"
+        "  lte export runs/quickstart --format safetensors --weights master --out exports/weights\n"
+        "  lte export runs/quickstart --format peft --out exports/heads     a folder a head, and their base\n"
+        "  lte train configs/quickstart.yaml run.dir=runs/more model.init_from=exports/weights\n\n"
+        "hf: AutoModelForCausalLM (or ...ForImageClassification).from_pretrained(DIR) loads the merged\n"
+        "  model, of a reference model its counterpart there (Arcee, ViT); AutoTokenizer its tokenizer.\n"
+        "safetensors: the state dict, by the model's own names, in DIR/model.safetensors.\n"
+        "peft: PeftModel.from_pretrained(base, DIR/WORKER-head-K) computes what a worker did when it saved\n"
+        "  its state last, that is before its last contribution was sent, or when it was stopped.",
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
+    command.add_argument("--format", required=True, choices=("hf", "safetensors", "peft"))
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; a new one")
+    command.add_argument(
+        "--weights", choices=("published", "master", "ema"), help="of hf and safetensors (default: published)"
+    )
+    command.add_argument(
+        "--state",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        help="of peft: of a worker's state, where it is not in the run's folder; may be given often",
+    )
+    command.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    folder, out, which = arguments.folder, arguments.out, arguments.weights or "published"
+    if arguments.format == "peft":
+        if arguments.weights:
+            raise UserError("--weights: is of merged models; adapters are on the base that workers held")
+        for line in export.to_peft(folder, out, arguments.state):
+            print(line)
+    elif arguments.state:
+        raise UserError("--state: is of --format peft; merged models are the server's")
+    elif arguments.format == "hf":
+        if left_out := export.to_transformers(folder, out, which):
+            print(left_out)
+    else:
+        export.to_safetensors(folder, out, which)
+    print(out)
     return 0
 
 

@@ -37,6 +37,7 @@ FLOORS = [
     "worker",
     "tasks",
     "recipes",
+    "export",
     "cost",
     "inventory",
     "report",

@@ -39,6 +39,9 @@ class Tokenizer(Protocol):
     def num_bytes(self, ids: Tokens) -> int:
         """UTF-8 bytes of the text that tokens stand for."""
 
+    def of_library(self) -> tokenizers.Tokenizer:
+        """The same tokenizer as one of the tokenizers library."""
+
 
 class ByteTokenizer:
     """Every byte of the UTF-8 text is a token."""
@@ -56,6 +59,13 @@ class ByteTokenizer:
 
     def num_bytes(self, ids: Tokens) -> int:
         return len(ids)
+
+    def of_library(self) -> tokenizers.Tokenizer:
+        # Of a vocabulary of bytes alone every character falls back to its own.
+        model = models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True)
+        same = tokenizers.Tokenizer(model)
+        same.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        return same
 
 
 class BPETokenizer:
@@ -93,6 +103,9 @@ class BPETokenizer:
 
     def num_bytes(self, ids: Tokens) -> int:
         return int(self._num_bytes[ids].sum())
+
+    def of_library(self) -> tokenizers.Tokenizer:
+        return self.model
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, which the `tokenizers` and `transformers` libraries also read."""

@@ -6,6 +6,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +20,17 @@ from lte.lowrank import seed_of
 
 Kind = Literal["text", "images"]
 
+_NOT_COMPUTED = (
+    "drop",
+    "token_id",
+    "init",
+    "cache",
+    "aux_loss",
+    "router_jitter",
+    "is_decoder",
+    "pretraining",
+)
+"""Parts of the names of settings that change nothing of what a trained model computes."""
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -27,11 +41,30 @@ def build(config: Model, kind: Kind) -> nn.Module:
         ConfigError: no such architecture, settings that it does not know, or cannot be made a model of.
         UserError: transformers is not installed.
     """
+    auto, made = _configured(config, kind)
+    try:
+        model: nn.Module = auto.from_config(made)
+    except Exception as error:  # whatever a model raises on settings that do not fit each other
+        raise _impossible(config, error) from None
+    positions = getattr(made, "max_position_embeddings", None)
+    if kind == "text" and isinstance(positions, int) and positions < config.context_tokens:
+        raise ConfigError(
+            [
+                f"model.context_tokens: {config.context_tokens} is more than the {positions} positions of"
+                f" this {config.architecture}; set"
+                f" model.config.max_position_embeddings={config.context_tokens}"
+            ]
+        )
+    return model
+
+
+def _configured(config: Model, kind: Kind) -> tuple[Any, Any]:
+    """The library's class that makes models of this kind, and the config of this one; see `build`."""
     try:
         from transformers.models.auto import configuration_auto, modeling_auto
     except ImportError:
         raise UserError(
-            "model.name: transformers needs the library of that name; pip install 'lte[hf]'"
+            "models of transformers and its layout need the library of that name; pip install 'lte[hf]'"
         ) from None
     names: Iterable[str]
     auto: Any
@@ -47,22 +80,21 @@ def build(config: Model, kind: Kind) -> nn.Module:
     config_class: Any = configuration_auto.CONFIG_MAPPING[architecture]
     settings = _settings(config, kind, config_class)
     try:
-        made = config_class(**settings)
-        model: nn.Module = auto.from_config(made)
-    except Exception as error:  # whatever a model raises on settings that do not fit each other
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            [f"model.config: transformers can make no {architecture} of these settings ({reason[:300]})"]
-        ) from None
-    positions = getattr(made, "max_position_embeddings", None)
-    if kind == "text" and isinstance(positions, int) and positions < config.context_tokens:
-        raise ConfigError(
-            [
-                f"model.context_tokens: {config.context_tokens} is more than the {positions} positions of"
-                f" this {architecture}; set model.config.max_position_embeddings={config.context_tokens}"
-            ]
-        )
-    return model
+        return auto, config_class(**settings)
+    except Exception as error:  # of settings that do not fit each other
+        raise _impossible(config, error) from None
+
+
+def _impossible(config: Model, error: Exception) -> ConfigError:
+    reason = in_a_line(error)
+    return ConfigError(
+        [f"model.config: transformers can make no {config.architecture} of these settings ({reason})"]
+    )
+
+
+def in_a_line(error: Exception) -> str:
+    """What a library says, short enough for a line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _settings(config: Model, kind: Kind, config_class: Any) -> dict[str, Any]:
@@ -94,6 +126,95 @@ def _settings(config: Model, kind: Kind, config_class: Any) -> dict[str, Any]:
     if kind == "images":
         scratch["num_labels"] = config.num_classes  # a property, not a field
     return scratch | config.config
+
+
+Misshapen = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Name of a tensor that was read, its shape there, and in the model."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Weights that were read from a folder.
+
+    Attributes:
+        tensors: fp32, by the model's names. missing: names of those that the folder does not have.
+        unknown: names of what it has beside. misshapen: those of another shape.
+    """
+
+    tensors: dict[str, Tensor]
+    missing: set[str]
+    unknown: set[str]
+    misshapen: set[Misshapen]
+
+
+def read(config: Model, kind: Kind, folder: Path) -> Read:
+    """Weights for a model of `build` from a folder in the library's layout; no pickles are opened.
+
+    Raises:
+        ConfigError: it cannot be read, or is of a model that computes something else. UserError:
+            transformers is not installed.
+    """
+    auto, made = _configured(config, kind)
+    from transformers import AutoConfig
+
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            there = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if differs := _difference(made, there):
+                raise ConfigError([f"model.init_from: {folder} holds another model: {differs}"])
+            model, found = auto.from_pretrained(
+                folder,
+                config=made,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # of files that are missing or damaged, in many classes
+        raise ConfigError([f"model.init_from: {folder} cannot be read ({in_a_line(error)})"]) from None
+    return Read(
+        tensors=dict(model.named_parameters()) | dict(model.named_buffers()),
+        missing=set(found["missing_keys"]),
+        unknown=set(found["unexpected_keys"]),
+        misshapen={(name, tuple(one), tuple(other)) for name, one, other in found["mismatched_keys"]},
+    )
+
+
+def _difference(made: Any, there: Any) -> str:
+    """In what the model of a recipe computes something else than that of a folder, in words, or ''."""
+    from transformers import PreTrainedConfig
+
+    if made.model_type != there.model_type:
+        return f"a {there.model_type}, not a {made.model_type}"
+    of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = [field.name for field in dataclasses.fields(made) if field.name not in of_all]
+    return ", ".join(
+        f"{name} is {getattr(there, name, None)}, not {getattr(made, name, None)}"
+        for name in [*names, "tie_word_embeddings"]
+        if not any(part in name for part in _NOT_COMPUTED)
+        and getattr(made, name, None) != getattr(there, name, None)
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the library's warnings and progress bars from the terminal."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def _nearest(met: str, names: Iterable[str], prefix: str = "") -> str:

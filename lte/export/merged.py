@@ -1,0 +1,119 @@
+"""A run's merged model, in transformers' layout or as plain safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lte
+from lte import config, durable, models, quantize, recipes
+from lte.config import Recipe
+from lte.data import tokenizer
+from lte.errors import DataError, UserError
+from lte.models import hf, weights
+from lte.models.counterparts import counterpart_of
+from lte.worker.trainer import materialize
+
+
+def to_transformers(run: Path, out: Path, which: str) -> str:
+    """Write a run's model as a folder that transformers' `from_pretrained` loads: config, weights, and for
+    text the generation config and tokenizer. A reference model becomes its counterpart there.
+
+    Args:
+        which: weights, `published`, `master` or `ema`. out: a folder that is not there, or empty.
+
+    Returns:
+        What was left out, in words, or ''.
+
+    Raises:
+        RunError: no such run. UserError: `out` holds something, or transformers is not installed.
+    """
+    model, recipe, _ = recipes.load_run(run, which)
+    theirs = in_transformers(model, recipe)
+    with written_whole(out) as folder, hf.quiet():
+        theirs.save_pretrained(folder)
+        return _save_tokenizer(recipe, folder)
+
+
+def in_transformers(model: nn.Module, recipe: Recipe) -> Any:
+    """A recipe's model as one of transformers: itself, or a reference model's counterpart, in eval mode.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    if recipe.model.name == "transformers":
+        return model
+    counterpart = counterpart_of(recipe.model)
+    theirs = materialize(models.build(counterpart.model, recipe.data.kind), torch.device("cpu"))
+    models.initialize(theirs, seed=0)  # buffers that no state dict holds
+    counterpart.fill(dict(theirs.named_parameters()), dict(model.named_parameters()))
+    return theirs.eval()
+
+
+def _save_tokenizer(recipe: Recipe, folder: Path) -> str:
+    if recipe.data.kind != "text":
+        return ""
+    import transformers
+
+    try:
+        own = tokenizer.load(Path(recipe.data.shards))
+    except DataError as error:
+        return f"without its tokenizer ({error})"
+    library: Any = transformers
+    library.PreTrainedTokenizerFast(
+        tokenizer_object=own.of_library(), model_max_length=recipe.model.context_tokens
+    ).save_pretrained(folder)
+    return ""
+
+
+def to_safetensors(run: Path, out: Path, which: str) -> None:
+    """Write a run's model as `out/model.safetensors`: its state dict, what is tied by its first name. At the
+    file's head: the recipe as JSON, version, which weights, and a digest of the tensors.
+
+    Args:
+        which: weights, `published`, `master` or `ema`. out: a folder that is not there, or empty.
+
+    Raises:
+        RunError: no such run. UserError: `out` holds something.
+    """
+    model, recipe, version = recipes.load_run(run, which)
+    tensors = {names[0]: tensor.detach() for names, tensor in weights.held(model)}
+    described = {
+        "format": "pt",  # transformers' files say so, and it asks for it
+        "lte.version": lte.__version__,
+        "lte.recipe": json.dumps(config.to_dict(recipe)),
+        "lte.weights": f"{which} of version {version}",
+        weights.DIGEST: quantize.digest(sorted(tensors.items())),
+    }
+    with written_whole(out) as folder:
+        durable.save_tensors(tensors, folder / weights.FILE, described)
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder to write, which becomes `out` when all is written.
+
+    Raises:
+        UserError: `out` holds something.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is there already; choose another --out, or remove it")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    try:
+        yield partial
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise

@@ -1,0 +1,294 @@
+"""What other libraries load of a run computes what the run's model, and its workers, do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_model
+from test_tasks import Data, data, recipe_of
+from torch import nn
+
+from launch import local
+from lte import cli, config, models, recipes
+from lte.config import Recipe
+from lte.data import tokenizer
+from lte.models import hf
+from lte.nn import convert
+from lte.nn.adapted import Adapted, Tied
+from lte.server import recovery
+from lte.server.master import Master
+from lte.tasks import task_of
+from lte.worker import state
+from lte.worker.trainer import Trainer
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+__all__ = ["data"]  # a fixture
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt": ("gpt", {"lora.embeddings": True, "model.tie_embeddings": True, "lora.tied": "adapted"}),
+    "vit": ("vit", {}),
+    "llama": (
+        "llama",
+        {"model.config.num_key_value_heads": 1, "model.config.tie_word_embeddings": True},
+    ),
+    "gpt2": ("gpt2", {"lora.tied": "adapted", "lora.embeddings": True, "lora.exclude": ["*.wpe"]}),
+    "mixtral": ("mixtral", {}),
+    "hf-vit": ("hf-vit", {}),
+    "resnet": ("resnet", {}),
+    "convnext": ("convnext", {}),
+}
+SOME = {
+    "gpt": "*.mlp.up",
+    "vit": "patches",
+    "llama": "*.q_proj",
+    "gpt2": "*.c_attn",
+    "mixtral": "*.v_proj",
+    "hf-vit": "*.fc1",
+    "resnet": "*.encoder.*",
+    "convnext": "*.pwconv1",
+}
+"""Sites whose heads have a rank and a scale of their own."""
+OF_HEADS = {
+    "reset-b": {"lora.merge": "reset-b"},
+    "reset-less": {"lora.merge": "reset-less"},
+    "given": {"lora.merge": "reset-b", "lora.A": "rotating"},
+}
+
+
+class Trained(NamedTuple):
+    folder: Path
+    recipe: Recipe
+
+
+@pytest.fixture(scope="module")
+def trained(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Train one of `RUNS` in threads, once with the same settings."""
+    made: dict[str, Trained] = {}
+
+    def train(name: str, **changes: Any) -> Trained:
+        key = json.dumps([name, changes])
+        if key not in made:
+            model, asked = RUNS[name]
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            recipe = recipe_of(
+                model,
+                data,
+                **{
+                    "run.dir": str(folder),
+                    "server.address": f"inprocess://{folder}",
+                    "optimizer.lr": 0.01,
+                    "outer.ema": 0.5,
+                    **asked,
+                    **changes,
+                },
+            )
+            assert local.train_in_threads(recipe) == 0
+            made[key] = Trained(folder, recipe)
+        return made[key]
+
+    return train
+
+
+@pytest.fixture
+def lte(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The command; gives what it printed."""
+
+    def run(*arguments: str | Path) -> str:
+        capfd.readouterr()
+        assert cli.main([str(argument) for argument in arguments]) == 0
+        out, err = capfd.readouterr()
+        assert err == ""
+        return out
+
+    return run
+
+
+def inputs(recipe: Recipe, num: int = 4) -> torch.Tensor:
+    """So many samples of the task, without what is to be predicted."""
+    batch = task_of(recipe).stream(0).batch(0)[torch.arange(num)]
+    return batch.pixels if recipe.data.kind == "images" else batch[:, :-1]
+
+
+def from_pretrained(recipe: Recipe, folder: Path) -> Any:
+    kind = "ImageClassification" if recipe.data.kind == "images" else "CausalLM"
+    with hf.quiet():
+        return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
+
+
+# Merged models
+
+
+@pytest.mark.parametrize("which", ["published", "master", "ema"])
+@pytest.mark.parametrize("name", RUNS)
+@torch.no_grad()
+def test_transformers_loads_the_model(
+    name: str, which: str, trained: Callable[..., Trained], lte: Callable[..., str], tmp_path: Path
+) -> None:
+    run, recipe = trained(name)
+    printed = lte("export", run, "--format", "hf", "--out", tmp_path / "out", "--weights", which)
+    assert printed == f"{tmp_path / 'out'}\n"
+    own, _, _ = recipes.load_run(run, which)
+    theirs, x = from_pretrained(recipe, tmp_path / "out"), inputs(recipe)
+    expected, met = models.outputs(own, x)[0], theirs(x).logits
+    if recipe.model.name == "transformers":
+        assert torch.equal(met, expected), "bit for bit"
+        assert theirs.state_dict().keys() == own.state_dict().keys()
+    else:
+        assert (met - expected).abs().max() < 1e-5 * expected.abs().max()
+    for other in {"published", "master", "ema"} - {which}:  # they do differ
+        assert not torch.allclose(met, models.outputs(recipes.load_run(run, other)[0], x)[0], rtol=1e-4)
+
+
+def test_the_tokenizer_is_that_of_the_data(
+    trained: Callable[..., Trained], lte: Callable[..., str], tmp_path: Path
+) -> None:
+    run, recipe = trained("gpt")
+    lte("export", run, "--format", "hf", "--out", tmp_path / "bytes")
+    met = transformers.AutoTokenizer.from_pretrained(tmp_path / "bytes")
+    text = "7 bottles\n\tof déjà vu 🍺 on the  wall."
+    assert met(text)["input_ids"] == list(text.encode())
+    assert met.decode(list(text.encode())) == text
+    assert met.model_max_length == recipe.model.context_tokens
+
+    words = tmp_path / "words"
+    (tmp_path / "text.txt").write_text("bottles of beer on the wall " * 400)
+    lte("data", "pack", tmp_path / "text.txt", "--out", words, "--tokenizer", "bpe:300", "--shards", "2")
+    moved = shutil.copytree(run, tmp_path / "run")
+    (moved / "config.yaml").write_text(config.to_yaml(config.replace(recipe, **{"data.shards": str(words)})))
+    lte("export", moved, "--format", "hf", "--out", tmp_path / "bpe")
+    same = transformers.AutoTokenizer.from_pretrained(tmp_path / "bpe")
+    assert same(text)["input_ids"] == tokenizer.load(words).encode(text).tolist()
+
+    shutil.rmtree(words)
+    printed = lte("export", moved, "--format", "hf", "--out", tmp_path / "none")
+    assert printed.startswith(f"without its tokenizer ({words}")
+    assert not list((tmp_path / "none").glob("token*"))
+
+
+@pytest.mark.parametrize("name", ["gpt", "resnet", "gpt2"])
+def test_safetensors_hold_the_state_dict(
+    name: str, trained: Callable[..., Trained], lte: Callable[..., str], tmp_path: Path
+) -> None:
+    run, recipe = trained(name)
+    lte("export", run, "--format", "safetensors", "--out", tmp_path / "out", "--weights", "master")
+    own, _, _ = recipes.load_run(run, "master")
+    other = recipes.initial_model(config.replace(recipe, **{"run.seed": 9}))
+    assert load_model(other, tmp_path / "out" / "model.safetensors") == (set(), [])
+    for key, tensor in own.state_dict().items():
+        assert torch.equal(other.state_dict()[key], tensor), key
+
+
+# Heads
+
+
+def of_worker(run: Path, recipe: Recipe, name: str) -> nn.Module:
+    """The model of a worker as it was when it saved its state last, made as the worker would make it."""
+    saved = state.load(run / "workers" / name)
+    assert saved is not None
+    master = Master(recipes.initial_model(recipe), recipe)
+    assert recovery.recover(run, master, until=saved.version).progress.version == saved.version
+    plain = task_of(recipe).build()
+    trainer = Trainer(
+        convert(plain, recipe.lora, recipe.base.quant),
+        recipe,
+        slot=saved.slot,
+        version=saved.version,
+        base=master.snapshot(),
+        base_digest=master.base_digest(),
+    )
+    before = torch.get_rng_state()
+    trainer.resume(saved.tensors, saved.numbers, merged=False)
+    torch.set_rng_state(before)
+    trainer.model.eval()
+    for module in trainer.model.modules():
+        module.training = isinstance(module, Adapted | Tied)  # with heads, and norms in eval mode
+    return trainer.model
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [*((name, "reset-less") for name in RUNS), ("gpt", "reset-b"), ("resnet", "reset-b"), ("gpt2", "given")],
+)
+@torch.no_grad()
+def test_peft_computes_what_workers_do(
+    name: str, heads: str, trained: Callable[..., Trained], lte: Callable[..., str], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    overrides = [{"modules": SOME[name], "rank": 2, "scale": 5.0}]
+    run, recipe = trained(name, **{"lora.heads": 2, "lora.overrides": overrides, **OF_HEADS[heads]})
+    printed = lte("export", run, "--format", "peft", "--out", tmp_path / "out").splitlines()
+    assert printed[:2] == ["w0: 2 of version 1, on base-0", "w1: 2 of version 1, on base-1"]
+    x = inputs(recipe)
+    for worker in range(2):
+        expected, _ = models.outputs(of_worker(run, recipe, f"w{worker}"), x)
+        for head in range(2):
+            folder = tmp_path / "out" / f"w{worker}-head-{head}"
+            described = json.loads((folder / "adapter_config.json").read_text())
+            base = from_pretrained(recipe, Path(described["base_model_name_or_path"]))
+            own = slice(2 * head, 2 * head + 2)
+            alone = base(x[own]).logits
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PEFT's, on tied and transposed weights
+                with_head = peft.PeftModel.from_pretrained(base, folder).eval()
+            met = with_head(x[own]).logits
+            size = expected[own].abs().max()
+            assert (met - expected[own]).abs().max() < 1e-5 * size
+            assert (alone - expected[own]).abs().max() > 1e-3 * size, "the heads do something"
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a mistake of the user's gets."""
+    capfd.readouterr()
+    assert cli.main([str(argument) for argument in ("export", *arguments)]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
+def test_a_mistake_gets_one_line(
+    trained: Callable[..., Trained],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, _ = trained("gpt")
+    full, out = tmp_path / "full", tmp_path / "out"
+    full.mkdir()
+    (full / "file").touch()
+    for kind in ("hf", "safetensors", "peft"):
+        assert f"{full}: is there already" in refused(capfd, run, "--format", kind, "--out", full)
+        assert "not a run folder" in refused(capfd, full, "--format", kind, "--out", out)
+    assert "cannot be written" in refused(capfd, run, "--format", "hf", "--out", full / "file" / "out")
+    assert "--weights" in refused(capfd, run, "--format", "peft", "--out", out, "--weights", "ema")
+    assert "--state" in refused(capfd, run, "--format", "hf", "--out", out, "--state", out)
+
+    alone = shutil.copytree(run, tmp_path / "alone")
+    states = [path.rename(tmp_path / path.name) for path in sorted((alone / "workers").iterdir())]
+    assert "no worker's state" in refused(capfd, alone, "--format", "peft", "--out", out)
+    assert "holds no state" in refused(capfd, alone, "--format", "peft", "--out", out, "--state", full)
+    given = [option for path in states for option in ("--state", path)]
+    assert cli.main([str(x) for x in ("export", alone, "--format", "peft", "--out", out, *given)]) == 0
+    (first,) = (alone / "checkpoints").glob("version-*0")
+    shutil.rmtree(first)
+    shutil.rmtree(alone / "journal")  # as the server does, once it keeps no checkpoint that it follows
+    said = refused(capfd, alone, "--format", "peft", "--out", tmp_path / "no", *given)
+    assert said.count("holds version 1 no more") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "full", "out", "w0", "w1"]
+
+    whole, _ = trained("gpt", **{"train.full_rank": True})
+    said = refused(capfd, whole, "--format", "peft", "--out", tmp_path / "no")
+    assert said.count("version 1 trained weights of full rank") == 2
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install 'lte[hf]'" in refused(capfd, run, "--format", "peft", "--out", tmp_path / "no")
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install 'lte[hf]'" in refused(capfd, run, "--format", "hf", "--out", tmp_path / "no")
