@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lte import config, signals
 from lte.config import Recipe
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
 from lte.lowrank import seed_of
+from lte.models import weights
 from lte.nn import convert, describe
 from lte.server import Server, checkpoint, rollback
 from lte.server.master import Master
@@ -36,7 +37,7 @@ def make_server(
     task = task_of(recipe)
     task.check_run()
     return Server(
-        lambda: initial_model(recipe),
+        lambda: starting_model(recipe),
         recipe,
         evaluate=task.evaluate,
         display=display,
@@ -92,9 +93,11 @@ def work(
         ) as session:
             welcome = session.welcome
             given = config.from_dict(welcome.settings)
-            if recipe and (differing := config.differences(recipe, given, ("model", "lora", "base"))):
+            differing = config.differences(recipe or given, given, ("model", "lora", "base"))
+            # Where weights come from is the server's affair: a worker is given what they are.
+            if differs := [line for line in differing if not line.startswith("model.init_")]:
                 raise RefusedError(
-                    f"it trains another model ({differing[0]})",
+                    f"it trains another model ({differs[0]})",
                     "give its recipe, or none to take it from there",
                 )
             if shards is not None:
@@ -162,6 +165,26 @@ def initial_model(recipe: Recipe) -> nn.Module:
     task = task_of(recipe)
     model = materialize(task.build(), torch.device("cpu"))
     task.initialize(model, recipe.run.seed)
+    return model
+
+
+def starting_model(recipe: Recipe) -> nn.Module:
+    """The model that this recipe's run starts from: `initial_model`, or with the weights of
+    `model.init_from`. A run that has begun needs these no more.
+
+    Raises:
+        ConfigError: they are not the model's. RunError: of a run that has none. UserError: transformers is
+            not installed.
+    """
+    model = initial_model(recipe)
+    if recipe.model.init_from is None or checkpoint.versions(Path(recipe.run.dir) / "checkpoints"):
+        return model
+    path = Path(recipe.model.init_from)
+    if (path / "checkpoints").is_dir():
+        found: Mapping[str, Tensor] = load_run(path, recipe.model.init_weights)[0].state_dict()
+    else:
+        found = weights.read(recipe.model, recipe.data.kind, path, model)
+    weights.fill(model, found, path)
     return model
 
 

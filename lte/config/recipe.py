@@ -92,6 +92,14 @@ class Model:
     channels: Count = _doc(1, "of an image: 1 where it is gray, 3 in colour")
     patch_size: Count = _doc(4, "height and width of vit's patches, pixels; must divide image_size")
     num_classes: Count = _doc(10, "number of classes of images")
+    init_from: Annotated[Name | None, _OrNone] = _doc(
+        None,
+        "weights to start from, read by a new run's server alone: a folder of transformers', a .safetensors"
+        " file, or another run's folder; none: run.seed's",
+    )
+    init_weights: Literal["published", "master", "ema"] = _doc(
+        "master", "which weights of a run that model.init_from names"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +292,11 @@ class Base:
         0.8, "a block keeps its scale while its largest weight is at least this share of it ..."
     )
     keep_scale_to: Positive = _doc(1.05, "... and at most this one")
+    keep_initial: Annotated[bool | None, _OrNone] = _doc(
+        None,
+        "the master starts as the initial weights, not as what is published of them, which is rounded;"
+        " none: with model.init_from",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -592,6 +605,12 @@ class Recipe:
         spans = self._spans("rank", self.lora.rank, self.train.rounds)
         rank = max(rank for begin, end, rank in spans if begin < end)
         return dataclasses.replace(first, lora=dataclasses.replace(first.lora, rank=rank))
+
+    @property
+    def keeps_initial(self) -> bool:
+        """`base.keep_initial`, or what it is derived from."""
+        said = self.base.keep_initial
+        return self.model.init_from is not None if said is None else said
 
     @property
     def grace_s(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from lte.config.recipe import Model, Recipe
 
@@ -92,6 +93,14 @@ def _faults(recipe: Recipe) -> list[str]:
         (
             model.name != "vit" or model.image_size % model.patch_size == 0,
             f"model.patch_size: {model.patch_size} must divide model.image_size ({model.image_size})",
+        ),
+        (
+            model.init_from is not None or model.init_weights == "master",
+            f"model.init_weights: {model.init_weights} is of a run to start from, model.init_from=runs/...",
+        ),
+        (
+            model.init_from is None or Path(model.init_from) != Path(recipe.run.dir),
+            f"model.init_from: {model.init_from} is run.dir itself, which goes on with run.resume=auto",
         ),
         (
             recipe.data.augment == "none" or recipe.data.kind == "images",

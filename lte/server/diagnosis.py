@@ -25,7 +25,8 @@ from lte.server.master import Master, Received
 from lte.track import METRICS, Records
 
 INITIAL = "initial.safetensors"
-"""Name of the file in a run's folder that holds Q_0, of which W_0 = deq(Q_0) is made again."""
+"""Name of the file in a run's folder that holds Q_0, of which W_0 = deq(Q_0) is made again; or W_0 itself,
+by module, where it is another (`Recipe.keeps_initial`)."""
 _MOST_HEADS = 16
 """Heads between which Grassmann distances are measured: with all pairs of more they would take the time."""
 _DIGITS = 6
@@ -84,7 +85,9 @@ class Diagnosis:
             return ""
         if version == 0:
             partial = self._path.with_name(f".{INITIAL}")
-            durable.save_tensors(tensors_of(self._master.base, {}), partial)
+            master = self._master
+            kept = master.weights if master.recipe.keeps_initial else tensors_of(master.base, {})
+            durable.save_tensors(kept, partial)
             durable.name(partial, self._path)
         if not self._path.exists():
             return "the initial weights are not known, as log.diagnostics_every was 0 when the run began"
@@ -167,6 +170,8 @@ class Diagnosis:
         """The initial weights of these modules."""
         try:
             with safe_open(self._path, "pt") as file:
+                if self._master.recipe.keeps_initial:
+                    return {name: file.get_tensor(name) for name in names}
                 bases = {
                     name: Quantized(
                         self._master.recipe.in_round(0).base.quant,

@@ -87,7 +87,8 @@ class Master:
     """W in fp32, the base Q that is published of it, the outer optimizer's state, and every
     worker's merged factors.
 
-    W starts as deq(Q_0): from scratch that costs nothing, and what is published is the master then.
+    W starts as deq(Q_0): from scratch that costs nothing, and what is published is the master then. Weights
+    that were trained before stay in W as they are (`Recipe.keeps_initial`), and Q_0 is what is rounded.
     Q is requantized from what it was, so it depends on its history, as does what is published of the
     dense parameters when a codec leaves something out.
 
@@ -124,13 +125,15 @@ class Master:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
         parameters = _named_tensors(model)
         # On the CPU, where contributions arrive and where merges give the same bits everywhere.
-        self.base = {
-            name: quantize.quantize(
-                to_matrix(parameters[spec.parameter].detach().cpu(), spec), recipe.base.quant
-            )
+        initial = {
+            name: to_matrix(parameters[spec.parameter].detach().cpu(), spec)
             for name, spec in self.plan.adapted.items()
         }
-        self.weights = {name: quantize.dequantize(base).clone() for name, base in self.base.items()}
+        self.base = {name: quantize.quantize(W, recipe.base.quant) for name, W in initial.items()}
+        self.weights = {
+            name: (W if recipe.keeps_initial else quantize.dequantize(self.base[name])).clone()
+            for name, W in initial.items()
+        }
         self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.averaged}
         self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
         self.constants = {

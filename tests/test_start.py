@@ -1,0 +1,289 @@
+"""Runs that start from weights that were trained before, by lte or by others."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_tasks import Data, data, recipe_of
+
+import lte
+from launch import local
+from lte import cli, config, export, quantize, recipes
+from lte.config import Recipe
+from lte.errors import ConfigError
+from lte.models import hf
+from lte.models.counterparts import counterpart_of
+from lte.nn import to_matrix
+from lte.server import checkpoint
+from lte.server.master import Master
+from lte.tasks import task_of
+from lte.worker import Worker
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+__all__ = ["data"]  # a fixture
+
+MODELS = ("gpt", "vit", "gpt2", "llama", "resnet")
+
+
+def trained_before(recipe: Recipe) -> torch.nn.Module:
+    """A model whose tensors are all its own, also biases, norms and statistics, which begin alike."""
+    model = recipes.initial_model(recipe)
+    statistics = [(n, b) for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))]
+    for k, (_, tensor) in enumerate([*model.named_parameters(), *statistics]):
+        tensor.data += torch.rand(tensor.shape, generator=torch.Generator().manual_seed(k)) * 0.02
+    return model
+
+
+def in_layout(model: torch.nn.Module, recipe: Recipe, folder: Path, **how: Any) -> Path:
+    with hf.quiet():
+        export.merged.in_transformers(model, recipe).save_pretrained(folder, **how)
+    return folder
+
+
+def starting(recipe: Recipe, path: Path, **changes: Any) -> torch.nn.Module:
+    begins = {"model.init_from": str(path), "run.seed": 9, **changes}
+    return recipes.starting_model(config.replace(recipe, **begins))
+
+
+def assert_same(met: torch.nn.Module, expected: torch.nn.Module) -> None:
+    there = dict(expected.named_parameters()) | dict(expected.named_buffers())
+    for name, tensor in (*met.named_parameters(), *met.named_buffers()):
+        assert torch.equal(tensor, there[name]), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_read_from_every_layout(name: str, data: Data, tmp_path: Path) -> None:
+    recipe = recipe_of(name, data, **{"run.dir": str(tmp_path / "run")})
+    model = trained_before(recipe)
+    assert_same(starting(recipe, in_layout(model, recipe, tmp_path / "whole")), model)
+    in_layout(model, recipe, tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert_same(starting(recipe, tmp_path / "shards"), model)
+    # By the model's own names, in one file or many, and whichever of its names a tied tensor has.
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "all.safetensors")
+    assert_same(starting(recipe, tmp_path / "all.safetensors"), model)
+    (tmp_path / "plain").mkdir()
+    halves = {"a.safetensors": sorted(state)[::2], "b.safetensors": sorted(state)[1::2]}
+    for file, keys in halves.items():
+        save_file({key: state[key] for key in keys}, tmp_path / "plain" / file)
+    index = {"weight_map": {key: file for file, keys in halves.items() for key in keys}}
+    (tmp_path / "plain" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(starting(recipe, tmp_path / "plain"), model)
+    # Of half the bits: the nearest fp32.
+    in_layout(copy.deepcopy(model).bfloat16(), recipe, tmp_path / "bf16")
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor.bfloat16())
+    assert_same(starting(recipe, tmp_path / "bf16"), model)
+
+
+def test_a_master_keeps_the_weights_that_it_is_given(data: Data, tmp_path: Path) -> None:
+    recipe = recipe_of("gpt", data, **{"base.quant": "nf4"})
+    model = trained_before(recipe)
+    given = config.replace(recipe, **{"model.init_from": "anywhere"})
+    for kept, settings in (
+        (False, recipe),
+        (True, given),
+        (True, config.replace(recipe, **{"base.keep_initial": True})),
+        (False, config.replace(given, **{"base.keep_initial": False})),
+    ):
+        master = Master(model, settings)
+        for name, spec in master.plan.adapted.items():
+            whole = to_matrix(model.get_parameter(spec.parameter).detach(), spec)
+            rounded = quantize.dequantize(quantize.quantize(whole, "nf4"))
+            assert torch.equal(quantize.dequantize(master.base[name]), rounded)
+            assert torch.equal(master.weights[name], whole if kept else rounded)
+            assert not torch.equal(whole, rounded)
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in read if line["kind"] == kind]
+
+
+def test_a_run_goes_on_from_a_run_and_needs_it_no_more(
+    data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its server reads it once; not its workers, nor whoever resumes, measures or rolls it back."""
+
+    def settings(folder: Path, **changes: Any) -> Recipe:
+        where = {"run.dir": str(folder), "server.address": f"inprocess://{folder}"}
+        return recipe_of("gpt", data, **where, **changes)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert local.train_in_threads(settings(first, **{"outer.ema": 0.5})) == 0
+    given, _, _ = recipes.load_run(first, "master")
+    for which in ("published", "master", "ema"):
+        start = starting(settings(second), first, **{"model.init_weights": which})
+        assert_same(start, recipes.load_run(first, which)[0])
+
+    more = {"model.init_from": str(first), "log.diagnostics_every": 1, "server.keep_checkpoints": 9}
+    recipe = settings(second, **more)
+    with recipes.make_server(recipe, display=False) as server:
+        assert server.master.master_digest() == Master(given, recipe).master_digest()
+        first.rename(tmp_path / "gone")
+        workers = [
+            threading.Thread(
+                target=recipes.work,
+                args=(server.address,),
+                kwargs={"worker_id": f"w{k}", "say": lambda _: None, "recipe": own},
+            )
+            for k, own in enumerate((recipe, settings(second)))
+        ]
+        for worker in workers:
+            worker.start()
+        assert server.serve()
+        for worker in workers:
+            worker.join()
+    with torch.no_grad():
+        begun = task_of(recipe).evaluate(given, 0).loss
+    assert lines(second, "done")[-1]["loss_master"] < begun, "it went on"
+    # What was rounded of the given weights is no update of theirs.
+    of_module = lines(second, "diagnostics")[0]["modules"]["blocks.0.mlp.up"]
+    assert of_module["effective_rank"] == pytest.approx(of_module["round_effective_rank"], rel=1e-3)
+
+    # The same command finds it complete; with more rounds it goes on.
+    capfd.readouterr()
+    digest = lines(second, "done")[-1]["master_digest"]
+    assert checkpoint.load(checkpoint.newest(second))[0].master_digest == digest
+    assert local.train_in_threads(config.replace(recipe, **{"train.rounds": 3})) == 0
+    assert [line["version"] for line in lines(second, "round")] == [1, 2, 3]
+    for back_to in (1, 0):  # to 1 by merging again what was given, which has its digest
+        assert cli.main(["rollback", str(second), "--version", str(back_to)]) == 0
+        model, _, version = recipes.load_run(second, "master")
+        assert version == back_to
+    assert_same(model, given)
+
+
+def test_other_weights_are_refused_in_a_line_of_each_kind(
+    data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of("gpt", data, **{"run.dir": str(tmp_path / "run")})
+    model = trained_before(recipe)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+    def refusal(path: Path, of: Recipe = recipe) -> list[str]:
+        with pytest.raises(ConfigError) as raised:
+            starting(of, path)
+        assert all(line.startswith(f"model.init_from: {path}") for line in raised.value.faults)
+        assert not any("\n" in line for line in raised.value.faults)
+        return raised.value.faults
+
+    file = tmp_path / "file.safetensors"
+    less = {key: tensor for key, tensor in state.items() if not key.startswith("blocks.1")}
+    save_file(less, file)
+    assert refusal(file) == [
+        f"model.init_from: {file} lacks 6 tensors: blocks.1.attention.out.weight,"
+        " blocks.1.attention.qkv.weight, blocks.1.attention_norm.weight, ..."
+    ]
+    save_file(state | {"norm.weight": torch.zeros(3), "more": torch.zeros(1)}, file)
+    assert refusal(file) == [
+        f"model.init_from: {file} has in another shape 1 tensor: norm.weight (3, not 32)",
+        f"model.init_from: {file} has, and the model has not, 1 tensor: more",
+    ]
+    file.write_bytes(b"none")
+    for path in (file, tmp_path / "nothing", tmp_path):
+        assert "cannot be read" in refusal(path)[0]
+
+    # The digest of what lte wrote is looked at.
+    out = tmp_path / "exported"
+    out.mkdir()
+    save_file(state, out / "model.safetensors", {"lte.digest": quantize.digest(sorted(state.items()))})
+    assert_same(starting(recipe, out), model)
+    save_file(
+        state | {"norm.weight": state["norm.weight"] + 1}, out / "model.safetensors", {"lte.digest": "0"}
+    )
+    assert "is damaged" in refusal(out)[0]
+
+    # transformers' layout: the settings are compared, as not all of them show in shapes; then tensors.
+    llama = recipe_of("llama", data, **{"run.dir": str(tmp_path / "run")})
+    folder = in_layout(recipes.initial_model(llama), llama, tmp_path / "llama")
+    assert "holds another model: a llama, not a arcee" in refusal(folder)[0]
+    (line,) = refusal(folder, config.replace(llama, **{"model.config.rms_norm_eps": 1e-5}))
+    assert line.endswith("holds another model: rms_norm_eps is 1e-06, not 1e-05")
+    held = load_file(folder / "model.safetensors")
+    del held["model.norm.weight"]
+    held |= {"lm_head.weight": torch.zeros(3, 3), "more": torch.zeros(1)}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    assert refusal(folder, llama) == [
+        f"model.init_from: {folder} lacks 1 tensor: model.norm.weight",
+        f"model.init_from: {folder} has in another shape 1 tensor: lm_head.weight (3x3, not 256x32)",
+        f"model.init_from: {folder} has, and the model has not, 1 tensor: more",
+    ]
+
+    # As a person meets it.
+    written = tmp_path / "recipe.yaml"
+    address = f"server.address=inprocess://{tmp_path}"
+    written.write_text(config.to_yaml(config.replace(recipe, **{"model.init_from": str(file)})))
+    capfd.readouterr()
+    assert cli.main(["train", str(written), address]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.init_weights=ema", "model.init_weights: ema is of a run"),
+        ("model.init_from=runs/default", "model.init_from: runs/default is run.dir itself"),
+    ],
+)
+def test_settings_that_contradict_each_other(override: str, line: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=line):
+        config.replace(Recipe(), **{key: value})
+
+
+def test_a_model_of_from_pretrained_is_converted_and_trained(data: Data, tmp_path: Path) -> None:
+    """The library's way: a model of the user's own, in no recipe."""
+    recipe = recipe_of("gpt2", data, **{"compress.dense": "fp32"})
+    in_layout(trained_before(recipe), recipe, tmp_path / "gpt2")
+
+    def load() -> Any:
+        with hf.quiet():
+            return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+
+    settings = {"run.dir": str(tmp_path / "run"), "server.address": f"inprocess://{tmp_path}"}
+    own = config.replace(recipe, **settings, **{"base.keep_initial": True, "train.workers": 1})
+    stream, given = task_of(recipe).stream(0), load()
+    model = lte.convert(load(), own.lora, own.base.quant)
+
+    def work(address: str) -> None:
+        with Worker(model, address) as worker:
+            while not worker.done:
+                loss = task_of(recipe).loss(model, stream.batch(worker.step_index))
+                loss.backward()
+                worker.step(loss)
+
+    with lte.Server(given, own, display=False) as server:
+        for name, spec in server.master.plan.adapted.items():
+            whole = to_matrix(given.get_parameter(spec.parameter).detach(), spec)
+            assert torch.equal(server.master.weights[name], whole)
+        thread = threading.Thread(target=work, args=(server.address,))
+        thread.start()
+        assert server.serve()
+        thread.join()
+        model.eval()
+        server.master.fill(given, "published")
+    x = stream.batch(0)[:, :-1]
+    with torch.no_grad():
+        assert (model(x).logits - given.eval()(x).logits).abs().max() < 1e-4
+        assert (given(x).logits - load().eval()(x).logits).abs().max() > 1e-2
+
+
+def test_counterparts_name_every_parameter(data: Data) -> None:
+    for name in ("gpt", "vit"):
+        recipe = recipe_of(name, data)
+        ours = recipes.initial_model(recipe)
+        theirs = export.merged.in_transformers(ours, recipe)
+        counterpart = counterpart_of(recipe.model)
+        named = [part for key, _ in ours.named_parameters() for part in counterpart.of(key)]
+        assert sorted(named) == sorted(key for key, _ in theirs.named_parameters())
+        back = counterpart.gather(dict(theirs.named_parameters()), dict(ours.named_parameters()))
+        assert all(torch.equal(back[key], tensor) for key, tensor in ours.named_parameters())
