@@ -54,6 +54,18 @@ def shares(heads: Sequence[int], tokens: Sequence[int], num_missing_heads: int, 
     return [t / tokens_expected / h for h, t in zip(heads, tokens, strict=True)]
 
 
+def staleness_weight(staleness: int, outer: Outer) -> float:
+    """What is left of the weight of a contribution to a version that so many others have followed."""
+    a = outer.staleness_exponent
+    match outer.staleness:
+        case "constant":
+            return 1.0
+        case "polynomial":
+            return float((1 + staleness) ** -a)
+        case "inverse":
+            return 1 / (1 + a * staleness)
+
+
 @dataclass(frozen=True)
 class Robust:
     """What robust merging makes of the contributions to one merge.
@@ -211,7 +223,7 @@ def product(head: HeadDelta) -> tuple[Tensor, Tensor]:
 
 
 def outer_step(
-    weight: Tensor, delta: Tensor, state: Mapping[str, Tensor], outer: Outer
+    weight: Tensor, delta: Tensor, state: Mapping[str, Tensor], outer: Outer, share: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Move a master weight by the mean delta.
 
@@ -220,24 +232,33 @@ def outer_step(
     m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, both divided by the sum of the weights in
     them, then W <- W - lr m / (sqrt(v) + eps).
 
+    With a delta that is a share of a round that share of a round's time passes: momentum fades to mu^share,
+    and moves W (1 - mu^share) / (1 - mu) times as far as in a round. So it fades as much in the shares of a
+    round as in the round, and a delta moves W by lr / (1 - mu) times itself in the end either way.
+
     Args:
         state: of this weight, as it was returned; empty before the first step.
+        share: of the heads of a round, how many the delta is of; not for Adam.
 
     Returns:
         The new weight and the new state: `momentum` (m), and Adam's `squares` (v) and `steps`; empty
         where there is none to keep.
     """
-    decayed = weight * (1 - outer.weight_decay) if outer.weight_decay else weight
+    decayed = weight * (1 - outer.weight_decay * share) if outer.weight_decay else weight
     if outer.name == "average":
         return decayed + delta, {}
     if outer.name == "adam":
+        assert share == 1, "config.rules"
         return _adam(decayed, delta, state, outer)
     if not outer.momentum:
         return decayed + outer.lr * delta, {}
     # One that Adam has left behind is of another size.
     held = None if "squares" in state else state.get("momentum")
-    momentum = -delta if held is None else outer.momentum * held - delta
-    step = outer.momentum * momentum - delta if outer.nesterov else momentum
+    fade = outer.momentum**share
+    gain = outer.momentum * ((1 - fade) / (1 - outer.momentum))
+    momentum = -delta if held is None else fade * held - delta
+    moves = momentum if outer.nesterov else held
+    step = -delta if moves is None else gain * moves - delta
     return decayed - outer.lr * step, {"momentum": momentum}
 
 

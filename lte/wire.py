@@ -131,7 +131,7 @@ class Refusal(Message, frozen=True, kw_only=True):
 
 
 class Begin(Message, frozen=True, kw_only=True):
-    """The round on `version` is open and this worker is expected in it."""
+    """The round on `version` is open, or has been, and this worker is expected in it."""
 
     generation: Whole
     version: Whole
@@ -195,12 +195,14 @@ class Update(Message, frozen=True, kw_only=True):
     """The server merged and published `version`: closes `parts` with the changes of base and dense
     parameters since version `since`, or with all of them where that is None.
 
+    `step` is how many local steps of a worker the run has come to with it: by these rates are scheduled.
     `merged` are the incarnations whose contributions are in it; `last` says that no round follows.
     """
 
     generation: Whole
     version: Whole
     since: Whole | None
+    step: Whole
     stream: Whole
     parts: Whole
     merged: tuple[Whole, ...]
@@ -220,7 +222,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class Pulse(Message, frozen=True, kw_only=True):
-    """The server lives and has published `version`. Answers heartbeat `number`; a Hello with 0."""
+    """The server lives and has published `version`, or means this worker to train on that one. Answers
+    heartbeat `number`; a Hello with 0."""
 
     generation: Whole
     number: Whole
@@ -309,8 +312,9 @@ class Status(Message, frozen=True, kw_only=True):
     """How the run is. Times are in seconds, ago where they are of events; losses are nats a token.
 
     `phase` is the rounds' (see `server.rounds`) and `words` tells people what is waited for; `version`
-    is published, of `rounds` in all. `num_members` and `num_gone` count all workers, of which
-    `workers` holds some hundreds at most. `tokens_per_s` is of all workers, waits included, over the
+    is published, of `rounds` in all, unless contributions are merged `on_arrival`: then rounds are worth
+    more versions. `num_members` and `num_gone` count all workers, of which `workers` holds some hundreds
+    at most. `tokens_per_s` is of all workers, waits included, over the
     last rounds. None: not known yet.
     """
 
@@ -321,6 +325,7 @@ class Status(Message, frozen=True, kw_only=True):
     words: str
     version: Whole
     rounds: Whole
+    on_arrival: bool
     local_steps: Whole
     train_loss: float | None
     valid_loss: float | None

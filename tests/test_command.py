@@ -709,6 +709,7 @@ def test_a_worker_hears_a_round_open_whatever_stands_behind_that_word(folder: Pa
             generation=2,
             version=5,
             since=None,
+            step=0,
             stream=1,
             parts=len(parts),
             merged=(),
@@ -776,7 +777,9 @@ def test_must_demands_a_run(lte: Lte, folder: Path) -> None:
     assert is_one_line(err, "run: holds no run to resume (run.resume=must); use auto to start one")
 
 
-@pytest.mark.parametrize("setting", ["lora.rank=5", "run.seed=4", "train.local_steps=2", "model.width=64"])
+@pytest.mark.parametrize(
+    "setting", ["lora.rank=5", "run.seed=4", "train.local_steps=2", "model.width=64", "outer.when=arrival"]
+)
 def test_a_run_with_other_settings_is_not_mixed_in(lte: Lte, copied: Path, setting: str) -> None:
     before = (copied / METRICS).read_bytes()
     code, out, err = lte("train", copied / "config.yaml", setting, "train.rounds=8")

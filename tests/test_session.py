@@ -105,7 +105,7 @@ CONTRIBUTION = wire.Contribution(
     given_digest="",
 )
 UPDATE = wire.Update(
-    generation=1, version=1, since=0, stream=1, parts=0, merged=(1,), base_digest="", last=False
+    generation=1, version=1, since=0, step=0, stream=1, parts=0, merged=(1,), base_digest="", last=False
 )
 
 

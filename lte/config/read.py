@@ -109,12 +109,12 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def differences(one: Recipe, other: Recipe, sections: Sequence[str]) -> list[str]:
-    """Settings of these sections that differ, as lines `train.rounds: 50 -> 60`."""
+    """Settings that differ, of these sections or of these names, as lines `train.rounds: 50 -> 60`."""
     left, right = dict(_leaves(to_dict(one))), dict(_leaves(to_dict(other)))
     return [
         f"{key}: {left.get(key)} -> {right.get(key)}"
         for key in sorted(left.keys() | right.keys())
-        if key.split(".")[0] in sections and left.get(key) != right.get(key)
+        if {key, key.split(".")[0]} & {*sections} and left.get(key) != right.get(key)
     ]
 
 

@@ -159,7 +159,9 @@ class Train:
     """How long, how often merged, by how many."""
 
     __pydantic_config__ = _STRICT
-    rounds: Count = _doc(50, "merges in the run")
+    rounds: Count = _doc(
+        50, "merges in the run; with outer.when = arrival so many contributions for each of the workers"
+    )
     local_steps: Count = _doc(10, "optimizer steps of a worker between merges (T)")
     workers: Count = _doc(4, "workers that must have joined before the first round opens (N)")
     batch_size: Count = _doc(8, "sequences or images a worker reads per local step, shared by its heads")
@@ -402,6 +404,18 @@ class Outer:
     name: Literal["average", "sgd", "adam"] = _doc(
         "average", "W += mean delta; or SGD, or Adam, on minus that delta"
     )
+    when: Literal["round", "arrival"] = _doc(
+        "round", "merge when all have contributed; or whatever has arrived, at once: nobody waits for others"
+    )
+    staleness: Literal["constant", "polynomial", "inverse"] = _doc(
+        "constant",
+        "on arrival, weight of a contribution that is s versions behind: 1, (1 + s)^-a or 1 / (1 + a s)",
+    )
+    staleness_exponent: NonNegative = _doc(0.5, "a of these weights")
+    max_staleness: Annotated[Whole | None, _OrNone] = _doc(
+        None,
+        "on arrival, most versions behind: what is older counts with its worker's next one; none: any",
+    )
     lr: Positive = _doc(1.0, "SGD's or Adam's learning rate on adapted weights")
     momentum: Fraction = _doc(0.0, "SGD's momentum on adapted weights")
     nesterov: bool = _doc(True, "SGD's momentum is Nesterov's")
@@ -410,11 +424,11 @@ class Outer:
     eps: Positive = _doc(1e-8, "Adam's epsilon")
     dense: bool = _doc(False, "use SGD or Adam for dense parameters too, instead of averaging them")
     ema: Annotated[Fraction | None, _OrNone] = _doc(
-        None, "decay, a merge, of an average of the master over versions, such as 0.98; none: no average"
+        None, "decay, a round, of an average of the master over versions, such as 0.98; none: no average"
     )
     publish_ema: bool = _doc(False, "the last version that is published is that average, requantized")
     weights: Literal["heads", "tokens"] = _doc("heads", "heads count the same, or by tokens trained on")
-    weight_decay: Fraction = _doc(0.0, "share of every adapted weight that a merge takes away")
+    weight_decay: Fraction = _doc(0.0, "share of every adapted weight that a round takes away")
     bound_norm: Annotated[Multiple | None, _OrNone] = _doc(
         None, "weigh a head less whose delta of a module is longer than so many medians of all; none: never"
     )
@@ -432,7 +446,7 @@ class Server:
     address: str = _doc(
         "tcp://127.0.0.1:5555", "tcp://HOST:PORT (PORT * picks a free one), ipc://PATH, inprocess://NAME"
     )
-    quorum: Count = _doc(1, "least contributions to merge a round")
+    quorum: Count = _doc(1, "least contributions to merge")
     grace_s: Annotated[NonNegative | None, _OrNone] = _doc(
         None, "seconds that a round waits for the rest once it has its quorum; none: until its deadline"
     )
@@ -611,6 +625,21 @@ class Recipe:
         """`base.keep_initial`, or what it is derived from."""
         said = self.base.keep_initial
         return self.model.init_from is not None if said is None else said
+
+    @property
+    def merges_on_arrival(self) -> bool:
+        return self.outer.when == "arrival"
+
+    def round_of(self, version: int, contributions: int) -> int:
+        """Rounds that are done with a version, in which so many contributions are merged: where they are
+        merged on arrival, so many for each of the workers are as good as a round."""
+        return contributions // self.train.workers if self.merges_on_arrival else version
+
+    def step_of(self, version: int, contributions: int) -> int:
+        """Local steps that the run has come to with a version: by these rates are scheduled."""
+        if self.merges_on_arrival:
+            return contributions * self.train.local_steps // self.train.workers
+        return self.steps_before(version)
 
     @property
     def grace_s(self) -> float:

@@ -205,6 +205,22 @@ def _faults(recipe: Recipe) -> list[str]:
             "outer.momentum: is SGD's; outer.name = adam has outer.beta1",
         ),
         (
+            outer.when == "arrival" or (outer.staleness, outer.max_staleness) == ("constant", None),
+            "outer.staleness, outer.max_staleness: need outer.when = arrival (in a round nobody is behind)",
+        ),
+        (
+            outer.when == "round" or outer.name != "adam",
+            "outer.name: adam, which moves by its rate however small a delta is, needs outer.when = round",
+        ),
+        (
+            outer.when == "round" or not train.phases,
+            "train.phases: begin with a round; they need outer.when = round",
+        ),
+        (
+            outer.when == "round" or outer.bound_norm is None,
+            "outer.bound_norm, outer.trim: compare the contributions of a round; need outer.when = round",
+        ),
+        (
             outer.ema is not None or not outer.publish_ema,
             "outer.publish_ema: needs an average to publish, outer.ema",
         ),

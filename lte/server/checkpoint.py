@@ -31,6 +31,8 @@ class Progress:
             next_incarnation: to be handed out.
         merged_in: worker_id -> the version that its last merged contribution is in, and of which
             incarnation that was.
+        num_merged: contributions merged. told: where they are merged on arrival, the version that each
+            member was sent last, and its base's digest.
     """
 
     version: int
@@ -41,6 +43,8 @@ class Progress:
     known: tuple[Admitted, ...] = ()
     next_incarnation: int = 1
     merged_in: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_merged: int = 0
+    told: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 class _Described(msgspec.Struct, frozen=True, kw_only=True):

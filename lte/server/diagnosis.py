@@ -102,17 +102,20 @@ class Diagnosis:
         contributions: Sequence[Received],
         heads: Mapping[str, Sequence[HeadDelta]],
         before: Mapping[str, Quantized],
+        *,
+        last: bool,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any] | None:
         """The line on a round that was just merged and requantized; None if told to stop meanwhile.
 
         Args:
             tokens: of the run. contributions, heads: what was merged, as `Master.merge` took and gave it.
-            before: the base of the version before. is_stopped: asked before every module.
+            before: the base of the version before. last: this is the run's last version.
+            is_stopped: asked before every module.
         """
         began_s = perf_counter()
         torch.set_num_threads(self._master.recipe.server.num_threads)
-        quantized = self._master.to_publish(last=version >= self._master.recipe.train.rounds)
+        quantized = self._master.to_publish(last=last)
         try:
             modules = {}
             for name in self._modules:

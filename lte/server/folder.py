@@ -38,7 +38,7 @@ def is_complete(recipe: Recipe) -> bool:
 def _check_settings(folder: Path, recipe: Recipe) -> None:
     """Refuse to go on with a run of other settings."""
     differences = config.differences(
-        config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run")
+        config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run", "outer.when")
     )
     free = ("train.rounds", "run.resume", "run.dir")
     if fixed := sorted(line for line in differences if not line.startswith(free)):

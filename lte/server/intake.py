@@ -88,7 +88,7 @@ class Intake:
         """A member's contribution with its tensors, or None where parts of it are missing.
 
         Args:
-            base_digest: of the published base.
+            base_digest: of the base of that version.
 
         Raises:
             WireError: it cannot be merged.
@@ -129,7 +129,9 @@ class Intake:
             return "it is encoded against merged factors that the server does not hold"
         if self._outliers.is_stuck(message.worker_id):
             return f"{TRIMS_IN_A_ROW} merges in a row left it out (outer.trim): its heads start over"
-        if message.draw > message.version:
+        train = self._recipe.train
+        merges = train.rounds * train.workers if self._recipe.merges_on_arrival else message.version
+        if message.draw > merges:
             return "it counts more draws of its A than there were merges"
         if self._recipe.outer.weights == "tokens" and not message.tokens:
             return "it counts no tokens, by which it would be weighted (worker.step(loss, tokens=...))"

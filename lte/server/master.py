@@ -43,7 +43,8 @@ class Received:
         worker_id: of who sent it. heads: how many heads it trains. rank: the most that they have.
         first_head: index of its first head among all workers'. draw: redraws of its A so far.
         tensors: changes of `MODULE/A` (H, r, in) unless A is given, of `MODULE/B` (H, out, r), and
-            of dense parameters and statistics, `NAME/dense`.
+            of dense parameters and statistics, `NAME/dense`; statistics themselves, not their changes,
+            where contributions are merged on arrival.
     """
 
     worker_id: str
@@ -230,11 +231,19 @@ class Master:
 
     @torch.no_grad()
     def merge(
-        self, contributions: Sequence[Received], num_missing_heads: int, *, keep_heads: bool = False
+        self,
+        contributions: Sequence[Received],
+        num_missing_heads: int,
+        *,
+        staleness: Sequence[int] | None = None,
+        keep_heads: bool = False,
     ) -> Outcome:
         """Fold contributions into W and the dense parameters. What is published stays.
 
         Args:
+            num_missing_heads: of those expected that are not among these.
+            staleness: of each contribution, the versions published since the one that it is based on,
+                where they are merged on arrival; None: they make a round, and there is none.
             keep_heads: return the heads' deltas, which cannot be made again afterwards.
         """
         shares = merge.shares(
@@ -243,7 +252,11 @@ class Master:
             num_missing_heads,
             self.recipe.outer.weights,
         )
-        outer = self.recipe.outer
+        outer, of_round = self.recipe.outer, 1.0
+        if staleness is not None:
+            shares = [s * merge.staleness_weight(k, outer) for s, k in zip(shares, staleness, strict=True)]
+            num_heads = sum(c.heads for c in contributions)
+            of_round = num_heads / (num_heads + num_missing_heads)
         for c in contributions:
             if not self.merged_of(c.worker_id, c.heads, c.rank):  # it had other heads once, or none
                 self.merged.pop(c.worker_id, None)
@@ -258,7 +271,7 @@ class Master:
             if keep_heads:
                 kept[name] = heads
             before = self.weights[name]
-            self._step(name, self.weights, merge.mean_delta(heads), outer)
+            self._step(name, self.weights, merge.mean_delta(heads), outer, of_round)
             steps = quantize.step(self.base[name])
             return float(torch.dist(self.weights[name], before)), float(steps.norm()) * quantize.BLOCK**0.5
 
@@ -268,15 +281,19 @@ class Master:
         for name in self.plan.averaged:
             delta = torch.zeros_like(self.dense[name])
             factors = robust.factors[name] if robust else [1.0] * len(contributions)
+            is_statistic = name in self.plan.statistics
             for contribution, share, factor in zip(contributions, shares, factors, strict=True):
-                delta += contribution.tensors[name + DENSE] * (share * contribution.heads * factor)
-            # Statistics stay between those of the workers: no momentum.
-            self._step(name, self.dense, delta, Outer() if name in self.plan.statistics else average)
+                ahead = contribution.tensors[name + DENSE]
+                if is_statistic and staleness is not None:
+                    ahead = ahead - self.dense[name]
+                delta += ahead * (share * contribution.heads * factor)
+            # Statistics stay between those of the workers: no momentum, and no change of what was once.
+            self._step(name, self.dense, delta, Outer() if is_statistic else average, of_round)
         if outer.ema is None:
             self.ema = Average()
         else:
             trained = {name: self.dense[name] for name in self.plan.dense}
-            self.ema.include(self.weights | trained, outer.ema)
+            self.ema.include(self.weights | trained, outer.ema**of_round)
         for contribution in contributions:
             if merged := self._rebuilt(contribution):
                 self.merged[contribution.worker_id] = merged
@@ -324,8 +341,11 @@ class Master:
             owners[name] = list(range(len(contributions)))
         return merge.robust(found, owners, outer, self.recipe.server.quorum, self.plan.statistics)
 
-    def _step(self, name: str, weights: dict[str, Tensor], delta: Tensor, outer: Outer) -> None:
-        weights[name], state = merge.outer_step(weights[name], delta, self.outer_state.get(name, {}), outer)
+    def _step(
+        self, name: str, weights: dict[str, Tensor], delta: Tensor, outer: Outer, of_round: float
+    ) -> None:
+        held = self.outer_state.get(name, {})
+        weights[name], state = merge.outer_step(weights[name], delta, held, outer, of_round)
         if state:
             self.outer_state[name] = state
 

@@ -20,15 +20,21 @@ class Publisher:
     """Sends the master's versions and factors.
 
     Attributes:
-        version, base_digest: what is published.
-        num_told: workers that the last version was sent to when it was published.
+        version, base_digest: what is published. num_merged: contributions in it.
     """
 
     def __init__(
-        self, endpoint: ServerEndpoint, master: Master, recipe: Recipe, *, generation: int, version: int
+        self,
+        endpoint: ServerEndpoint,
+        master: Master,
+        recipe: Recipe,
+        *,
+        generation: int,
+        version: int,
+        num_merged: int,
     ) -> None:
         self._endpoint, self._master, self._recipe, self._generation = endpoint, master, recipe, generation
-        self.version, self.base_digest, self.num_told = version, master.base_digest(), 0
+        self.version, self.num_merged, self.base_digest = version, num_merged, master.base_digest()
         self._stream = 0
         # Of the open round, by direction and kind; and the transport's own count when it opened.
         self._bytes, self._accounted_bytes = _no_bytes(), (0, 0)
@@ -52,6 +58,8 @@ class Publisher:
             merged: incarnations of the workers whose contributions are in it.
             base_digest: of the master's base as it is now.
 
+        Contributions merged on arrival are answered each by its own `bring_up`: there `peers` are none.
+
         Returns:
             `codes_changed` and `scales_changed`, the shares that did; `changes_bytes` of their change.
         """
@@ -70,7 +78,7 @@ class Publisher:
             yield from dense.items()
 
         since, self.version = self.version, self.version + 1
-        self.base_digest, self.num_told = base_digest, len(peers)
+        self.base_digest, self.num_merged = base_digest, self.num_merged + len(merged)
         if changes.is_reformatted(before, self._master.base):
             return self._publish_whole(peers, merged)
         self._send_update(peers, since, encoded(), merged)
@@ -106,15 +114,16 @@ class Publisher:
             merged: as in `publish`, of all versions since.
         """
         behind = self.version - version
-        blobs, since = self._master.snapshot(), None
-        if behind <= len(self._history):
-            folded = self._folded(behind)
-            if folded is not None and _size(folded) < _size(blobs):
-                blobs, since = folded, version
-        self._send_update([peer], since, blobs.items(), merged)
+        folded = self._folded(behind) if behind <= len(self._history) else None
+        if folded is not None and _size(folded) < self._whole_bytes:
+            self._send_update([peer], version, folded.items(), merged)
+        else:
+            self.send_whole(peer, merged)
 
-    def _folded(self, behind: int) -> dict[str, Tensor] | None:
+    def _folded(self, behind: int) -> Mapping[str, Tensor] | None:
         """The last changes as one, or None where one of them was so large that it came in full."""
+        if behind == 1:
+            return self._history[-1]
         try:
             return self._master.folded(list(self._history)[-behind:])
         except ValueError:
@@ -129,15 +138,17 @@ class Publisher:
     ) -> None:
         """Send an update to these peers in parts, then the message that closes them."""
         stream, num_parts = self._send_parts(peers, blobs)
+        recipe = self._recipe
         update = wire.Update(
             generation=self._generation,
             version=self.version,
             since=since,
+            step=recipe.step_of(self.version, self.num_merged),
             stream=stream,
             parts=num_parts,
             merged=tuple(merged),
             base_digest=self.base_digest,
-            last=self.version >= self._recipe.train.rounds,
+            last=recipe.round_of(self.version, self.num_merged) >= recipe.train.rounds,
         )
         for peer in peers:
             self._send(peer, update)

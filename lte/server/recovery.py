@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ class _Replay:
             case journal.Opened():
                 self._master.enter(progress.version, config.from_dict(record.settings))
             case journal.Admitted():
+                told = {}
+                if self._master.recipe.merges_on_arrival:
+                    told[record.worker_id] = (progress.version, progress.base_digest)
                 members = {member.worker_id: member for member in progress.members}
                 known = {member.worker_id: member for member in progress.known}
                 members[record.worker_id] = known[record.worker_id] = record
@@ -123,6 +127,7 @@ class _Replay:
                     progress,
                     members=tuple(members.values()),
                     known=tuple(known.values()),
+                    told=progress.told | told,
                     next_incarnation=max(progress.next_incarnation, record.incarnation + 1),
                 )
             case journal.Gone():
@@ -135,13 +140,21 @@ class _Replay:
 
     def _merge(self, merged: journal.Merged) -> None:
         kept = [self._kept[incarnation] for incarnation in merged.incarnations]
-        self._kept = {}
+        self._kept = {}  # none is held while others are merged
         master, progress = self._master, self._found.progress
         assert merged.version == progress.version + 1
         contributions = [received(master, record) for record in kept]
         is_due = self._diagnosis is not None and self._diagnosis.is_due(merged.version)
-        outcome = master.merge(contributions, merged.num_missing_heads, keep_heads=is_due)
-        is_last = merged.version >= master.recipe.train.rounds
+        on_arrival = master.recipe.merges_on_arrival
+        staleness = [progress.version - record.version for record in kept]
+        outcome = master.merge(
+            contributions,
+            merged.num_missing_heads,
+            staleness=staleness if on_arrival else None,
+            keep_heads=is_due,
+        )
+        num_merged = progress.num_merged + len(kept)
+        is_last = master.recipe.round_of(merged.version, num_merged) >= master.recipe.train.rounds
         master.enter(merged.version)
         before = master.requantize(last=is_last)
         master.publish_dense(last=is_last)
@@ -156,10 +169,13 @@ class _Replay:
             base_digest=merged.base_digest,
             merged_in=progress.merged_in
             | {record.worker_id: (merged.version, record.incarnation) for record in kept},
+            num_merged=num_merged,
+            told=progress.told
+            | {record.worker_id: (merged.version, merged.base_digest) for record in kept if on_arrival},
         )
         if self._diagnosis is not None and is_due:
             measured = self._diagnosis.measure(
-                merged.version, merged.tokens, contributions, outcome.heads, before
+                merged.version, merged.tokens, contributions, outcome.heads, before, last=is_last
             )
             if measured is not None:
                 self._found.diagnostics[merged.version] = measured
@@ -171,10 +187,17 @@ class _Replay:
                 "train_loss": sum(losses) / len(losses) if losses else None,
                 "typical_loss": typical(losses),
                 "num_merged": len(kept),
+                **(in_arrival(num_merged, staleness) if on_arrival else {}),
                 "uplink_bytes": sum(len(blob) for record in kept for blob in record.blobs.values()),
                 **(outcome.held_down if master.recipe.outer.bound_norm else {}),
             }
         )
+
+
+def in_arrival(contributions: int, staleness: Sequence[int]) -> dict[str, Any]:
+    """What the records say of a merge on arrival: contributions so far, and how far its own were behind."""
+    mean = sum(staleness) / len(staleness)
+    return {"contributions": contributions, "staleness_mean": mean, "staleness_max": max(staleness)}
 
 
 def received(master: Master, kept: journal.Kept) -> Received:

@@ -12,6 +12,11 @@ The expected set is frozen when a round opens. A death shrinks it, unless that w
 is held already; a new process of a worker that was expected takes its place in it; any other joiner
 waits for the next round. A round below its quorum stays open.
 
+Where contributions are merged on arrival, all members are expected all the time, each on the version that
+it was told last. What is held, if it is a quorum, is merged at the next tick, so that one merge is for all
+that has come meanwhile. A contribution counts only on the version that its worker was told last: who was
+sent a later one was told in it what was merged, and still owes the rest.
+
 What strangers can make the state hold is bounded: there are `rules.most_workers` members at most, and
 twice as many workers are known; those who never contributed are forgotten first, then the oldest.
 """
@@ -25,11 +30,13 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What of the recipe decides about rounds; see `config.Train` and `config.Server`."""
+    """What of the recipe decides about rounds; see `config.Train`, `config.Server` and `config.Outer`."""
 
     workers: int
     rounds: int
     quorum: int
+    on_arrival: bool = False
+    max_staleness: int | None = None
     grace_s: float
     deadline_s: float
     silence_s: float
@@ -54,18 +61,21 @@ class State:
     """Everything that the rules look at.
 
     Attributes:
-        version: the published version, on which the open round trains.
+        version: the published version, on which the open round trains. num_merged: contributions in it.
         members: by worker_id. next_incarnation: rises with each worker welcomed. known: those who
             were, as they were last: who comes back gets its own slot, with the data and heads of it.
         contributed: those of whom a contribution was kept once.
         fenced: sessions of processes that newer ones replaced, the last of them. A Hello of theirs may
             still be under way; it must not fence the newer one in turn.
         expected: workers of the open round; held: those of them whose contribution is kept.
+        told: on arrival, the version that each member was sent last. early: those whose contribution came
+            while a merge waited for the disk.
         opened_s: when the round opened. quorum_s: when its quorum was reached, or None.
     """
 
     rules: Rules
     version: int
+    num_merged: int = 0
     phase: Literal["starting", "collecting", "merging", "finished"] = "starting"
     members: Mapping[str, Member] = field(default_factory=dict)
     known: Mapping[str, Member] = field(default_factory=dict)
@@ -74,13 +84,41 @@ class State:
     fenced: tuple[str, ...] = ()
     expected: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
+    told: Mapping[str, int] = field(default_factory=dict)
+    early: frozenset[str] = frozenset()
     opened_s: float = 0.0
     quorum_s: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of the run is merged."""
+        if self.rules.on_arrival:
+            return self.num_merged >= self.rules.rounds * self.rules.workers
+        return self.version >= self.rules.rounds
+
+    def version_of(self, worker_id: str) -> int:
+        """The version that a worker is to train on."""
+        return self.told.get(worker_id, self.version)
+
+    def expects(self, worker_id: str, version: int) -> bool:
+        """Whether this worker may contribute to this version.
+
+        On arrival that is the one that it was sent last. That of now it may have from the server before this
+        one.
+        """
+        return version in (self.version_of(worker_id), self.version)
+
+    def awaits(self, worker_id: str, version: int) -> bool:
+        """Whether its contribution to this version can be told to be valid now: not while a merge waits for
+        the disk, as there is nothing to hold it against, nor when one is held already."""
+        if self.phase == "merging" or (self.rules.on_arrival and worker_id in self.held):
+            return False
+        return self.expects(worker_id, version)
 
 
 def resumed(state: State, now_s: float) -> State:
     """The state with which a server that was started anew begins: the open round expects its members."""
-    if state.version >= state.rules.rounds:
+    if state.is_over:
         return replace(state, phase="finished")
     if state.members and (state.version or len(state.members) >= state.rules.workers):
         return replace(state, phase="collecting", expected=frozenset(state.members), opened_s=now_s)
@@ -120,6 +158,13 @@ class Heard:
 
 
 @dataclass(frozen=True)
+class Told:
+    """A member was sent the published version, with word of what is merged of it."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True)
 class Left:
     """A worker said that it goes."""
 
@@ -135,10 +180,10 @@ class Ticked:
 
 @dataclass(frozen=True)
 class Merged:
-    """The ordered merge is done and the next version published."""
+    """The ordered merge is done and the next version published; on arrival, to those who are in it."""
 
 
-Event = Joined | Contributed | Heard | Left | Ticked | Merged
+Event = Joined | Contributed | Heard | Told | Left | Ticked | Merged
 
 # Actions: what the service must do, in order.
 
@@ -153,7 +198,7 @@ class Admit:
 
 @dataclass(frozen=True)
 class Open:
-    """Tell these workers that the round on the state's version is open."""
+    """Tell these workers that the round is open, on the state's version or the one that each was told."""
 
     worker_ids: tuple[str, ...]
 
@@ -161,6 +206,20 @@ class Open:
 @dataclass(frozen=True)
 class Keep:
     """Hold this worker's contribution for the merge."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Hold this worker's contribution no more: it owes what is in it."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True)
+class Renew:
+    """Send this worker the published version: it is too far behind to contribute."""
 
     worker_id: str
 
@@ -215,7 +274,7 @@ class Forget:
     reason: str
 
 
-Action = Admit | Open | Keep | Answer | Fence | Decline | Ask | Merge | Forget
+Action = Admit | Open | Keep | Drop | Renew | Answer | Fence | Decline | Ask | Merge | Forget
 
 
 def step(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action, ...]]:
@@ -227,6 +286,8 @@ def step(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action,
             state, actions = _contributed(state, event, now_s)
         case Heard(worker_id, incarnation):
             state, actions = _heard(state, worker_id, incarnation, now_s)
+        case Told(worker_id):
+            state, actions = _told(state, worker_id)
         case Left(worker_id, incarnation, reason):
             member = state.members.get(worker_id)
             known = member is not None and member.incarnation == incarnation
@@ -235,18 +296,28 @@ def step(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action,
             state, actions = _silenced(state, now_s)
         case Merged():
             assert state.phase == "merging", "nothing was ordered to be merged"
+            waiting, told = frozenset[str](), state.told
+            if state.rules.on_arrival:
+                waiting = state.expected - state.held - state.early
+                sent = state.held & state.members.keys()
+                told = {**told, **dict.fromkeys(sent, state.version + 1)}
             state = replace(
                 state,
                 version=state.version + 1,
+                num_merged=state.num_merged + len(state.held),
                 phase="collecting",
-                expected=frozenset(),
+                expected=waiting,
                 held=frozenset(),
+                told=told,
+                early=frozenset(),
                 quorum_s=None,
             )
-            if state.version >= state.rules.rounds:
+            if state.is_over:
                 return replace(state, phase="finished"), ()
             actions = ()
     state, opened = _maybe_open(state, now_s)
+    if state.rules.on_arrival and not isinstance(event, Ticked):
+        return state, actions + opened  # all that has come is heard first
     state, closed = _maybe_close(state, now_s)
     return state, actions + opened + closed
 
@@ -255,7 +326,7 @@ def next_deadline(state: State) -> float | None:
     """When time alone changes something, in seconds of the clock, or None."""
     times = [member.heard_s + state.rules.silence_s for member in state.members.values()]
     if state.phase == "collecting" and state.quorum_s is not None:
-        times.append(_closing_time(state))
+        times.append(state.quorum_s if state.rules.on_arrival else _closing_time(state))
     return min(times, default=None)
 
 
@@ -306,6 +377,8 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         known={**state.known, member.worker_id: member},
         next_incarnation=state.next_incarnation + (not is_back),
     )
+    if state.rules.on_arrival:
+        state = replace(state, told={**state.told, worker_id: state.version})
     state = _forgetful(state)
     actions = (*actions, Admit(member))
     if is_awaited and state.expected:  # the round still waits for this worker; without others it opens anew
@@ -334,12 +407,18 @@ def _contributed(state: State, event: Contributed, now_s: float) -> tuple[State,
     state, fenced = _heard(state, event.worker_id, event.incarnation, now_s)
     if fenced:
         return state, fenced
-    if event.version != state.version:
+    if not state.expects(event.worker_id, event.version):
         return state, (Answer(event.worker_id, "superseded", f"version {state.version} is published"),)
     if event.worker_id in state.held:
         return state, (Answer(event.worker_id, "held", "sent before"),)
     if state.phase != "collecting":
+        if state.phase == "merging" and state.rules.on_arrival:
+            state = replace(state, early=state.early | {event.worker_id})
         return state, (Answer(event.worker_id, "superseded", "no round is open"),)
+    staleness, most = state.version - event.version, state.rules.max_staleness
+    if most is not None and staleness > most:
+        said = f"it is {staleness} versions behind, and outer.max_staleness is {most}"
+        return state, (Answer(event.worker_id, "superseded", said), Renew(event.worker_id))
     if event.worker_id not in state.expected:
         return state, (Answer(event.worker_id, "superseded", "not expected before the next round"),)
     state = replace(
@@ -362,6 +441,18 @@ def _heard(state: State, worker_id: str, incarnation: int, now_s: float) -> tupl
     return _with_member(state, replace(member, heard_s=now_s)), ()
 
 
+def _told(state: State, worker_id: str) -> tuple[State, tuple[Action, ...]]:
+    if not state.rules.on_arrival or worker_id not in state.members:
+        return state, ()
+    state = replace(state, told={**state.told, worker_id: state.version})
+    if state.phase == "merging" or worker_id not in state.held:
+        return state, ()
+    # It was told that this is not merged, and will send it again with what it learns next.
+    held = state.held - {worker_id}
+    quorum_s = state.quorum_s if len(held) >= state.rules.quorum else None
+    return replace(state, held=held, quorum_s=quorum_s), (Drop(worker_id), Open((worker_id,)))
+
+
 def _silenced(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
     actions: tuple[Action, ...] = ()
     for member in sorted(state.members.values(), key=lambda m: m.slot):
@@ -378,7 +469,9 @@ def _remove(state: State, worker_id: str, reason: str) -> tuple[State, tuple[Act
     expected = state.expected
     if worker_id not in state.held:
         expected = expected - {worker_id}
-    return replace(state, members=members, expected=expected), (Forget(gone, reason),)
+    told = {who: version for who, version in state.told.items() if who != worker_id}
+    state = replace(state, members=members, expected=expected, told=told, early=state.early - {worker_id})
+    return state, (Forget(gone, reason),)
 
 
 def _maybe_open(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
@@ -390,11 +483,14 @@ def _maybe_open(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
         fresh = True
     elif state.phase == "collecting":
         fresh = not state.expected
-        if not fresh and not (state.expected == state.held and len(state.held) < state.rules.quorum):
+        is_stuck = state.expected == state.held and len(state.held) < state.rules.quorum
+        if not (fresh or is_stuck or state.rules.on_arrival):
             return state, ()
     else:
         return state, ()
     called = frozenset(state.members) - state.held
+    if state.rules.on_arrival:
+        called -= state.expected
     if not called - state.expected:
         return state, ()
     state = replace(state, phase="collecting", expected=state.expected | called)
@@ -406,7 +502,7 @@ def _maybe_open(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
 def _maybe_close(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]:
     if state.phase != "collecting" or not state.held or len(state.held) < state.rules.quorum:
         return state, ()
-    if state.held != state.expected and now_s < _closing_time(state):
+    if not state.rules.on_arrival and state.held != state.expected and now_s < _closing_time(state):
         return state, ()
     missing = state.expected - state.held
     num_missing_heads = sum(state.members[worker_id].heads for worker_id in missing)

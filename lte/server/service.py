@@ -134,6 +134,7 @@ class Server:
                 recipe,
                 generation=self.generation,
                 version=found.progress.version,
+                num_merged=found.progress.num_merged,
             )
             self._complain = Complaints(self._event)
             self._joins, self._outliers = Joins(recipe.server.max_workers), Outliers()
@@ -176,16 +177,16 @@ class Server:
     def _take_up(self, found: recovery.Recovered) -> None:
         """Go on from what was recovered: its records, its workers, a journal and checkpoint of its own."""
         progress, recipe = found.progress, self.recipe
-        told = set()
+        recorded = set()
         for earlier in Records.read(self.folder / METRICS):
             if earlier["kind"] == "round":
-                told.add(earlier["version"])
+                recorded.add(earlier["version"])
                 self._train_losses.saw(earlier["version"], earlier.get("typical_loss"))
             elif earlier["kind"] == "eval":
                 self._eval_losses.saw(earlier["version"], earlier["loss"])
         for line in found.rounds:  # of versions that a crash kept from the records
-            if line["version"] not in told:
-                lr = self._rate(int(line["version"]))
+            if line["version"] not in recorded:
+                lr = self._rate(line["version"], line.get("contributions", 0))
                 self._tracker.record("round", **line, downlink_bytes=0, merge_s=0.0, wait_s=0.0, lr=lr)
             if measured := found.diagnostics.get(line["version"]):
                 self._tracker.record("diagnostics", **measured)
@@ -193,11 +194,16 @@ class Server:
         self._master_digest = self.master.master_digest()
         # worker_id -> the version that its last merged contribution is in, and which incarnation's it was.
         self._merged_in = dict(progress.merged_in)
+        told = progress.told if recipe.merges_on_arrival else {}
+        # Digests of the version that is published, and of those that members were told last.
+        self._digests = {**dict(told.values()), progress.version: self._publisher.base_digest}
         members = {member.worker_id: _member(member, self._watch.now_s()) for member in progress.members}
         self._state = rounds.resumed(
             rounds.State(
                 rules=_rules(recipe),
                 version=progress.version,
+                num_merged=progress.num_merged,
+                told={who: version for who, (version, _) in told.items() if who in members},
                 members=members,
                 known={member.worker_id: _member(member, self._watch.now_s()) for member in progress.known},
                 contributed=frozenset(progress.merged_in),
@@ -331,8 +337,11 @@ class Server:
                     self._roll.heard(
                         message.worker_id, message.version, message.local_step, self._endpoint.origin
                     )
-                    self._pulse(peer, message.number)
-                    if message.version == self.version and message.local_step == 0:
+                    # Who has missed an update asks for it; whom none was sent must not. A later version
+                    # than was told is of the server before this one.
+                    told = self._state.version_of(message.worker_id)
+                    self._pulse(peer, message.number, told if message.version <= told else self.version)
+                    if message.version == told and message.local_step == 0:
                         self._remind(peer, message.worker_id)
             case wire.Behind():
                 if not self._is_stale(peer, message.generation):
@@ -398,7 +407,7 @@ class Server:
         if self._is_stale(peer, part.generation):
             return
         self._happened(rounds.Heard(part.worker_id, part.incarnation), peer)
-        if member is None or not is_current or part.version != self.version:
+        if member is None or not is_current or not self._state.expects(part.worker_id, part.version):
             return
         self._publisher.count("uplink", self._intake.add(part, member, frames, entries))
 
@@ -408,11 +417,10 @@ class Server:
         member = self._state.members.get(message.worker_id)
         self._offered = None
         is_current = member is not None and member.incarnation == message.incarnation
-        # While a merge waits for the disk there is nothing to hold what comes against.
-        if is_current and message.version == self.version and self._state.phase != "merging":
+        if is_current and self._state.awaits(message.worker_id, message.version):
             assert member is not None
             try:
-                self._offered = self._intake.close(message, member, self._publisher.base_digest)
+                self._offered = self._intake.close(message, member, self._digests[message.version])
             except WireError as error:
                 self._complain("refused", f"a contribution of {message.worker_id} was refused: {error}")
                 self._outliers.started_over(message.worker_id)
@@ -444,7 +452,7 @@ class Server:
                 if again and self._peers.get(member.worker_id) == peer and attempt == self._hello.attempt:
                     return  # its welcome is on the way, on this very connection
                 self._attempts[member.worker_id] = self._hello.attempt
-                self._pulse(peer, number=0)  # so that a slow link does not look like no server
+                self._pulse(peer, 0, self.version)  # so that a slow link does not look like no server
                 if not again:
                     self._store.write(_admitted(member))
                     self._say_joined(member)
@@ -455,17 +463,22 @@ class Server:
             case rounds.Open(worker_ids):
                 for worker_id in worker_ids:
                     if worker_id in self._peers:  # else it will say Hello: this server was started anew
-                        begin = wire.Begin(generation=self.generation, version=self.version)
-                        self._send(self._peers[worker_id], begin)
+                        self._begin(self._peers[worker_id], worker_id)
             case rounds.Keep(worker_id):
                 assert peer is not None
                 assert self._offered is not None
                 self._keep(self._offered)
-                self._receipt(peer, self.version, "held", "")
+                self._receipt(peer, self._offered.message.version, "held", "")
+            case rounds.Drop(worker_id):
+                del self._held[worker_id]
+            case rounds.Renew(worker_id):
+                assert peer is not None
+                self._bring_up(peer, worker_id, self._state.version_of(worker_id))
+                self._remind(peer, worker_id)
             case rounds.Answer(worker_id, status, reason):
                 assert peer is not None
-                self._receipt(peer, self.version, status, reason)
-                if status == "superseded":
+                self._receipt(peer, self._state.version_of(worker_id), status, reason)
+                if status == "superseded" and not self.finished:
                     self._complain("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
             case rounds.Fence(worker_id, reason):
                 assert peer is not None
@@ -501,19 +514,30 @@ class Server:
         closed_s = self._now_s()
         held = [self._held[worker_id] for worker_id in worker_ids]
         self._held = {}
-        self._intake.clear()
+        on_arrival = self.recipe.merges_on_arrival
+        if not on_arrival:  # parts of what others send belong to the round that is over
+            self._intake.clear()
         version, contributions = self.version + 1, [received for received, _ in held]
+        num_merged = self._state.num_merged + len(held)
+        staleness = [self.version - message.version for _, message in held]
         is_due = self._diagnosis.is_due(version)
-        outcome = self.master.merge(contributions, num_missing_heads, keep_heads=is_due)
+        outcome = self.master.merge(
+            contributions,
+            num_missing_heads,
+            staleness=staleness if on_arrival else None,
+            keep_heads=is_due,
+        )
         merged_s = self._now_s()
-        is_last = version >= self.recipe.train.rounds
+        is_last = self.recipe.round_of(version, num_merged) >= self.recipe.train.rounds
         self.master.enter(version)
         before = self.master.requantize(last=is_last)
         dense = self.master.publish_dense(last=is_last)
         digests = self.master.base_digest(), self.master.master_digest()
         requantized_s = self._now_s()
         incarnations = [message.incarnation for _, message in held]
-        recent = version - self.recipe.server.remember_rounds
+        # A round's contributions that are merged on arrival make so many versions at most.
+        most_versions = self.recipe.train.workers if on_arrival else 1
+        recent = version - self.recipe.server.remember_rounds * most_versions
         absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
         remain = sorted(absent.union(self._state.members, worker_ids))
         self.master.keep_only(remain)
@@ -535,8 +559,16 @@ class Server:
             self._merged_in |= {message.worker_id: (version, message.incarnation) for _, message in held}
             self._merged_in = {who: last for who, last in self._merged_in.items() if who in self._state.known}
             base_digest, self._master_digest = digests
-            peers = list(self._peers.values())
+            round_before, told = self._round, dict(self._peers)
+            if on_arrival and not is_last:  # others hear of it when they are done with what they have
+                told = {who: peer for who, peer in told.items() if who in worker_ids}
+            peers = [] if on_arrival else list(told.values())
             changed = self._publisher.publish(peers, before, dense, incarnations, base_digest)
+            self._digests[version] = base_digest
+            if on_arrival:
+                bases = {**self._state.told, **{message.worker_id: message.version for _, message in held}}
+                for who, peer in told.items():
+                    self._publisher.bring_up(peer, bases[who], self._merged_since(who, bases[who]))
             wait_s, self._published_s = closed_s - self._published_s, self._now_s()
             self._merged_s = self._published_s
             for _, message in held:
@@ -545,9 +577,13 @@ class Server:
                 pairs = ((before[name], now) for name, now in self.master.base.items())
                 changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
             self._happened(rounds.Merged())
+            needed = {version, *self._state.told.values()}
+            self._digests = {v: digest for v, digest in self._digests.items() if v in needed}
             typical_loss = self._record_round(
                 [message for _, message in held],
+                len(told),
                 **changed,
+                **(recovery.in_arrival(num_merged, staleness) if on_arrival else {}),
                 merge_in_steps=outcome.in_steps,
                 **self._held_down(worker_ids, outcome),
                 merge_s=requantized_s - closed_s,
@@ -559,7 +595,7 @@ class Server:
             # From here on the workers train already, on the version that was just published.
             if is_due:
                 self._diagnose(contributions, outcome, before)
-            self._look_back(typical_loss)
+            self._look_back(round_before, typical_loss)
 
         self._unpublished = publish
         self._publish_if_durable()
@@ -597,9 +633,9 @@ class Server:
             )
         )
 
-    def _record_round(self, contributions: list[wire.Contribution], **measured: Any) -> float | None:
+    def _record_round(self, merged: list[wire.Contribution], num_told: int, **measured: Any) -> float | None:
         """Write the round's line. Returns the typical training loss."""
-        losses = [message.loss for message in contributions if message.loss is not None]
+        losses = [message.loss for message in merged if message.loss is not None]
         uplink, downlink, by_kind = self._publisher.close_round()
         bits = 8 / self.master.plan.num_parameters
         train_loss, typical_loss = sum(losses) / len(losses) if losses else None, typical(losses)
@@ -609,18 +645,18 @@ class Server:
             tokens=self._tokens,
             train_loss=train_loss,
             typical_loss=typical_loss,
-            num_merged=len(contributions),
-            num_told=self._publisher.num_told,
+            num_merged=len(merged),
+            num_told=num_told,
             uplink_bytes=uplink,
             downlink_bytes=downlink,
             **by_kind,
-            uplink_bits=uplink * bits / len(contributions),
-            downlink_bits=downlink * bits / max(self._publisher.num_told, 1),
-            lost=max(message.lost for message in contributions),
-            step_s=statistics.median(message.step_s for message in contributions),
-            encode_s=statistics.median(message.encode_s for message in contributions),
-            apply_s=statistics.median(message.apply_s for message in contributions),
-            lr=self._rate(self.version),
+            uplink_bits=uplink * bits / len(merged),
+            downlink_bits=downlink * bits / max(num_told, 1),
+            lost=max(message.lost for message in merged),
+            step_s=statistics.median(message.step_s for message in merged),
+            encode_s=statistics.median(message.encode_s for message in merged),
+            apply_s=statistics.median(message.apply_s for message in merged),
+            lr=self._rate(self.version, self._state.num_merged),
             **measured,
         )
         return typical_loss
@@ -636,21 +672,30 @@ class Server:
             contributions,
             outcome.heads,
             before,
+            last=self.finished,
             is_stopped=lambda: self._stop_reason is not None,
         )
         if line is not None:
             self._tracker.record("diagnostics", **line)
 
-    def _look_back(self, typical_loss: float | None) -> None:
-        """See whether the run diverges, evaluate and save it, as it is time to."""
+    def _look_back(self, round_before: int, typical_loss: float | None) -> None:
+        """See whether the run diverges, evaluate and save it, as it is time to.
+
+        Args:
+            round_before: how many rounds were done before the merge; on arrival it may end none, or some.
+        """
+
+        def is_due(every: int) -> bool:
+            return self._round // every > round_before // every
+
         self._warn("training", self._train_losses.saw(self.version, typical_loss))
         every = self.recipe.eval.every
-        if not self.finished and every and self.version % every == 0:
+        if not self.finished and every and is_due(every):
             valid = self._measure(self.recipe.eval.tokens)
             self._warn("validation", self._eval_losses.saw(self.version, valid and valid.published))
         if self.finished or self._stop_reason is not None:
             return  # a checkpoint of the end follows
-        if self.version % self.recipe.server.checkpoint_every == 0:
+        if is_due(self.recipe.server.checkpoint_every):
             self._store.save_meanwhile(self._progress(), self.master.state())
 
     def _warn(self, which: str, rise: Rise | None) -> None:
@@ -664,10 +709,19 @@ class Server:
             f" To go back: stop, lte rollback {self.folder} --version {back_to}, go on with a lower rate",
         )
 
-    def _rate(self, version: int) -> float:
+    @property
+    def _round(self) -> int:
+        """Rounds done."""
+        return self.recipe.round_of(self.version, self._state.num_merged)
+
+    def _rate(self, version: int, num_merged: int) -> float:
         """Learning rate of the last local step before a version."""
-        last_step = self.recipe.in_round(version - 1).train.local_steps - 1
-        return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, version - 1, last_step)
+        if self.recipe.merges_on_arrival:
+            last_step = max(0, self.recipe.step_of(version, num_merged) - 1)
+            number, last_step = divmod(last_step, self.recipe.train.local_steps)
+        else:
+            number, last_step = version - 1, self.recipe.in_round(version - 1).train.local_steps - 1
+        return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, number, last_step)
 
     def _measure(self, max_tokens: int) -> Losses | None:
         """Measure the published model and the master, and record both; None if told to stop meanwhile."""
@@ -692,7 +746,8 @@ class Server:
             return False
         self._tracker.record(
             "done",
-            rounds=self.version,
+            rounds=self._round,
+            version=self.version,
             tokens=self._tokens,
             workers=self.recipe.train.workers,
             num_parameters=self.master.plan.num_parameters,
@@ -709,6 +764,8 @@ class Server:
     # Messages out
 
     def _welcome(self, peer: Peer, member: rounds.Member) -> None:
+        held = self._hello.version
+        is_known = self._state.expects(member.worker_id, held) and held in self._digests
         welcome = wire.Welcome(
             run_id=self.run_id,
             generation=self.generation,
@@ -718,14 +775,14 @@ class Server:
             version=self.version,
             settings=config.to_dict(self.recipe),
             model=self._described(member.rank),
-            holds=(self._hello.version, self._hello.base_digest)
-            == (self.version, self._publisher.base_digest),
+            holds=is_known and self._hello.base_digest == self._digests[held],
             merged_digest=self.master.merged_digest(member.worker_id, member.heads, member.rank),
         )
         self._send(peer, welcome)
         if not welcome.holds:
             merged = self._merged_since(member.worker_id, self._hello.version)
             self._publisher.send_whole(peer, merged)
+            self._happened(rounds.Told(member.worker_id))
 
     def _recall(self, peer: Peer, worker_id: str, incarnation: int) -> None:
         """Send a member what is merged of it."""
@@ -741,8 +798,10 @@ class Server:
 
         Its contribution to the round on `version`, if that was merged, counts as merged in this update.
         """
-        if version < self.version and not self._unpublished:
+        is_held = self.recipe.merges_on_arrival and worker_id in self._state.held  # an update follows it
+        if version < self.version and not self._unpublished and not is_held:
             self._publisher.bring_up(peer, version, self._merged_since(worker_id, version))
+            self._happened(rounds.Told(worker_id))
 
     def _merged_since(self, worker_id: str, version: int) -> tuple[int, ...]:
         """The incarnation of the worker of which a contribution was merged last, if after this version."""
@@ -754,8 +813,12 @@ class Server:
             generation=self.generation, reason=reason, finished=self.finished, returns=returns
         )
 
-    def _pulse(self, peer: Peer, number: int) -> None:
-        self._send(peer, wire.Pulse(generation=self.generation, number=number, version=self.version))
+    def _pulse(self, peer: Peer, number: int, version: int) -> None:
+        self._send(peer, wire.Pulse(generation=self.generation, number=number, version=version))
+
+    def _begin(self, peer: Peer, worker_id: str) -> None:
+        version = self._state.version_of(worker_id)
+        self._send(peer, wire.Begin(generation=self.generation, version=version))
 
     def _is_member(self, worker_id: str, incarnation: int) -> bool:
         member = self._state.members.get(worker_id)
@@ -770,7 +833,7 @@ class Server:
         """Tell a worker that the open round waits for it, in case it missed the word."""
         expected = self._state.expected - self._state.held
         if self._state.phase == "collecting" and worker_id in expected:
-            self._send(peer, wire.Begin(generation=self.generation, version=self.version))
+            self._begin(peer, worker_id)
 
     def _receipt(
         self, peer: Peer, version: int, status: Literal["held", "superseded", "refused"], reason: str
@@ -800,6 +863,7 @@ class Server:
             words=words,
             version=self.version,
             rounds=self.recipe.train.rounds,
+            on_arrival=self.recipe.merges_on_arrival,
             local_steps=self.recipe.in_round(self.version).train.local_steps,
             train_loss=standing.train_loss,
             valid_loss=standing.valid_loss,
@@ -867,6 +931,8 @@ class Server:
             known=tuple(_admitted(member) for member in self._state.known.values()),
             next_incarnation=self._state.next_incarnation,
             merged_in=dict(self._merged_in),
+            num_merged=self._state.num_merged,
+            told={who: (version, self._digests[version]) for who, version in self._state.told.items()},
         )
 
     def _save(self) -> None:
@@ -923,6 +989,8 @@ def _rules(recipe: Recipe) -> rounds.Rules:
         workers=recipe.train.workers,
         rounds=recipe.train.rounds,
         quorum=recipe.server.quorum,
+        on_arrival=recipe.merges_on_arrival,
+        max_staleness=recipe.outer.max_staleness,
         grace_s=recipe.grace_s,
         deadline_s=recipe.server.deadline_s,
         silence_s=recipe.server.silence_s,

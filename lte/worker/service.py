@@ -115,6 +115,7 @@ class Worker:
                 version=welcome.version,
                 base=server.base,
                 base_digest=server.base_digest,
+                step=server.step,
                 optimizer=optimizer,
             )
             server.base = {}  # the model holds it now
@@ -130,7 +131,7 @@ class Worker:
             server.saved = saved = None  # it is in the trainer, if it is of use
             if self._trainer.merged_digest() != welcome.merged_digest and not self._pushed:
                 self._start_over()
-            if self._trainer.round == self._trainer.version:
+            if not self._trainer.is_ahead:
                 self._until_open()
             server.progress(self.version, self._trainer.local_step)
             self._began_s, self._waited_s, self._steps = time.monotonic(), 0.0, 0
@@ -146,7 +147,7 @@ class Worker:
 
     @property
     def step_index(self) -> int:
-        """Local steps since the start of the run: names the next batch."""
+        """Local steps since the start of the run, as this worker counts them: names the next batch."""
         return self.recipe.steps_before(self._trainer.round) + self._trainer.local_step
 
     def step(self, loss: Tensor | float | None = None, *, tokens: int = 0) -> bool:
@@ -182,7 +183,7 @@ class Worker:
         """Pull and push as it is time to after the local steps taken: the next one may follow."""
         trainer = self._trainer
         train = self.recipe.in_round(trainer.round).train
-        if trainer.round > trainer.version and trainer.local_step >= train.steps_ahead:
+        if trainer.is_ahead and trainer.local_step >= train.steps_ahead:
             self._until_published()
         if not self.done and trainer.local_step >= train.local_steps:
             self._push()
@@ -193,8 +194,9 @@ class Worker:
             self._began_s, self._waited_s, self._steps = time.monotonic(), 0.0, 0
 
     def _can_go_ahead(self) -> bool:
+        """Whether a round follows. On arrival nobody knows which contribution is the last."""
         train = self.recipe.train
-        return train.overlap and self._trainer.round + 1 < train.rounds
+        return train.overlap and (self.recipe.merges_on_arrival or self._trainer.round + 1 < train.rounds)
 
     def stop(self) -> None:
         """Have this worker save its state, if it has a folder, and leave: at the end of the local step
@@ -206,7 +208,7 @@ class Worker:
         self._session.stop()
 
     def _leave(self) -> None:
-        is_saved = self._pushed and self._trainer.round == self._trainer.version  # by the push
+        is_saved = self._pushed and not self._trainer.is_ahead  # by the push
         if self._folder is not None and not is_saved:
             self.save()
         self.stopped = True
@@ -330,7 +332,7 @@ class Worker:
                 self._write(self._folder, sent, saved.blobs, saved.tally)
             self._session.push(version, saved.blobs.items(), lambda parts, _: _with_parts(sent, parts))
             self._pushed = sent, saved.blobs
-            if self._trainer.round == version and self._can_go_ahead():
+            if not self._trainer.is_ahead and self._can_go_ahead():
                 self._trainer.go_ahead()
 
     def _start_over(self) -> None:
@@ -369,7 +371,7 @@ class Worker:
 
     def _until_published(self) -> None:
         """Apply the update that opens the round which local steps are taken of already."""
-        while not self.done and self._trainer.version < self._trainer.round:
+        while not self.done and self._trainer.is_ahead:
             message, blobs = self._wait()
             if isinstance(message, wire.Update):
                 self._apply(message, blobs)
@@ -387,7 +389,12 @@ class Worker:
         own = self._incarnations | {self._session.welcome.incarnation}
         merged = self._pushed is not None and not own.isdisjoint(update.merged)
         self._trainer.apply(
-            update.version, blobs, update.base_digest, merged=merged, whole=update.since is None
+            update.version,
+            blobs,
+            update.base_digest,
+            merged=merged,
+            whole=update.since is None,
+            step=update.step,
         )
         self._pushed = None
         if not self._trainer.local_step:  # those taken were of a round that is over

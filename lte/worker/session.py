@@ -86,6 +86,7 @@ class Session:
     Attributes:
         welcome: what the server said, at the start or when it was started anew.
         base: the bytes of the whole model that came with it. base_digest: of what the worker holds.
+        step: local steps that the run has come to with that model.
         merged: incarnations of this worker's name whose contribution to the version that it said it
             had pushed to, or a later one, is in that model.
         folder: of this worker's state, or None. saved: what an earlier process left there, or None.
@@ -398,7 +399,7 @@ class Session:
                         asked_s, is_welcome = -float("inf"), False
                         continue
                     self.base, self.base_digest = base, message.base_digest
-                    self.merged = frozenset(message.merged)
+                    self.merged, self.step = frozenset(message.merged), message.step
                     self._progress = (message.version, 0)
                     return
                 case wire.Update(since=None):

@@ -66,10 +66,12 @@ class Trainer:
     Attributes:
         recipe: with the settings of the round on the version at hand.
         version: of the base. round: the one that local steps belong to: the version's, or the next
-            one where steps are taken ahead of the update that opens it. local_step: taken in it.
+            one where steps are taken ahead of the update that opens it; where contributions are merged on
+            arrival, rounds are this worker's own. local_step: taken in it.
+        is_ahead: whether steps are taken ahead of an update.
         heads, rank: how many heads it trains, and the largest lora_rank of them in any round; the
             recipe's or less.
-        draw: which draw of A the heads have; see `_draw_at`.
+        draw: which draw of A the heads have; see `_draw_now`.
         lost: share of the heads' change that the last contribution, or the merge of the one before,
             left out and no later one owes. Without error feedback it is not measured in reset-less.
     """
@@ -83,6 +85,7 @@ class Trainer:
         version: int,
         base: Mapping[str, Tensor],
         base_digest: str,
+        step: int | None = None,
         optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
     ) -> None:
         """Fill the model from a base and draw its heads.
@@ -91,17 +94,20 @@ class Trainer:
             model: converted; with memory (see `materialize`).
             slot: place among all workers; its heads are the global heads slot * H ..., H the recipe's.
             base, base_digest: the whole model as published with `version`, in bytes.
+            step: local steps that the run has come to with it; None: those of as many rounds.
             optimizer: over the model's parameters, or what makes one; None: the recipe's.
 
         Raises:
             DigestError: the base does not have its digest.
         """
-        self.model, self.recipe, self.version = model, recipe.in_round(version), version
+        self.model, self.recipe = model, recipe.in_round(version)
         recipe = self.recipe
-        self.round, self.local_step, self.lost = version, 0, 0.0
+        self._come_to(version, step)
+        self.round, self.local_step, self.lost = self._round_done, 0, 0.0
+        self.is_ahead = False
         # Local steps of heads that began, with empty moments, in the middle of the run; None of others.
         self._own_steps = 0 if version else None
-        self.draw = self._draw_at(version)
+        self.draw = self._draw_now()
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             materialize(model, torch.device("cpu"))
         self.modules: dict[str, Adapted] = dict(adapted_modules(model))
@@ -175,14 +181,41 @@ class Trainer:
 
     def _factor(self) -> float:
         """Factor on the rates of the next local step, by how far the run is and how old these heads are."""
-        factor = schedule.factor_in(self.recipe, self.round, self.local_step)
+        number, local_step = self.round, self.local_step
+        if self.recipe.merges_on_arrival:
+            local_steps = self.recipe.train.local_steps
+            number, begun = divmod(self._base_step, local_steps)
+            local_step += begun + self.is_ahead * local_steps
+        factor = schedule.factor_in(self.recipe, number, local_step)
         if self._own_steps is None:
             return factor
         return factor * schedule.join_factor(self.recipe.schedule, self._own_steps)
 
     def go_ahead(self) -> None:
         """Begin the local steps of the next round; the update that opens it is still to come."""
-        self.round, self.local_step = self.version + 1, 0
+        self.round, self.local_step, self.is_ahead = self.round + 1, 0, True
+
+    def _come_to(self, version: int, step: int | None) -> None:
+        """Have another base, with which the run has come to so many local steps."""
+        self.version = version
+        self._base_step = self.recipe.steps_before(version) if step is None else step
+
+    @property
+    def _round_done(self) -> int:
+        """Rounds that the run has done with the version at hand."""
+        if not self.recipe.merges_on_arrival:
+            return self.version
+        return self._base_step // self.recipe.train.local_steps
+
+    def _enter_round(self) -> None:
+        """Begin the local steps that follow an update, unless they are begun: they are taken ahead, or belong
+        to a round of this worker's own that no contribution tells of yet."""
+        if not self.recipe.merges_on_arrival:
+            if self.round < self.version:
+                self.round, self.local_step = self.version, 0
+        elif not self.is_ahead and self._sent:
+            self.round, self.local_step = self.round + 1, 0
+        self.is_ahead = False
 
     # Contributions
 
@@ -215,6 +248,9 @@ class Trainer:
         self.lost = (left_out / total) ** 0.5 if total else 0.0
         for name, tensor in self._averaged():
             ahead = tensor.detach().cpu() - self._published[name]
+            if name in self._statistics and self.recipe.merges_on_arrival:
+                # Added up, changes since versions of then would lead beyond what the workers have.
+                ahead = tensor.detach().cpu()
             blob, self._sent[name] = blockwise.encode_rows(ahead, self._codec(name))
             yield name + DENSE, blob
 
@@ -289,7 +325,14 @@ class Trainer:
 
     @torch.no_grad()
     def apply(
-        self, version: int, blobs: Mapping[str, Tensor], base_digest: str, *, merged: bool, whole: bool
+        self,
+        version: int,
+        blobs: Mapping[str, Tensor],
+        base_digest: str,
+        *,
+        merged: bool,
+        whole: bool,
+        step: int | None = None,
     ) -> None:
         """Take over a published version whole, or not at all.
 
@@ -297,13 +340,14 @@ class Trainer:
             blobs: the change from the version at hand, or the `whole` model.
             merged: whether the last `contribution` is in it. Only then do the heads change; what
                 was not merged stays in them and is sent by the next contribution.
+            step: local steps that the run has come to with this version; None: those of as many rounds.
 
         Raises:
             DigestError: the update does not lead to its digest; nothing was changed.
         """
-        self._take(self._staged(blobs, base_digest, version, whole=whole), version, merged)
+        self._take(self._staged(blobs, base_digest, version, whole=whole), version, step, merged)
 
-    def _take(self, published: _Published, version: int, merged: bool) -> None:
+    def _take(self, published: _Published, version: int, step: int | None, merged: bool) -> None:
         for name, parameter in self.dense.items():
             # d <- d_new + (d - d_old - own merged part)
             ahead = parameter - self._published[name].to(parameter.device)
@@ -316,9 +360,8 @@ class Trainer:
         for name, statistic in self._statistics.items():
             statistic.copy_(published.averaged[name])
         self._load(published)
-        self.version = version
-        if self.round < version:
-            self.round, self.local_step = version, 0
+        self._come_to(version, step)
+        self._enter_round()
         if merged:
             self._settle_heads()
         elif not any(bool(module.lora_B.any()) for module in self.modules.values()):
@@ -439,8 +482,10 @@ class Trainer:
             module.merged_B.copy_(known_B)
             module.lora_B.copy_(known_B)
             self._has_merged = True
-        self.round, self.local_step = self.version, 0
-        self._own_steps = 0
+        # A worker's own round is over where steps of it were taken: its batches have been seen.
+        own = self.round + bool(self.local_step)
+        self.round = own if self.recipe.merges_on_arrival else self.version
+        self.local_step, self.is_ahead, self._own_steps = 0, False, 0
 
     def _settle_heads(self) -> None:
         """The heads' contribution is in the base now: take it out of them, by the merge mode."""
@@ -486,16 +531,16 @@ class Trainer:
             _, total = factors.lost(sent_B, then.cpu(), sent_B, then.cpu())
             self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
 
-    def _draw_at(self, version: int) -> int:
-        """Which draw of A belongs to a version: the same on all workers, also on late and new ones,
-        so that disjoint subspaces stay disjoint."""
+    def _draw_now(self) -> int:
+        """Which draw of A belongs to the version at hand: the same on all workers that hold it, also on late
+        and new ones, so that disjoint subspaces stay disjoint."""
         if self.recipe.lora.A == "rotating":
-            return version // self.recipe.lora.rotate_every
-        return self.recipe.last_reset(version)
+            return self._round_done // self.recipe.lora.rotate_every
+        return self.recipe.last_reset(self.version)
 
     def _follow_draw(self) -> None:
         """Have the A that belongs to the version."""
-        if (draw := self._draw_at(self.version)) != self.draw:
+        if (draw := self._draw_now()) != self.draw:
             self.draw, moments = draw, self.recipe.lora.moments
             if self.recipe.train.full_rank:
                 return
@@ -541,6 +586,7 @@ class Trainer:
             "version": self.version,
             "round": self.round,
             "local_step": self.local_step,
+            "is_ahead": self.is_ahead,
             "draw": self.draw,
             "lost": self.lost,
             "lost_ahead": list(self._lost_ahead),
@@ -586,7 +632,7 @@ class Trainer:
         Raises:
             KeyError, ValueError: it is not a state of this model.
         """
-        published, version = self._published, self.version
+        published, version, step = self._published, self.version, self._base_step
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
         self.draw = int(numbers["draw"])
         self.recipe = self.recipe.in_round(self.version)
@@ -629,12 +675,12 @@ class Trainer:
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
-        self.local_step = int(numbers["local_step"])
+        self.local_step, self.is_ahead = int(numbers["local_step"]), bool(numbers["is_ahead"])
         self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
         self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])
         self._lost_ahead = (float(numbers["lost_ahead"][0]), float(numbers["lost_ahead"][1]))
         if version > self.version:
-            self._take(_Published({}, published, {}, self._constants_digests), version, merged)
+            self._take(_Published({}, published, {}, self._constants_digests), version, step, merged)
 
     # The base
 
