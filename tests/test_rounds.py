@@ -19,6 +19,7 @@ from lte.server.rounds import (
     Ask,
     Contributed,
     Decline,
+    Drop,
     Event,
     Fence,
     Forget,
@@ -30,9 +31,11 @@ from lte.server.rounds import (
     Merge,
     Merged,
     Open,
+    Renew,
     Rules,
     State,
     Ticked,
+    Told,
     next_deadline,
     resumed,
     step,
@@ -447,6 +450,121 @@ def test_the_missing_count_with_all_their_heads() -> None:
     assert trace.tick(at=5) == (Merge(("b",), 5),)
 
 
+# On arrival
+
+
+def arriving(*worker_ids: str, **changes: Any) -> Trace:
+    return Trace.opened(*worker_ids, on_arrival=True, **changes)
+
+
+def test_on_arrival_a_tick_merges_what_has_come() -> None:
+    trace = arriving("a", "b", "c")
+    assert trace.contribute("b") == (Keep("b"),), "more may have come"
+    assert next_deadline(trace.state) == trace.now_s
+    assert trace.tick(at=1) == (Merge(("b",), 2),)
+    assert trace.merged() == (Open(("b",)),), "nobody else waits"
+    assert (trace.state.version, trace.state.num_merged) == (1, 1)
+    trace.contribute("c", version=0)
+    trace.contribute("a", version=0)
+    assert trace.tick(at=2) == (Merge(("a", "c"), 1),)
+    assert trace.merged() == (Open(("a", "c")),)
+    assert (trace.state.version, trace.state.num_merged) == (2, 3)
+    assert trace.state.told == {"a": 2, "b": 1, "c": 2}
+
+
+def test_on_arrival_a_contribution_counts_on_the_version_that_was_told_last() -> None:
+    """Who was sent a later one was told by it that this is not merged, and sends it again."""
+    trace = arriving("a", "b")
+    for worker_id in "ba":
+        trace.contribute(worker_id, version=0)
+        trace.tick(at=1)
+        trace.merged()
+    assert trace.contribute("a", version=0) == (Answer("a", "superseded", "version 2 is published"),)
+    assert kinds(trace.contribute("a", version=1)) == [Answer]
+    assert trace.happen(Told("b")) == ()
+    assert kinds(trace.contribute("b", version=1)) == [Answer]
+    assert trace.contribute("b", version=2) == (Keep("b"),)
+    assert kinds(trace.happen(Told("stranger"))) == []
+
+
+def test_on_arrival_the_version_of_now_counts_too() -> None:
+    """A worker may have it from the server before this one, which died before it could tell whom it told."""
+    trace = arriving("a", "b")
+    trace.contribute("b")
+    trace.tick(at=1)
+    trace.merged()
+    assert trace.state.told["a"] == 0
+    assert trace.contribute("a", version=1) == (Keep("a"),)
+
+
+def test_on_arrival_what_is_held_is_dropped_where_its_worker_was_told_otherwise() -> None:
+    trace = arriving("a", "b")
+    trace.contribute("a")
+    assert trace.happen(Told("a")) == (Drop("a"), Open(("a",)))
+    assert next_deadline(trace.state) != trace.now_s
+    assert trace.tick(at=1) == ()
+    assert trace.contribute("a") == (Keep("a"),)
+    assert trace.tick(at=2) == (Merge(("a",), 1),)
+    assert trace.happen(Told("a")) == (), "it is merged, and that will be told"
+
+
+def test_on_arrival_too_stale_a_contribution_is_put_off_and_its_worker_renewed() -> None:
+    trace = arriving("a", "b", max_staleness=1)
+    for at in (1, 2):
+        trace.contribute("b", version=trace.state.told["b"])
+        trace.tick(at)
+        trace.merged()
+    answer, renew = trace.contribute("a", version=0)
+    assert renew == Renew("a")
+    assert answer == Answer("a", "superseded", "it is 2 versions behind, and outer.max_staleness is 1")
+    trace.happen(Told("a"))
+    assert trace.contribute("a") == (Keep("a"),)
+
+
+def test_on_arrival_a_quorum_is_merged_together_and_a_smaller_rest_waits() -> None:
+    trace = arriving("a", "b", "c", quorum=2)
+    trace.contribute("a")
+    assert trace.tick(at=LONG_S / 2) == ()
+    trace.contribute("b")
+    assert trace.tick(at=LONG_S / 2) == (Merge(("a", "b"), 1),)
+
+
+def test_on_arrival_joiners_begin_at_once_and_count() -> None:
+    trace = arriving("a", "b")
+    admit, opened = trace.join("c")
+    assert (admit.member.slot, opened) == (2, Open(("c",)))
+    trace.contribute("a")
+    assert trace.tick(at=1) == (Merge(("a",), 2),)
+    trace.leave("b")
+    trace.merged()
+    trace.contribute("c", version=0)
+    assert trace.tick(at=2) == (Merge(("c",), 1),), "who is gone counts no more"
+
+
+def test_on_arrival_who_contributes_while_a_merge_waits_for_the_disk_is_called_then() -> None:
+    trace = arriving("a", "b", "c")
+    trace.contribute("a")
+    trace.tick(at=1)
+    assert trace.contribute("b") == (Answer("b", "superseded", "no round is open"),)
+    assert trace.contribute("a") == (Answer("a", "held", "sent before"),)
+    assert trace.merged() == (Open(("a", "b")),)
+    assert trace.contribute("b", version=0) == (Keep("b"),)
+
+
+def test_on_arrival_the_run_ends_with_so_many_contributions() -> None:
+    trace = arriving("a", "b", rounds=2)
+    for n in range(4):
+        assert trace.state.phase == "collecting", n
+        trace.contribute("b", version=trace.state.told["b"])
+        trace.tick(at=n)
+        opened = trace.merged()
+    assert (trace.state.phase, trace.state.num_merged, opened) == ("finished", 4, ())
+    assert kinds(trace.contribute("a", version=0)) == [Answer]
+    over = State(rules=rules(rounds=2, on_arrival=True), version=3, num_merged=4)
+    assert resumed(over, 0.0).phase == "finished"
+    assert resumed(replace(over, num_merged=3), 0.0).phase == "starting"
+
+
 # Bounds
 
 
@@ -537,6 +655,8 @@ class AnyTrace(RuleBasedStateMachine):
         deadline_s=st.sampled_from([1.0, 5.0, LONG_S]),
         silence_s=st.sampled_from([7.0, LONG_S]),
         some_are_stuck=st.booleans(),
+        on_arrival=st.booleans(),
+        max_staleness=st.sampled_from([None, 0, 2]),
     )
     def begin(self, workers: int, num_rounds: int, some_are_stuck: bool, **others: Any) -> None:
         self.some_are_stuck = some_are_stuck
@@ -545,12 +665,20 @@ class AnyTrace(RuleBasedStateMachine):
         self.known: list[Member] = []  # everyone ever admitted, in order
         self.alive: dict[str, Member] = {}
         self.merges: dict[int, Merge] = {}
-        self.sessions = 0
+        self.sessions = self.num_merged = 0
+        self.called: dict[str, int] = {}  # worker_id -> heads, of those that the round waits for or holds
+        self.kept: dict[str, int] = {}
+        # On arrival, of each process: what it was told last.
+        self.told: dict[int, int] = {}
         self.new_round()
 
     def new_round(self) -> None:
-        self.called: dict[str, int] = {}  # worker_id -> heads, of those that the round waits for or holds
-        self.kept: dict[str, int] = {}
+        if self.state.rules.on_arrival:
+            for worker_id in self.kept:
+                self.called.pop(worker_id, None)
+        else:
+            self.called = {}
+        self.kept = {}
         self.opened_s = self.quorum_s = float("inf")
 
     def happen(self, event: Event) -> tuple[Action, ...]:
@@ -561,6 +689,9 @@ class AnyTrace(RuleBasedStateMachine):
         self.state = state
         if isinstance(event, Merged):
             assert state.version == before.version + 1
+            self.num_merged += len(self.kept)
+            for worker_id in self.kept.keys() & self.alive.keys():
+                self.told[self.alive[worker_id].incarnation] = state.version
             self.new_round()
         else:
             assert state.version == before.version
@@ -591,6 +722,16 @@ class AnyTrace(RuleBasedStateMachine):
                 assert member.slot == (free if own in taken else own)
                 self.known.append(member)
                 self.alive[member.worker_id] = member
+                self.told[member.incarnation] = self.state.version
+            case Drop(worker_id):
+                assert isinstance(event, Told)
+                assert self.state.phase != "merging"
+                del self.kept[worker_id]
+                if len(self.kept) < self.state.rules.quorum:
+                    self.quorum_s = float("inf")
+            case Renew(worker_id):
+                assert isinstance(event, Contributed)
+                assert self.state.version - event.version > (self.state.rules.max_staleness or 0)
             case Forget(member):
                 assert self.alive.pop(member.worker_id).incarnation == member.incarnation
                 if member.worker_id not in self.kept:
@@ -606,7 +747,10 @@ class AnyTrace(RuleBasedStateMachine):
                     self.called[worker_id] = self.alive[worker_id].heads
             case Keep(worker_id):
                 assert isinstance(event, Contributed)
-                assert event.version == self.state.version
+                told = self.told[event.incarnation] if self.state.rules.on_arrival else self.state.version
+                assert event.version in (told, self.state.version)
+                most = self.state.rules.max_staleness
+                assert most is None or self.state.version - event.version <= most
                 assert event.incarnation == self.alive[worker_id].incarnation
                 assert worker_id in self.called
                 assert worker_id not in self.kept
@@ -626,7 +770,9 @@ class AnyTrace(RuleBasedStateMachine):
                 assert len(worker_ids) >= self.state.rules.quorum
                 counted = sum(self.kept.values()) + num_missing_heads
                 assert counted == sum(self.called.values()), "weights are 1 / expected"
-                if num_missing_heads:
+                if self.state.rules.on_arrival:
+                    assert isinstance(event, Ticked), "all that has come is heard first"
+                elif num_missing_heads:
                     grace_is_over = self.now_s >= self.quorum_s + self.state.rules.grace_s
                     assert grace_is_over or self.now_s >= self.opened_s + self.state.rules.deadline_s
 
@@ -662,16 +808,32 @@ class AnyTrace(RuleBasedStateMachine):
     def someone_contributes(self, data: st.DataObject, lag: int) -> None:
         alive = list(self.alive.values())
         member = data.draw(st.sampled_from(alive) if alive and lag == 0 else st.sampled_from(self.known))
-        version, phase = self.state.version - lag, self.state.phase
+        version, phase, is_late = self.state.version - lag, self.state.phase, lag != 0
+        if self.state.rules.on_arrival:
+            told, most = self.told[member.incarnation], self.state.rules.max_staleness
+            version = (self.state.version if data.draw(st.booleans()) else told) - lag
+            is_too_stale = most is not None and self.state.version - version > most
+            is_late = version not in (told, self.state.version) or is_too_stale
         should_be_kept = (
             self.lives(member)
-            and lag == 0
+            and not is_late
             and phase == "collecting"
             and member.worker_id in self.called
             and member.worker_id not in self.kept
         )
         actions = self.happen(Contributed(member.worker_id, member.incarnation, version))
         assert (kinds(actions)[:1] == [Keep]) == should_be_kept
+
+    @precondition(lambda self: self.alive and self.state.rules.on_arrival)
+    @rule(data=st.data())
+    def someone_is_told(self, data: st.DataObject) -> None:
+        """The service does so where a worker asks, but not while its contribution is being merged."""
+        member = data.draw(st.sampled_from(list(self.alive.values())))
+        should_be_dropped = member.worker_id in self.kept and self.state.phase != "merging"
+        self.told[member.incarnation] = self.state.version
+        actions = self.happen(Told(member.worker_id))
+        who = member.worker_id
+        assert actions == ((Drop(who), Open((who,))) if should_be_dropped else ())
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), leaves=st.booleans())
@@ -692,6 +854,8 @@ class AnyTrace(RuleBasedStateMachine):
     def time_passes(self, passed_s: float) -> None:
         self.now_s += passed_s
         self.happen(Ticked())
+        if self.state.rules.on_arrival and self.state.phase == "collecting":
+            assert len(self.kept) < self.state.rules.quorum, "nothing waits longer than for a tick"
         deadline_s = next_deadline(self.state)
         assert deadline_s is None or deadline_s > self.now_s, "the server would spin"
 
@@ -719,7 +883,13 @@ class AnyTrace(RuleBasedStateMachine):
         assert {w: m.incarnation for w, m in state.members.items()} == {
             w: m.incarnation for w, m in self.alive.items()
         }
-        assert (state.phase == "finished") == (state.version >= state.rules.rounds)
+        is_over = state.version >= state.rules.rounds
+        if state.rules.on_arrival:
+            is_over = self.num_merged >= state.rules.rounds * state.rules.workers
+            assert {w: self.told[m.incarnation] for w, m in self.alive.items()} == dict(state.told)
+            assert state.phase != "collecting" or set(state.members) <= state.expected, "nobody waits"
+        assert state.num_merged == self.num_merged
+        assert (state.phase == "finished") == is_over
         assert sorted(self.merges) == list(range(state.version + (state.phase == "merging")))
 
     def teardown(self) -> None:
@@ -728,13 +898,15 @@ class AnyTrace(RuleBasedStateMachine):
         if not hasattr(self, "state"):
             return
         quorum = self.state.rules.quorum
-        for _ in range(3 * self.state.rules.rounds):
+        for _ in range(3 * self.state.rules.rounds * self.state.rules.workers):
             while len(self.alive) < max(self.state.rules.workers, quorum):
                 self.someone_comes("", 1, 4)
             for worker_id in sorted(self.called.keys() - self.kept.keys()):
                 is_stuck = self.some_are_stuck and len(self.kept) >= quorum
                 if self.state.phase == "collecting" and not is_stuck:
                     self.happen(Contributed(worker_id, self.alive[worker_id].incarnation, self.state.version))
+            if self.state.rules.on_arrival:
+                self.happen(Ticked())
             while self.state.phase == "collecting" and len(self.kept) >= quorum:
                 # To when the round closes at once: silence by silence may be a hundred thousand steps.
                 closing_s = next_deadline(replace(self.state, members={}))
