@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +130,75 @@ def test_a_lost_message_changes_no_bit(
     lossy = Lossy(monkeypatch, kind)
     assert train(**settings) == undisturbed
     assert len(lossy.lost) == 2, "each worker's connection lost one"
+
+
+@pytest.mark.parametrize("merge", ["reset-less", "reset-b", "reset"])
+@pytest.mark.parametrize(
+    "kind", [wire.Part, wire.Contribution, wire.Receipt, wire.Update, wire.Begin], ids=lambda k: k.__name__
+)
+def test_a_lost_message_costs_an_arrival_nothing(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[wire.Message], merge: str
+) -> None:
+    """Every contribution is merged once, and no worker believes otherwise of its own."""
+    lossy = Lossy(monkeypatch, kind)
+    digest = train(**{"outer.when": "arrival", "lora.merge": merge, "base.quant": "int8"})
+    assert len(lossy.lost) == 2, "each worker's connection lost one"
+    (run,) = tmp_path.glob("run-*")
+    lines = Records.read(run / METRICS)
+    assert not [line for line in lines if line.get("what") in ("refused", "recalled")]
+    rounds_of = [line for line in lines if line["kind"] == "round"]
+    assert [line["version"] for line in rounds_of] == list(range(1, len(rounds_of) + 1))
+    assert rounds_of[-1]["contributions"] == sum(line["num_merged"] for line in rounds_of) >= 10
+    shutil.rmtree(checkpoint.newest(run))
+    recipe = config.load(run / "config.yaml")
+    master = Master(recipes.initial_model(recipe), recipe)
+    assert recovery.recover(run, master).faults == []
+    assert master.master_digest() == digest
+
+
+def test_on_arrival_nobody_asks_for_what_others_made(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Versions that others are told of are no news for who has yet to be answered."""
+    asked = list[str]()
+    bring_up = Server._bring_up
+
+    def noted(server: Server, peer: Peer, worker_id: str, version: int) -> None:
+        asked.append(worker_id)
+        bring_up(server, peer, worker_id, version)
+
+    monkeypatch.setattr(Server, "_bring_up", noted)
+    train(**{"outer.when": "arrival", "train.workers": 3, "train.rounds": 10, "worker.heartbeat_s": 0.001})
+    assert asked == []
+    (run,) = tmp_path.glob("run-*")
+    lines = Records.read(run / METRICS)
+    assert not [line for line in lines if line.get("what") == "superseded"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora.A": "rotating", "lora.moments": "transport", "lora.rotate_every": 2},
+        {"train.overlap": True, "train.overlap_steps": 1},
+        {"train.overlap": True, "lora.merge": "reset-less", "train.local_steps": 3},
+        {"outer.name": "sgd", "outer.momentum": 0.5, "outer.ema": 0.9, "outer.publish_ema": True},
+        {"server.quorum": 2, "outer.weights": "tokens", "outer.staleness": "inverse"},
+        {"lora.modules": [], "train.workers": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_train_on_arrival(train: Train, tmp_path: Path, settings: dict[str, object]) -> None:
+    train(**{"outer.when": "arrival", "log.diagnostics_every": 3, "eval.every": 2} | settings)
+    (run,) = tmp_path.glob("run-*")
+    lines = Records.read(run / METRICS)
+    assert not [line for line in lines if line.get("what") in ("refused", "recalled")]
+    (done,) = (line for line in lines if line["kind"] == "done")
+    contributions = [line["contributions"] for line in lines if line["kind"] == "round"]
+    workers = done["workers"]
+    assert done["rounds"] == contributions[-1] // workers == 5
+    evaluated = {line["version"] for line in lines if line["kind"] == "eval"}
+    ends = [next(k for k, n in enumerate(contributions, 1) if n >= rounds * workers) for rounds in (2, 4, 5)]
+    assert evaluated == {*ends}, "by rounds' worth of contributions"
 
 
 def test_an_evaluation_longer_than_the_silence_costs_no_worker(

@@ -288,20 +288,50 @@ class Cluster:
 def audit(run: Path, num_rounds: int, workers: set[str]) -> None:
     """No contribution is merged twice, none that was merged is missing, and every version is there once."""
     kept: dict[tuple[int, int], journal.Kept] = {}
-    merged: dict[int, journal.Merged] = {}
+    merged = _merges(run)
     for segment in journal.history(run):
         assert not segment.fault or segment.fault.startswith("torn")
         for record in segment:
             if isinstance(record, journal.Kept):
                 kept[record.version, record.incarnation] = record
-            elif isinstance(record, journal.Merged):
-                assert record.version not in merged, "a version was merged twice"
-                merged[record.version] = record
     assert sorted(merged) == list(range(1, num_rounds + 1))
     for version, record in merged.items():
         names = Counter(kept[version - 1, incarnation].worker_id for incarnation in record.incarnations)
         assert names.keys() <= workers
         assert set(names.values()) == {1}, f"version {version} holds a worker twice: {names}"
+
+
+def audit_arrivals(run: Path, least: int) -> int:
+    """The same where contributions are merged on arrival: there are so many at least, and each is based on a
+    version that holds the one before it of its worker. Returns how many versions they made."""
+    newest: dict[int, journal.Kept] = {}
+    based_on, merged_in, num_merged = dict[str, int](), dict[str, int](), 0
+    for segment in journal.history(run):
+        for record in segment:
+            if isinstance(record, journal.Kept):
+                newest[record.incarnation] = record
+            elif isinstance(record, journal.Merged):
+                for incarnation in record.incarnations:
+                    kept = newest.pop(incarnation)
+                    assert merged_in.get(kept.worker_id, 0) <= kept.version < record.version
+                    assert based_on.get(kept.worker_id, -1) < kept.version, "merged twice"
+                    merged_in[kept.worker_id], based_on[kept.worker_id] = record.version, kept.version
+                    num_merged += 1
+    assert num_merged >= least
+    merged = _merges(run)
+    assert sorted(merged) == list(range(1, len(merged) + 1))
+    return len(merged)
+
+
+def _merges(run: Path) -> dict[int, journal.Merged]:
+    """What the journal says of each version."""
+    merged: dict[int, journal.Merged] = {}
+    for segment in journal.history(run):
+        for record in segment:
+            if isinstance(record, journal.Merged):
+                assert record.version not in merged, "a version was merged twice"
+                merged[record.version] = record
+    return merged
 
 
 def replayed(run: Path) -> str:

@@ -16,7 +16,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def master(run: Path) -> tuple[dict[str, Tensor], list[int]]:
-    """W += 1 / (heads expected) * the sum of s (B A - B' A') over heads, version by version.
+    """W += 1 / (heads expected) * the sum of s (B A - B' A') over heads, version by version; each with its
+    weight, where contributions are merged on arrival.
 
     For runs in reset-less mode with a trained A, whose factors and dense changes travel in fp32.
 
@@ -28,6 +29,8 @@ def master(run: Path) -> tuple[dict[str, Tensor], list[int]]:
     assert (recipe.compress.factors, recipe.compress.dense) == ("fp32", "fp32")
     _, state = checkpoint.load(run / "checkpoints" / "version-00000000")
     weights = {name: tensor.double() for name, tensor in state["master"].items()}
+    assert recipe.outer.staleness in ("constant", "polynomial")
+    power = recipe.outer.staleness_exponent if recipe.outer.staleness == "polynomial" else 0.0
     kept: dict[int, journal.Kept] = {}
     merged: dict[tuple[str, int, int], Factors] = {}  # of heads like these of this worker
     expected: list[int] = []
@@ -39,13 +42,14 @@ def master(run: Path) -> tuple[dict[str, Tensor], list[int]]:
                 taken = [kept[incarnation] for incarnation in record.incarnations]
                 expected.append(sum(c.heads for c in taken) + record.num_missing_heads)
                 for contribution in taken:
-                    _merge(contribution, expected[-1], recipe.lora.scale, weights, merged)
+                    weight = float(record.version - contribution.version) ** -power
+                    _merge(contribution, weight / expected[-1], recipe.lora.scale, weights, merged)
     return weights, expected
 
 
 def _merge(
     contribution: journal.Kept,
-    expected: int,
+    share: float,
     scale: float,
     weights: dict[str, Tensor],
     merged: dict[tuple[str, int, int], Factors],
@@ -60,7 +64,7 @@ def _merge(
         module = name.removesuffix(".weight")
         if f"{module}/B" not in blobs:
             change = blockwise.decode_rows(blobs[f"{name}/dense"], "fp32", tuple(weight.shape))
-            weight += change.double() * heads / expected
+            weight += change.double() * heads * share
             continue
         out_features, in_features = weight.shape
         A = blockwise.decode_rows(blobs[f"{module}/A"], "fp32", (heads * rank, in_features)).double()
@@ -68,4 +72,4 @@ def _merge(
         A, B = A.view(heads, rank, in_features), B.view(heads, out_features, rank)
         old_A, old_B = before.get(module, (torch.zeros_like(A), torch.zeros_like(B)))
         before[module] = A + old_A, B + old_B
-        weight += scale / expected * ((B + old_B) @ (A + old_A) - old_B @ old_A).sum(0)
+        weight += scale * share * ((B + old_B) @ (A + old_A) - old_B @ old_A).sum(0)
