@@ -108,7 +108,7 @@ def outcome(folder: Path) -> Outcome:
     seen["workers"] = load(folder / "config.yaml").train.workers
     for line in Records.read(folder / METRICS):
         if line["kind"] == "round":
-            seen["rounds"] = line["version"]
+            seen["rounds"] = line.get("contributions", line["version"] * seen["workers"]) // seen["workers"]
             seen["uplink_bytes"] += line["uplink_bytes"]
             seen["downlink_bytes"] += line["downlink_bytes"]
             names = {"tokens", "time_s"}
@@ -161,7 +161,8 @@ def summary(folder: Path) -> RenderableType:
     of = f"round {run.rounds:,} of {recipe.train.rounds:,}"
     state = f"finished at {of}" if run.finished else f"stopped at {of}, or still running"
     rows = {
-        "rounds": f"{run.rounds:,} of {_count(train.local_steps, 'local step')} each",
+        "rounds": f"{run.rounds:,} of {_count(train.local_steps, 'local step')} each"
+        + (", merged on arrival" + _staleness(folder) if recipe.merges_on_arrival else ""),
         **({"phases": "\n".join(map(_phase, train.phases))} if train.phases else {}),
         recipe.data.counted: f"{run.tokens:,}"
         + (f" ({run.tokens / run.time_s:,.0f}/s)" if run.time_s else ""),
@@ -187,6 +188,17 @@ def summary(folder: Path) -> RenderableType:
 def _phase(phase: Phase) -> str:
     changed = {key: value for key, value in vars(phase).items() if value is not None and key != "from_round"}
     return f"from round {phase.from_round:,} on: {', '.join(f'{key} {changed[key]}' for key in changed)}"
+
+
+def _staleness(folder: Path) -> str:
+    """How far behind contributions that were merged on arrival were, in words."""
+    lines = [line for line in Records.read(folder / METRICS) if line["kind"] == "round"]
+    merged = sum(line["num_merged"] for line in lines)
+    if not merged:
+        return ""
+    mean = sum(line["staleness_mean"] * line["num_merged"] for line in lines) / merged
+    most = max(line["staleness_max"] for line in lines)
+    return f" in {_count(len(lines), 'version')}, {mean:.1f} behind on average, {most} at most"
 
 
 def _count(number: int, noun: str) -> str:

@@ -72,7 +72,7 @@ def to_text(status: wire.Status, width: int) -> RenderableType:
     """A run and its workers, for rich to print on a terminal of so many columns."""
     speed, left, merged = status.tokens_per_s, status.left_s, status.merged_s
     rows = {
-        "version": f"{status.version:,} of {status.rounds:,}",
+        "version": f"{status.version:,}" + ("" if status.on_arrival else f" of {status.rounds:,}"),
         "now": status.words,
         "loss": f"train {loss_text(status.train_loss)}, valid {loss_text(status.valid_loss)}",
         "tokens": f"{status.tokens:,}" + (f" ({speed:,.0f}/s)" if speed else ""),

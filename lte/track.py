@@ -11,7 +11,9 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             (shares), changes_bytes (of both, one copy) and, if measured, the entropy_bytes of these
             changes; merge_in_steps (size of the merge in steps of the quantization); lost (share
             of the heads' change that nobody owes); with robust merging bounded (worker_id -> share of
-            its length merged) and trimmed (worker_ids left out), num_bounded and num_trimmed; the
+            its length merged) and trimmed (worker_ids left out), num_bounded and num_trimmed; merged
+            on arrival: contributions (of the run so far), staleness_mean and staleness_max (of these,
+            versions); the
             server's merge_s (of it requantize_s), journal_s and pack_s; step_s, encode_s and apply_s of the
             median worker
     eval    version, tokens, loss (published model), loss_master and, with outer.ema, loss_ema (of the
@@ -25,7 +27,7 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             round_stable_rank of this merge's mean delta; quantization_error (relative) and
             quantization_error_steps; codes_flipped (share, in this merge)). What is not defined is null
     event   what (a slug), message (for people)
-    done    rounds, tokens, workers, num_parameters, num_adapted_parameters, uplink_bytes and
+    done    rounds, version, tokens, workers, num_parameters, num_adapted_parameters, uplink_bytes and
             downlink_bytes (the whole run), loss, loss_master, loss_ema, master_digest, time_s
 
 Writers may add fields; a number that is not finite is written as null. Losses are nats a token, or
@@ -279,8 +281,11 @@ class Standing:
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         self.name = name
-        self.rounds, self.counted = recipe.train.rounds, recipe.data.counted
-        self.num_workers = recipe.train.workers
+        self.counted, self.num_workers = recipe.data.counted, recipe.train.workers
+        # How far the run is, and how far it goes, in rounds or, merged on arrival, in contributions.
+        self.unit, self.done, self.goal = "round", 0, recipe.train.rounds
+        if recipe.merges_on_arrival:
+            self.unit, self.goal = "merged", recipe.train.rounds * recipe.train.workers
         self.version = self.tokens = self.uplink_bytes = self.downlink_bytes = 0
         self.last_uplink_bytes = self.last_downlink_bytes = 0
         self.train_loss: float | None = None
@@ -288,7 +293,7 @@ class Standing:
         self.evaluated = ""
         self.num_alive: int | None = None
         self.waiting = ""
-        # (version, time_s, tokens) of recent rounds: speed is measured between its ends
+        # (done, time_s, tokens) at recent merges: speed is measured between its ends
         self._window: deque[tuple[int, float, int]] = deque(maxlen=_WINDOW_ROUNDS + 1)
         self._time_s = 0.0  # of the run when ...
         self._seen_s = monotonic()  # ... this clock was read
@@ -299,15 +304,20 @@ class Standing:
         self._time_s, self._seen_s = max(self._time_s, line["time_s"]), monotonic()
         if line["kind"] == "round":
             self.version, self.tokens = line["version"], line["tokens"]
+            self.done = line.get("contributions", self.version)
             self.train_loss = line["train_loss"]
             self.last_uplink_bytes = line["uplink_bytes"]
             self.last_downlink_bytes = line["downlink_bytes"]
             self.uplink_bytes += self.last_uplink_bytes
             self.downlink_bytes += self.last_downlink_bytes
             self.waiting = ""
-            self._window.append((self.version, self._time_s, self.tokens))
+            self._window.append((self.done, self._time_s, self.tokens))
         elif line["kind"] == "eval":
-            self.valid_loss, self.evaluated = line["loss"], f"round {line['version']:,}"
+            self.valid_loss, self.evaluated = line["loss"], f"{self.unit} {self.place(line['version']):,}"
+
+    def place(self, version: int) -> int:
+        """How far the run was with a version; merged on arrival, how far it is."""
+        return version if self.unit == "round" else self.done
 
     def restart(self) -> None:
         """Go on from the lines taken: time stood still since, and their speed says nothing."""
@@ -324,10 +334,10 @@ class Standing:
 
     @property
     def left_s(self) -> float | None:
-        rounds_per_s = self._per_s(0)
-        if not rounds_per_s:
+        done_per_s = self._per_s(0)
+        if not done_per_s:
             return None
-        return max(0.0, (self.rounds - self.version) / rounds_per_s - (self.elapsed_s - self._time_s))
+        return max(0.0, (self.goal - self.done) / done_per_s - (self.elapsed_s - self._time_s))
 
     def _per_s(self, column: int) -> float | None:
         """How fast a column of the window grows; None before two rounds are known."""
@@ -356,13 +366,14 @@ class _Plain:
 
     def show(self, line: Mapping[str, Any]) -> None:
         if line["kind"] == "round":
-            now_s, last = monotonic(), line["version"] >= self._progress.rounds
+            now_s, last = monotonic(), self._progress.done >= self._progress.goal
             if last or now_s - self._printed_s >= _PLAIN_EVERY_S:
                 self._printed_s = now_s
                 self._print(self._round())
         elif line["kind"] == "eval":
+            place = self._progress.place(line["version"])
             self._print(
-                f"eval  {self._of(line['version'])}  {line['tokens']:,} {self._progress.counted}"
+                f"eval  {self._of(place)}  {line['tokens']:,} {self._progress.counted}"
                 f"  valid {loss_text(line['loss'])}  master {loss_text(line['loss_master'])}"
                 + (f"  accuracy {line['accuracy']:.1%}" if line.get("accuracy") is not None else "")
             )
@@ -376,7 +387,7 @@ class _Plain:
     def _round(self) -> str:
         now = self._progress
         parts = {
-            f"round {self._of(now.version)}": True,
+            f"{now.unit} {self._of(now.done)}": True,
             f"{now.tokens:,} {now.counted}": True,
             f"{now.tokens_per_s or 0:,.0f} {now.counted.replace('tokens', 'tok')}/s": now.tokens_per_s
             is not None,
@@ -389,8 +400,8 @@ class _Plain:
         }
         return "  ".join(part for part, known in parts.items() if known)
 
-    def _of(self, version: int) -> str:
-        return f"{version:>{len(str(self._progress.rounds))}}/{self._progress.rounds}"
+    def _of(self, done: int) -> str:
+        return f"{done:>{len(str(self._progress.goal))}}/{self._progress.goal}"
 
     def _print(self, text: str) -> None:
         # not the console's print: it would wrap, and read [brackets] as markup
@@ -429,9 +440,9 @@ class _Live:
         for ratio in (None, 1, None, None):
             bar.add_column(ratio=ratio, no_wrap=True)
         bar.add_row(
-            Text.assemble((name, "bold cyan"), f" round {now.version:,}/{now.rounds:,}"),
-            ProgressBar(total=now.rounds, completed=now.version),
-            Text(f"{now.version / now.rounds:.0%}", style="bold"),
+            Text.assemble((name, "bold cyan"), f" {now.unit} {now.done:,}/{now.goal:,}"),
+            ProgressBar(total=now.goal, completed=now.done),
+            Text(f"{now.done / now.goal:.0%}", style="bold"),
             Text(f"{clock_text(now.elapsed_s)} gone, {clock_text(now.left_s)} left"),
         )
         speed, up, down = now.tokens_per_s, now.last_uplink_bytes, now.last_downlink_bytes

@@ -101,6 +101,25 @@ def test_summary_of_a_finished_run(tmp_path: Path) -> None:
     )
 
 
+def test_summary_of_a_run_that_merged_on_arrival(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 0)
+    recipe = config.replace(config.load(folder / "config.yaml"), **{"outer.when": "arrival"})
+    (folder / "config.yaml").write_text(config.to_yaml(recipe))
+    with Records(folder / METRICS, version=0) as records:
+        for version, (num_merged, mean, most) in enumerate([(1, 0.0, 0), (3, 2.0, 4), (4, 1.0, 1)], start=1):
+            moved = {"uplink_bytes": 1, "downlink_bytes": 1, "tokens": version, "train_loss": 3.0}
+            behind = {
+                "staleness_mean": mean,
+                "staleness_max": most,
+                "contributions": version**2 - (version == 3),
+            }
+            records.append("round", version=version, time_s=1.0, num_merged=num_merged, **moved, **behind)
+    text = printed(folder, width=200)
+    assert "stopped at round 2 of 50" in text, "eight contributions of four workers"
+    said = "2 of 10 local steps each, merged on arrival in 3 versions, 1.2 behind on average, 4 at most"
+    assert said in text
+
+
 def test_summary_fits_80_columns_and_loses_nothing(tmp_path: Path) -> None:
     folder = make_run(tmp_path / ("long" * 30), 50, done=True)
     text = printed(folder)

@@ -62,6 +62,22 @@ def test_what_the_rounds_wait_for_in_words() -> None:
     assert "finished" in in_words(State(rules=RULES, version=9, phase="finished"), 0.0)
 
 
+def test_merged_on_arrival_the_words_say_how_far_the_run_is_and_how_far_behind_workers_are() -> None:
+    state = State(rules=replace(RULES, workers=2, quorum=1, on_arrival=True), version=0)
+    joins = (rounds.Joined(name, name, 1, 4) for name in "ab")
+    state = after(state, *joins, rounds.Contributed("a", 1, 0), rounds.Ticked(), rounds.Merged(), now_s=1.0)
+    said = "merging on arrival: 1 of 18 contributions; workers are 0.5 versions behind on average"
+    assert in_words(state, 2.0) == said
+    roll = Roll()
+    for name, version in (("a", 1), ("b", 0)):
+        roll.heard(name, version, 1, "")
+    assert [worker.state for worker in roll.workers(state, 2.0, 5.0)] == ["training", "training"]
+    file = io.StringIO()
+    told = msgspec.structs.replace(EXAMPLE, on_arrival=True, version=7)
+    Console(file=file, width=100, _environ={}).print(status.to_text(told, 100))
+    assert "version     7\n" in "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
 def test_what_each_worker_is_at() -> None:
     roll, state = Roll(), opened("a", "b", "c", "d")
     state = after(state, rounds.Joined("e", "late", 1, 4), rounds.Contributed("a", 1, 0), now_s=101.0)

@@ -40,6 +40,10 @@ def round_line(version: int, **fields: Any) -> dict[str, Any]:
     return line | fields
 
 
+def arrival_line(version: int, contributions: int) -> dict[str, Any]:
+    return round_line(version, contributions=contributions, staleness_mean=1.0, staleness_max=2)
+
+
 def eval_line(version: int, **fields: Any) -> dict[str, Any]:
     return {"version": version, "tokens": 4096 * version, "loss": 2.904, "loss_master": 2.89} | fields
 
@@ -254,6 +258,22 @@ def test_plain_lines(
         "round  2/12  8,192 tokens  8,192 tok/s  train 2.871  valid 2.904"
         "  up 2.0 MB  down 520.0 kB  workers 4/4  left 0:05",
     ]
+
+
+def test_merged_on_arrival_lines_tell_of_contributions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Callable[[float], None]
+) -> None:
+    recipe = config.replace(RECIPE, **{"outer.when": "arrival", "train.workers": 2})
+    with Tracker(tmp_path, recipe, version=0) as tracker:
+        for version, contributions in enumerate((2, 3, 24), start=1):
+            tracker.record("round", **arrival_line(version, contributions))
+            clock(2)
+        tracker.record("eval", **eval_line(3))
+    (first, *_, last, evaluated) = capsys.readouterr().out.splitlines()
+    assert first.startswith("merged  2/24  ")
+    assert last.startswith("merged 24/24  ")
+    assert last.endswith("left 0:00")
+    assert evaluated.startswith("eval  24/24  12,288 tokens")
 
 
 def test_plain_lines_come_once_a_second_and_for_the_last_round(

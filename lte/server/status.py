@@ -82,7 +82,7 @@ def _state_of(
         return "contributed"
     if member.worker_id not in state.expected:
         return "waiting"
-    return "training" if seen.version == state.version else "behind"
+    return "training" if seen.version == state.version_of(member.worker_id) else "behind"
 
 
 def _told(member: Member, seen: Seen, what: wire.WorkerState, reason: str, now_s: float) -> wire.WorkerStatus:
@@ -112,6 +112,11 @@ def in_words(state: State, now_s: float) -> str:
         return "finished; the last workers leave"
     if not state.members:
         return "all workers are gone; the round is open to whoever joins"
+    if rules.on_arrival:
+        behind = [state.version - version for version in state.told.values()]
+        mean = sum(behind) / max(len(behind), 1)
+        said = f"merging on arrival: {state.num_merged:,} of {rules.rounds * rules.workers:,} contributions"
+        return f"{said}; workers are {mean:.1f} versions behind on average"
     said = f"round open for {now_s - state.opened_s:.1f} s: {held} of {expected} contributions held"
     if held < rules.quorum:
         return f"{said}, below the quorum of {rules.quorum}"
