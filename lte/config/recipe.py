@@ -72,8 +72,10 @@ class Model:
     """What is trained: a small reference model, or any of the transformers library from scratch."""
 
     __pydantic_config__ = _STRICT
-    name: Literal["gpt", "vit", "transformers"] = _doc(
-        "gpt", "gpt: a decoder with rotary positions; vit: of images; transformers: that library's (lte[hf])"
+    name: Literal["gpt", "vit", "linear", "transformers"] = _doc(
+        "gpt",
+        "gpt: a decoder with rotary positions; vit: of images; linear: a matrix; transformers: that library's"
+        " (lte[hf])",
     )
     architecture: Annotated[Name | None, _OrNone] = _doc(
         None, "which of transformers', by its model_type: llama, gpt2, mixtral, vit, resnet, ..."
@@ -107,8 +109,10 @@ class Data:
     """What is read."""
 
     __pydantic_config__ = _STRICT
-    kind: Literal["text", "images"] = _doc(
-        "text", "text: every token is predicted; images: their classes, and images count where tokens would"
+    kind: Literal["text", "images", "regression"] = _doc(
+        "text",
+        "text: every token is predicted; images: their classes, and images count where tokens would;"
+        " regression: a linear map of samples that are drawn from the seed",
     )
     shards: Name = _doc(
         "data/shards", "folder made by `lte data pack` or `pack-images`: WebDataset shards, index.json"
@@ -120,7 +124,7 @@ class Data:
     @property
     def counted(self) -> str:
         """What the `tokens` of the records are."""
-        return "images" if self.kind == "images" else "tokens"
+        return {"text": "tokens", "images": "images", "regression": "samples"}[self.kind]
 
 
 @dataclass(frozen=True, kw_only=True)

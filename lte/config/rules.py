@@ -9,7 +9,7 @@ from lte.config.recipe import Model, Recipe
 
 _HEADER_ROOM = 1 << 20
 """Bytes of a message beside the part that it carries."""
-_READS = {"gpt": "text", "vit": "images"}
+_READS = {"gpt": ("text",), "vit": ("images",), "linear": ("regression",), "transformers": ("text", "images")}
 _OF_REFERENCES = (
     "num_layers",
     "width",
@@ -63,9 +63,9 @@ def _faults(recipe: Recipe) -> list[str]:
     other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
     rules = [
         (
-            _READS.get(model.name, recipe.data.kind) == recipe.data.kind,
+            recipe.data.kind in _READS[model.name],
             f"model.name: {model.name} is no model of data.kind = {recipe.data.kind}; gpt reads text, vit"
-            " images, transformers both",
+            " images, transformers both, linear fits a regression",
         ),
         (
             (model.name == "transformers") == (model.architecture is not None),

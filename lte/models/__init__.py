@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from lte.config import Model
 from lte.models import hf
 from lte.models.gpt import GPT
+from lte.models.linear import Linear
 from lte.models.vit import ViT
 
-__all__ = ["GPT", "ViT", "build", "initialize", "outputs"]
+__all__ = ["GPT", "Linear", "ViT", "build", "initialize", "outputs"]
 
-_REFERENCES = {"gpt": GPT, "vit": ViT}
+_REFERENCES = {"gpt": GPT, "vit": ViT, "linear": Linear}
 
 
 def build(config: Model, kind: hf.Kind = "text") -> nn.Module:
@@ -32,7 +33,7 @@ def build(config: Model, kind: hf.Kind = "text") -> nn.Module:
 
 def initialize(model: nn.Module, seed: int) -> None:
     """Give a model from `build` that has memory now the initial weights of this seed."""
-    if isinstance(model, GPT | ViT):
+    if isinstance(model, GPT | ViT | Linear):
         model.initialize(seed)
     else:
         hf.initialize(model, seed)
@@ -41,6 +42,6 @@ def initialize(model: nn.Module, seed: int) -> None:
 def outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     """A model's logits, and the loss of its own that it is to be trained with beside that of the data, if
     it has one."""
-    if isinstance(model, GPT | ViT):
+    if isinstance(model, GPT | ViT | Linear):
         return model(inputs), None
     return hf.outputs(model, inputs)

@@ -1,8 +1,9 @@
 """What recipes train: model, loss, data and evaluation.
 
-base    the contract
-text    next tokens of packed text
-images  classes of packed images
+base        the contract
+text        next tokens of packed text
+images      classes of packed images
+regression  a linear map, of which the solution is known
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 from lte.config import Recipe
 from lte.tasks.base import AnyTask, Stream, Task, micro_batches
 from lte.tasks.images import Classes
+from lte.tasks.regression import Regression
 from lte.tasks.text import Text
 
-__all__ = ["AnyTask", "Classes", "Stream", "Task", "Text", "micro_batches", "task_of"]
+__all__ = ["AnyTask", "Classes", "Regression", "Stream", "Task", "Text", "micro_batches", "task_of"]
+
+_KINDS: dict[str, type[AnyTask]] = {"text": Text, "images": Classes, "regression": Regression}
 
 
 def task_of(recipe: Recipe) -> AnyTask:
     """The task that a recipe names, by `data.kind`."""
-    return Classes(recipe) if recipe.data.kind == "images" else Text(recipe)
+    return _KINDS[recipe.data.kind](recipe)
