@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from launch import local
+from lte import config
+
+Figures = list[dict[str, Any]]
+"""What an experiment came to, a dictionary a case."""
 
 
 def lte(*arguments: str) -> None:
@@ -30,6 +39,23 @@ def train(folder: Path, recipe: str, overrides: Sequence[str]) -> list[dict[str,
         quiet = [f"run.dir={folder}", "eval.sample_tokens=0", "server.checkpoint_every=1000"]
         lte("train", recipe, *overrides, *quiet)
         lines = records(folder)
+    return lines
+
+
+def train_here(folder: Path, recipe: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """`train` with server and workers as threads of this process, which saves a second of starting a run;
+    of the folder only the records are kept."""
+    lines = records(folder)
+    if not lines or lines[-1]["kind"] != "done":
+        own = [*overrides, f"run.dir={folder}", f"server.address=inprocess://{folder}", "run.resume=never"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = local.train_in_threads(config.load(recipe, own))
+        if code:
+            raise SystemExit(code)
+        for heavy in ("journal", "checkpoints", "workers"):
+            shutil.rmtree(folder / heavy, ignore_errors=True)
+        lines = records(folder)
+        print(f"{folder}: {lines[-1]['loss']:.4g}", file=sys.stderr, flush=True)
     return lines
 
 

@@ -390,6 +390,13 @@ RULES = {
     "model.num_attention_heads: 128 must divide": {"model.num_attention_heads": 128},
     "model.name: gpt is no model of data.kind = images; gpt reads text, vit images": {"data.kind": "images"},
     "model.name: vit is no model of data.kind = text": {"model.name": "vit"},
+    "model.name: linear is no model of data.kind = text": {"model.name": "linear"},
+    "model.name: transformers is no model of data.kind = regression; gpt reads text, vit images,"
+    " transformers both, linear fits a regression": {
+        "model.name": "transformers",
+        "model.architecture": "vit",
+        "data.kind": "regression",
+    },
     "model.architecture: model.name = transformers and the name of a model there": {
         "model.name": "transformers"
     },

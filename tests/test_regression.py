@@ -1,0 +1,106 @@
+"""Linear regression: drawn as it says, solved by whom it can be solved by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from launch import local
+from lte import cli, config, recipes
+from lte.config import Recipe
+from lte.tasks import Regression
+
+WIDTH, RANK = 8, 2
+RECIPE = Path(__file__).parent.parent / "configs" / "reproduction" / "regression.yaml"
+
+
+def recipe_of(**changes: object) -> Recipe:
+    small = {"model.width": WIDTH, "lora.rank": RANK, "train.batch_size": 32, "run.seed": 3}
+    return config.replace(config.load(RECIPE), **(small | changes))
+
+
+def lost_by(weight: Tensor) -> float:
+    """The evaluation's loss of a weight."""
+    task = Regression(recipe_of())
+    model = recipes.initial_model(task.recipe)
+    with torch.no_grad():
+        model.get_parameter("map.weight").copy_(weight)
+        return float(task.evaluate(model.eval(), 0).loss or 0)
+
+
+def test_least_squares_on_a_batch_find_the_solution() -> None:
+    """There is no noise, so that numpy needs no more samples than features to solve it."""
+    task = Regression(recipe_of())
+    x, y = task.stream(0).batch(5).numpy().transpose(1, 0, 2)
+    solved, residual, rank, _ = np.linalg.lstsq(x, y, rcond=None)
+    assert rank == WIDTH
+    assert residual.max() < 1e-9
+    assert torch.from_numpy(solved.T).allclose(task.solution(), atol=1e-5)
+    assert lost_by(torch.from_numpy(solved.T)) < 1e-9
+
+
+def test_losses_are_the_mean_squared_error_and_in_expectation_the_norm_of_what_is_missing() -> None:
+    task = Regression(recipe_of())
+    model, batch = recipes.initial_model(task.recipe), task.stream(1).batch(0)
+    weight = model.get_parameter("map.weight").detach()
+    x, y = batch.numpy().transpose(1, 0, 2)
+    assert task.loss(model, batch).item() == pytest.approx(((x @ weight.numpy().T - y) ** 2).mean(), rel=1e-5)
+    missing = (weight - task.solution()).square().sum().item() / WIDTH
+    assert lost_by(weight) == pytest.approx(missing, rel=0.1)
+    halves = [task.loss(model, batch[torch.arange(k, k + 16)]).item() for k in (0, 16)]
+    assert task.loss(model, batch).item() == pytest.approx(sum(halves) / 2)
+    assert task.num_tokens(batch) == 32
+
+
+def test_samples_repeat_themselves_by_seed_worker_and_step_alone() -> None:
+    first = Regression(recipe_of()).stream(1).batch(2)
+    assert torch.equal(first, Regression(recipe_of()).stream(1).batch(2))
+    for seed, slot, step in ((3, 0, 2), (3, 1, 3), (4, 1, 2)):
+        other = Regression(recipe_of(**{"run.seed": seed})).stream(slot).batch(step)
+        assert not other.isclose(first).any()
+    task, model = Regression(recipe_of()), recipes.initial_model(recipe_of())
+    with torch.no_grad():
+        assert task.evaluate(model, 100).loss != task.evaluate(model, 0).loss
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Callable[..., float]:
+    """The final loss of a small run of the recipe that is shipped."""
+
+    def train(**changes: object) -> float:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        own = {"run.dir": str(folder), "server.address": f"inprocess://{folder}", "eval.every": 0}
+        assert local.train_in_threads(recipe_of(**(own | changes))) == 0
+        done = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert done["tokens"] == 32 * done["rounds"] * 25
+        return float(done["loss"])
+
+    return train
+
+
+def test_a_head_is_stuck_at_its_rank_and_merging_it_recovers_the_solution(
+    trained: Callable[..., float],
+) -> None:
+    """Reset-less with one head adds what that head is by now, and no more: LoRA."""
+    task = Regression(recipe_of())
+    missing = task.solution() - recipes.initial_model(task.recipe).get_parameter("map.weight").detach()
+    tail = torch.linalg.svdvals(missing)[RANK:].square().sum().item() / WIDTH
+    stuck = trained(**{"train.rounds": 20, "lora.merge": "reset-less"})
+    assert 0.9 * tail < stuck < 1.3 * tail
+    assert trained(**{"train.rounds": 40}) < 0.05 * tail
+    everything = {"lora.modules": (), "optimizer.dense_lr": 0.03}
+    assert trained(**{"train.rounds": 20, **everything}) < 0.01 * tail, "of full rank it is easy"
+
+
+def test_the_recipe_as_it_is_shipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(RECIPE), "train.rounds=2", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "3,200 samples" in out
+    assert "squared error" in out
