@@ -3,17 +3,19 @@
     lte data pack-images fashion-mnist --out data/fashion-mnist
     python benchmarks/reproduction.py all                      every experiment, as in docs/reproduction.md
     python benchmarks/reproduction.py heads rank --seeds 1     some of them
-    python benchmarks/reproduction.py all --tables             print the tables again, from docs/reproduction
+    python benchmarks/reproduction.py all --tables             run nothing: the tables of what there is
 
-Each experiment writes OUT/NAME.json, its figures, and OUT/NAME.png, and prints a table. The runs are those
-of `lte train` with a recipe of configs/reproduction, with server and workers as threads of this process; of
-each only the records are kept, in runs/reproduction, and none is repeated once it is finished.
+Each experiment writes OUT/NAME.json, its figures, and OUT/NAME.png, prints a table, and puts it into OUT.md,
+if there is such a page, in the place of the table that follows the line <!-- NAME -->. The runs are those of
+`lte train` with a recipe of configs/reproduction, with server and workers as threads of this process; of each
+only the records are kept, in runs/reproduction, and none is repeated once it is finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -22,6 +24,8 @@ from typing import Any
 from reproduction_cases import EXPERIMENTS, Case, Experiment
 from reproduction_closer import CLOSER
 from runs import Figures, train_here
+
+from lte import config
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "reproduction"
 
@@ -49,16 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 figures = run(EXPERIMENTS[name], given.seeds, given.set, given.runs)
             path.write_text(json.dumps(figures, indent=1) + "\n")
             draw(name, figures, path.with_suffix(".png"))
-        print(f"\n{name}\n\n{table(name, json.loads(path.read_text()))}", flush=True)
+        told = table(name, json.loads(path.read_text()))
+        print(f"\n{name}\n\n{told}", flush=True)
+        page = given.out.with_suffix(".md")
+        if page.exists():
+            # A table is the lines that begin with a bar.
+            page.write_text(re.sub(rf"(<!-- {name} -->\n)(\|.*\n)*", rf"\1{told}\n", page.read_text()))
 
 
 def run(experiment: Experiment, most_seeds: int, overrides: Sequence[str], folder: Path) -> Figures:
     """Run all cases of an experiment, as far as they were not; returns what each came to."""
 
+    path = CONFIGS / f"{experiment.recipe}.yaml"
+    as_it_is = config.load(path)
+
     def of(case: Case, rate: str, seed: int) -> list[dict[str, Any]]:
         own = [*experiment.common, *case.settings, *filter(None, [rate]), f"run.seed={seed}", *overrides]
-        name = ",".join(own).replace("/", "_")
-        return train_here(folder / experiment.recipe / name, CONFIGS / f"{experiment.recipe}.yaml", own)
+        # Experiments share runs: what a setting says that the recipe says is in no folder's name.
+        named = [setting for setting in own if config.load(path, [setting]) != as_it_is]
+        name = ",".join(sorted(named)).replace("/", "_") or "as it is"
+        return train_here(folder / experiment.recipe / name, path, own)
 
     figures = []
     for case in experiment.cases:
@@ -76,10 +90,17 @@ def run(experiment: Experiment, most_seeds: int, overrides: Sequence[str], folde
                 "tried": {rate.partition("=")[2]: loss for rate, loss in tried.items() if rate},
                 "losses": [lines[-1]["loss"] for lines in runs],
                 "accuracy": mean(accuracies) if accuracies else None,
-                "curve": [[line["tokens"], line["loss"]] for line in evals[0]],
+                "curve": _curve(runs[0]),
             }
         )
     return figures
+
+
+def _curve(lines: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Samples and validation loss; where a run was evaluated once, training losses, round by round."""
+    evals = [[line["tokens"], line["loss"]] for line in lines if line["kind"] == "eval"]
+    rounds = [[line["tokens"], line["train_loss"]] for line in lines if line["kind"] == "round"]
+    return evals if len(evals) > 1 else rounds
 
 
 def table(name: str, figures: Figures) -> str:
@@ -98,6 +119,11 @@ def _row(figure: dict[str, Any], x: str) -> dict[str, str]:
     row = {"case": figure["series"]}
     row |= {x: f"{figure['x']:g}"} if x else {}
     row |= {"rates tried": ", ".join(tried)} if tried else {}
+    if not x:
+        end = figure["curve"][-1][0]
+        for share in (0.1, 0.4):
+            passed = [loss for samples, loss in figure["curve"] if samples <= share * end]
+            row[f"at {share:.0%} of the run"] = f"{passed[-1]:.4g}" if passed else ""
     row |= {
         "loss": f"{figure['y']:.4g}",
         "of each seed": ", ".join(f"{loss:.4g}" for loss in figure["losses"]),

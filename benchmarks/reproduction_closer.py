@@ -33,6 +33,7 @@ from lte.track import METRICS, Records
 from lte.worker.trainer import Trainer
 
 _FOUR_WORKERS = ("train.workers=4", "train.batch_size=16", "lora.heads=1", "run.resume=never")
+_SHORT = ("train.rounds=6",)
 
 
 class Merge(NamedTuple):
@@ -112,7 +113,7 @@ ALIGNMENTS: dict[str, dict[str, bool]] = {
 
 def alignment(path: Path, overrides: Sequence[str], folder: Path) -> Figures:
     """How far the heads of four workers point in the same direction, merge by merge."""
-    recipe, figures = config.load(path, [*_FOUR_WORKERS, *overrides]), []
+    recipe, figures = config.load(path, [*_FOUR_WORKERS, *_SHORT, *overrides]), []
     for name, how in ALIGNMENTS.items():
         curve, angles = [], []
         for merge in by_all_reduce(recipe, **how):
@@ -140,7 +141,7 @@ def _angle(heads: list[HeadDelta]) -> float:
 
 def serverless(path: Path, overrides: Sequence[str], folder: Path) -> Figures:
     """The same recipe through a server and by all-reduce: losses, and how far the weights are apart."""
-    own = [*_FOUR_WORKERS, "eval.every=5", *overrides, f"run.dir={folder}"]
+    own = [*_FOUR_WORKERS, *_SHORT, "eval.every=3", *overrides, f"run.dir={folder}"]
     recipe = config.load(path, own)
     if local.train_in_threads(recipe):
         raise SystemExit(1)
@@ -155,7 +156,8 @@ def serverless(path: Path, overrides: Sequence[str], folder: Path) -> Figures:
                 curve.append([merge.samples, task.evaluate(alone.eval(), tokens).loss])
             alone.train()
     started = recipes.initial_model(recipe).state_dict()
-    mine = dict(dense_parameters(alone)) | {f"{n}.weight": m.weight for n, m in adapted_modules(alone)}
+    mine = {name: parameter.detach() for name, parameter in dense_parameters(alone)}
+    mine |= {f"{name}.weight": module.weight for name, module in adapted_modules(alone)}
     apart = moved = 0.0
     for name, tensor in through_server.state_dict().items():
         apart += float((mine[name] - tensor).double().square().sum())
@@ -166,6 +168,9 @@ def serverless(path: Path, overrides: Sequence[str], folder: Path) -> Figures:
 
 
 # Bytes and memory
+
+TRAFFIC_STEPS = (1, 5, 25)
+"""T of what is sent."""
 
 
 class _Sizes(NamedTuple):
@@ -183,14 +188,14 @@ def _sizes(model: nn.Module) -> _Sizes:
 def traffic(path: Path, overrides: Sequence[str], folder: Path) -> Figures:
     """Bytes a step and worker, both ways, beside (q M + M_lte) / T."""
     common = [*_FOUR_WORKERS, "base.quant=nf4", "eval.final_tokens=500", *overrides]
-    recipe, all_steps = config.load(path, common), (1, 5, 10, 50)
+    recipe = config.load(path, common)
     size = _sizes(lte.convert(task_of(recipe).build(), recipe.lora, recipe.base.quant))
     formula = {"up": size.trained, "down": size.base}
-    figures = [_traffic("(q M + M_lte) / T", T, formula) for T in all_steps]
+    figures = [_traffic("(q M + M_lte) / T", T, formula) for T in TRAFFIC_STEPS]
     for codec in ("fp32", "int4"):
-        for T in all_steps:
+        for T in TRAFFIC_STEPS:
             own = [f"compress.factors={codec}", f"compress.dense={codec}"]
-            own += [f"train.local_steps={T}", f"train.rounds={max(2, 50 // T)}"]
+            own += [f"train.local_steps={T}", "train.rounds=3"]
             lines = train_here(folder / f"{codec}-{T}", path, [*common, *own])
             # The first round's update is the whole model, which every method begins with.
             later = [line for line in lines if line["kind"] == "round"][1:]
@@ -208,11 +213,11 @@ def _traffic(series: str, T: int, bytes_a_round: dict[str, float]) -> dict[str, 
 
 def memory(path: Path, overrides: Sequence[str], folder: Path) -> Figures:
     """Bytes that a worker holds, by lora_rank, beside q M + 3 M_lte and what training all of it takes."""
-    wide = ["model.width=512", "model.mlp_width=2048", "model.num_layers=4", "train.batch_size=4"]
+    wide = ["model.width=256", "model.mlp_width=1024", "train.batch_size=4"]
     common = [*_FOUR_WORKERS, "base.quant=nf4", *wide, *overrides]
     full, _ = _held(config.load(path, [*common, "lora.modules=[]", "train.batch_size=4"]))
     figures = []
-    for rank in (4, 8, 16, 32, 64):
+    for rank in (4, 16, 64):
         held, size = _held(config.load(path, [*common, f"lora.rank={rank}"]))
         for series, y in (
             ("measured", held),
@@ -242,7 +247,8 @@ def _held(recipe: Recipe) -> tuple[int, _Sizes]:
 def _alive_bytes() -> int:
     """Of the memory of all tensors, each counted once."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and not thing.is_meta]
+    # By type: isinstance asks for attributes, which some modules' lazy objects warn of.
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not t.is_meta]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
