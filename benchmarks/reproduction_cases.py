@@ -63,7 +63,7 @@ LTE_RATE, FULL_RATE = lr(5e-4), dense_lr(2e-3)
 """The best of those that `rates` tries."""
 _REGRESSION_STEPS, _STEPS = 1000, 240
 _ERROR = "validation loss, squared error"
-_REGRESSION_RATES = lr(3e-3, 1e-2, 3e-2)
+_REGRESSION_RATES = lr(3e-3, 1e-2)
 
 
 def at(series: str, x: float | str, *settings: str, rates: tuple[str, ...] = ("",)) -> Case:

@@ -16,9 +16,9 @@ from lte import config
 from lte.data import pack_images
 
 DOCS = Path(__file__).parent.parent / "docs"
+IMAGES = ("model.image_size=8", "model.patch_size=4")
 SMALL = (
-    "model.image_size=8",
-    "model.patch_size=4",
+    *IMAGES,
     "model.width=16",
     "model.num_attention_heads=2",
     "model.mlp_width=16",
@@ -81,7 +81,7 @@ def test_cases_of_a_recipe_are_run_once_and_told_in_a_table(
 def test_the_best_of_several_rates_counts(tmp_path: Path) -> None:
     small = ["model.width=8", "train.local_steps=2", "train.rounds=1"]
     for figure in figures_of("regression-merges", tmp_path, *small):
-        assert len(figure["tried"]) == 3
+        assert len(figure["tried"]) == 2
         assert figure["losses"] == [min(figure["tried"].values())]
 
 
@@ -106,29 +106,31 @@ def test_bytes_are_those_of_the_formula_where_nothing_is_compressed(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reproduction_closer, "TRAFFIC_STEPS", (1, 2))
-    figures = figures_of("traffic", tmp_path, *SMALL, f"data.shards={images}")
+    figures = figures_of("traffic", tmp_path, *IMAGES, f"data.shards={images}")
     formula, fp32, int4 = (
         [f for f in figures if f["series"] == series]
         for series in ("(q M + M_lte) / T", "measured, fp32", "measured, int4")
     )
     for computed, measured, compressed in zip(formula, fp32, int4, strict=True):
         assert computed["x"] == measured["x"] == compressed["x"]
-        assert computed["up"] <= measured["up"] < 1.5 * computed["up"]
+        assert computed["up"] <= measured["up"] < 1.1 * computed["up"]
         assert compressed["up"] < measured["up"]
 
 
 def test_memory_is_that_of_the_formula_and_the_gradients(tmp_path: Path, images: Path) -> None:
-    figures = figures_of("memory", tmp_path, *SMALL[:-1], f"data.shards={images}")
+    figures = figures_of("memory", tmp_path, *IMAGES, "model.width=64", f"data.shards={images}")
     measured = [f for f in figures if f["series"] == "measured"]
     for figure in measured:
-        assert figure["y"] == pytest.approx(figure["base"] + 4 * figure["trained"], rel=0.02)
+        assert figure["y"] == pytest.approx(figure["base"] + 4 * figure["trained"], rel=0.05)
     assert measured[0]["y"] < measured[-1]["y"]
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *CLOSER])
-def test_the_tables_of_the_page_are_those_of_the_figures(name: str) -> None:
-    figures = json.loads((DOCS / "reproduction" / f"{name}.json").read_text())
-    page = (DOCS / "reproduction.md").read_text()
-    assert reproduction.table(name, figures) in page
-    assert f"reproduction/{name}.png" in page
-    assert (DOCS / "reproduction" / f"{name}.png").exists()
+def test_the_page_has_the_table_and_the_plot_of_every_experiment_that_was_run(name: str) -> None:
+    page, path = (DOCS / "reproduction.md").read_text(), DOCS / "reproduction" / f"{name}.json"
+    if not path.exists():
+        assert f"`{name}`" in page.partition("## Not run yet")[2]
+        return
+    assert reproduction.table(name, json.loads(path.read_text())) in page
+    assert f"](reproduction/{name}.png)" in page
+    assert path.with_suffix(".png").exists()
