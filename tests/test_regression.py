@@ -104,3 +104,6 @@ def test_the_recipe_as_it_is_shipped(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "3,200 samples" in out
     assert "squared error" in out
+    export = ["export", str(tmp_path / "run"), "--format", "hf", "--out", str(tmp_path / "hf")]
+    assert cli.main(export) == 2
+    assert capsys.readouterr().err.startswith("lte: model.name: linear is no model of transformers")

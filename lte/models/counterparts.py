@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lte.config import Model
+from lte.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,15 @@ class Counterpart:
 
 
 def counterpart_of(config: Model) -> Counterpart:
-    """The counterpart of a recipe's model; one of transformers' is its own."""
+    """The counterpart of a recipe's model; one of transformers' is its own.
+
+    Raises:
+        UserError: it has none.
+    """
     if config.name == "transformers":
         return Counterpart(config, {})
+    if config.name == "linear":
+        raise UserError("model.name: linear is no model of transformers; use a .safetensors file")
     settings: dict[str, Any] = {
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,

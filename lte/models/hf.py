@@ -18,7 +18,8 @@ from lte.config import Model
 from lte.errors import ConfigError, UserError
 from lte.lowrank import seed_of
 
-Kind = Literal["text", "images"]
+Kind = Literal["text", "images", "regression"]
+"""What is read; the recipe's checks let no model of transformers read a regression's."""
 
 _NOT_COMPUTED = (
     "drop",
