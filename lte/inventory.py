@@ -98,7 +98,7 @@ def take(plan: Plan, recipe: Recipe) -> Inventory:
     rows_A = 0 if plan.full_rank else sum(spec.rank * spec.shape[1] for spec in plan.adapted.values())
     held_A = lora.heads * rows_A
     held_B = lora.heads * sum(spec.rank * spec.shape[0] for spec in plan.adapted.values())
-    copies = 2 if lora.merge == "reset-less" else 1
+    copies = 2 if lora.keeps_factors else 1
     trained = held_B + (held_A if recipe.is_A_sent else 0) + elements["dense"]
     return Inventory(
         rows=tuple(rows),

@@ -150,6 +150,15 @@ def delta(
     return scale * (left @ right)
 
 
+def sum_of_heads(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """s times the sum of B A over heads, (out, in), as one product.
+
+    Args:
+        lora_A: (H, r, in). lora_B: (H, out, r).
+    """
+    return scale * (lora_B.movedim(0, 1).flatten(1) @ lora_A.flatten(0, 1))
+
+
 def stacked(lora_A: Tensor, lora_B: Tensor, merged_A: Tensor, merged_B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors (left, right) of B A - B' A' = [B - B', B'] [A; A - A'].
 

@@ -45,7 +45,7 @@ def is_lossy(recipe: Recipe) -> bool:
 
 def refits(recipe: Recipe) -> bool:
     """Whether a worker sets A to what was sent of it, and refits B."""
-    return recipe.is_A_sent and recipe.lora.merge != "reset-less" and is_lossy(recipe)
+    return recipe.is_A_sent and not recipe.lora.keeps_factors and is_lossy(recipe)
 
 
 def remembers_A(recipe: Recipe) -> bool:

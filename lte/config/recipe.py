@@ -228,7 +228,11 @@ class LoRA:
         "share of the inputs of A that are dropped in training (not of embeddings, whose inputs are tokens)",
     )
     heads: Count = _doc(1, "heads a worker trains (H), at most; they share its batch in equal slices")
-    merge: Merge = _doc("reset-b", "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0")
+    merge: Merge | Literal["never"] = _doc(
+        "reset-b",
+        "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0; never: there is none, the model is"
+        " the base of the start with the heads (LoRA)",
+    )
     A: Literal["trained", "frozen", "rotating"] = _doc(
         "trained", "A is trained; or drawn once from the seed; or redrawn after merges; not sent then"
     )
@@ -254,6 +258,16 @@ class LoRA:
         (), "patterns of parameters that are not trained at all, such as '*.bias'; they are sent once"
     )
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether a worker goes on with its A and B, and the server remembers both."""
+        return self.merge in ("reset-less", "never")
+
+    def first_head(self, slot: int) -> int:
+        """Index of a worker's first head among all workers'. Heads that are never merged are the run's:
+        whoever comes goes on with them."""
+        return 0 if self.merge == "never" else slot * self.heads
 
     def scale_of(self, rank: int) -> float:
         """lora_scale s of a module with this lora_rank, without an override."""

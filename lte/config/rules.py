@@ -142,6 +142,29 @@ def _faults(recipe: Recipe) -> list[str]:
             f"lora.A: {lora.A} contradicts lora.merge = reset, which redraws A; use reset-b",
         ),
         (
+            lora.merge != "never" or train.workers == 1,
+            f"lora.merge: never is for one worker, not train.workers = {train.workers}, whose heads would"
+            " never meet",
+        ),
+        (
+            lora.merge != "never" or lora.heads == 1,
+            f"lora.merge: never is for one head a worker, not lora.heads = {lora.heads}, each trained on its"
+            " own slice",
+        ),
+        (
+            lora.merge != "never" or (outer.name == "average" and not outer.weight_decay),
+            "lora.merge: never leaves the outer optimizer nothing to move: outer.name = average, and no"
+            " outer.weight_decay",
+        ),
+        (
+            lora.merge != "never" or not outer.publish_ema,
+            "outer.publish_ema: cannot be told in heads, which are all that lora.merge = never trains",
+        ),
+        (
+            lora.merge != "never" or outer.bound_norm is None,
+            "outer.bound_norm: compares deltas that are merged; with lora.merge = never none is",
+        ),
+        (
             lora.moments != "transport" or lora.A == "rotating",
             "lora.moments: transport needs lora.A = rotating (clear or keep otherwise)",
         ),

@@ -337,7 +337,7 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     trained = factors_held - given_A
     states_bytes = 8 + moments_bytes(recipe.optimizer)
     known_A = size.held_A if factors.remembers_A(recipe) else 0
-    merged = factors_held if lora.merge == "reset-less" else known_A
+    merged = factors_held if lora.keeps_factors else known_A
     sent_with = size.held_A if recipe.train.overlap else 0
     moments = 2 if outer.name == "adam" else 1 if outer.momentum else 0
     stepped = size.adapted + (size.dense if outer.dense else 0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lte import quantize
+from lte import lowrank, quantize
 from lte.config import LoRA
 from lte.nn.sites import HeadSpec, from_matrix, to_matrix
 from lte.quantize import Quant, Quantized
@@ -36,12 +36,13 @@ class Adapted(nn.Module):
 
     With H > 1 heads the first dimension of the input is cut into H equal slices, one head each; the
     loss is taken to be a mean over that dimension. In `eval()` mode the heads are left out, which
-    gives the published model.
+    gives the published model, unless they are never merged: then they are a part of it.
 
     Attributes:
         lora_A: (H, r, in), trained or not. lora_B: (H, out, r).
         merged_A, merged_B: A' and B', of the same shapes; None where they are zero (all modes
             but reset-less).
+        evaluates_heads: they are never merged.
         codes, scales: the base (see `quantize.Quantized`), frozen.
         spec: of its site, by the name that it had when it was converted.
         is_full: heads are of full rank: A is the identity, and lora_A has no rows. s is 1.
@@ -66,6 +67,7 @@ class Adapted(nn.Module):
         self.out_features, self.in_features = spec.shape
         self.rank, self.scale, self.init = spec.rank, spec.scale, spec.init
         self.is_full = False
+        self.evaluates_heads = lora.merge == "never"
         self.dropout_seeds: list[int] | None = None
         if plain.is_meta:
             device = torch.device("cpu")
@@ -87,7 +89,10 @@ class Adapted(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The published weight in its plain shape, fp32, dequantized anew: for code that looks at it."""
-        return from_matrix(quantize.dequantize(self.base), self.spec)
+        matrix = quantize.dequantize(self.base)
+        if self.evaluates_heads:
+            matrix = matrix + lowrank.sum_of_heads(self.lora_A.detach(), self.lora_B.detach(), self.scale)
+        return from_matrix(matrix, self.spec)
 
     @property
     def base(self) -> Quantized:
@@ -148,7 +153,7 @@ class Adapted(nn.Module):
         activations are computed anew.
         """
         share = self.lora.dropout
-        if not share:
+        if not share or not self.training:
             return slices
         if self.dropout_seeds is None:
             return F.dropout(slices, share)

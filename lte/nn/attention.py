@@ -133,7 +133,8 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
         if (heads := self._modules.get(site)) is None:
             return F.linear(x, self.get_parameter(f"{site}_weight")[rows], bias)
         assert isinstance(heads, LoRALinear)
-        return product(heads, x, bias, with_heads=heads.training, rows=rows)
+        with_heads = heads.training or heads.evaluates_heads
+        return product(heads, x, bias, with_heads=with_heads, rows=rows)
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, key: Tensor

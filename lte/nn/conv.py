@@ -80,7 +80,7 @@ class LoRAConv2d(Adapted):
             y = _BaseConvolution.apply(x, self.base, self.spec, manner)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             y = y + self.bias[:, None, None]
-        return y + self._heads_product(x, manner) if self.training else y
+        return y + self._heads_product(x, manner) if self.training or self.evaluates_heads else y
 
     def _heads_product(self, x: Tensor, manner: dict[str, Any]) -> Tensor:
         A, B = self.of_heads(self.lora_A), self.of_heads(self.lora_B)

@@ -33,7 +33,7 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
         ConfigError: impossible settings, a pattern that matches nothing, or a model that is converted.
     """
     lora = lora or LoRA()
-    settings = Recipe(lora=lora, base=Base(quant=base), train=Train(batch_size=lora.heads))
+    settings = Recipe(lora=lora, base=Base(quant=base), train=Train(batch_size=lora.heads, workers=1))
     lora = config.checked(settings).lora
     if any(adapted_modules(model)):
         raise ConfigError(["this model is converted already"])

@@ -30,7 +30,8 @@ class LoRAEmbedding(Adapted):
         self.padding_idx = embedding.padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return lookup(self, tokens, self.padding_idx, with_heads=self.training)
+        with_heads = self.training or self.evaluates_heads
+        return lookup(self, tokens, self.padding_idx, with_heads=with_heads)
 
 
 class TiedEmbedding(Tied):
@@ -41,7 +42,8 @@ class TiedEmbedding(Tied):
         self.padding_idx = embedding.padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return lookup(self.adapted, tokens, self.padding_idx, with_heads=self.training)
+        with_heads = self.training or self.adapted.evaluates_heads
+        return lookup(self.adapted, tokens, self.padding_idx, with_heads=with_heads)
 
 
 def lookup(of: Adapted, tokens: Tensor, padding_idx: int | None, *, with_heads: bool) -> Tensor:

@@ -78,7 +78,7 @@ class LoRALinear(Adapted):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(self, x, self.bias, with_heads=self.training)
+        return product(self, x, self.bias, with_heads=self.training or self.evaluates_heads)
 
 
 class TiedLinear(Tied):
@@ -89,4 +89,4 @@ class TiedLinear(Tied):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(self.adapted, x, self.bias, with_heads=self.training)
+        return product(self.adapted, x, self.bias, with_heads=self.training or self.adapted.evaluates_heads)

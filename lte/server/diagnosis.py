@@ -143,7 +143,9 @@ class Diagnosis:
         cosines = diagnostics.of_pairs(diagnostics.cosines(heads)).tolist()
         columns, rows = _distances(heads)
         of_round = diagnostics.singular(merge.mean_delta(heads)).values
-        error, error_in_steps = diagnostics.quantization_error(quantized, base)
+        error = error_in_steps = 0.0
+        if self._master.recipe.lora.merge != "never":  # with which W itself is published
+            error, error_in_steps = diagnostics.quantization_error(quantized, base)
         return {
             "cosine_mean": _mean(cosines),
             "cosine_max": max(filter(math.isfinite, cosines), default=math.nan),

@@ -35,6 +35,11 @@ def objection(hello: wire.Hello, plan: Plan, lora: LoRA) -> tuple[str, str] | No
             f"it trains {so_many(heads, rank)}, the recipe {so_many(lora.heads, plan.rank)}",
             "choose at most the recipe's rank and heads",
         )
+    if lora.merge == "never" and (rank, heads) != (plan.rank, lora.heads):
+        return (
+            f"it trains {so_many(heads, rank)}, the run's own are {so_many(lora.heads, plan.rank)}",
+            "leave rank and heads to the recipe: with lora.merge = never whoever comes goes on with them",
+        )
     if hello.model and (differs := difference(hello.model, plan.capped(rank).describe(lora))):
         return (
             f"it trains another model ({differs[:500]})",
@@ -105,7 +110,7 @@ class Intake:
             worker_id=message.worker_id,
             heads=member.heads,
             rank=member.rank,
-            first_head=member.slot * self._recipe.lora.heads,
+            first_head=self._recipe.lora.first_head(member.slot),
             draw=message.draw,
             tokens=message.tokens,
             tensors=self._master.decode(blobs, message.worker_id, member.heads, member.rank),
@@ -135,7 +140,7 @@ class Intake:
             return "it counts more draws of its A than there were merges"
         if self._recipe.outer.weights == "tokens" and not message.tokens:
             return "it counts no tokens, by which it would be weighted (worker.step(loss, tokens=...))"
-        first_head = member.slot * self._recipe.lora.heads
+        first_head = self._recipe.lora.first_head(member.slot)
         if message.given_digest != self._master.given_digest(first_head, heads, rank, message.draw):
             return (
                 "its A is not what the server draws from the seed; use lora.A=trained between such machines"

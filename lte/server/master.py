@@ -34,6 +34,9 @@ from lte.server.average import Average
 
 Result = TypeVar("Result")
 
+_RUN = "*"
+"""In place of a worker's name, which it cannot be: whose heads are that are never merged."""
+
 
 @dataclass(frozen=True)
 class Received:
@@ -96,6 +99,9 @@ class Master:
     Heads may differ between workers: each has so many of them, of a rank that is in every module the
     recipe's or the worker's own, whichever is smaller.
 
+    Where heads are never merged Q stays Q_0. W, which is published then, is deq(Q_0) with the heads as the
+    server knows them.
+
     Attributes:
         recipe: with the settings of the round on the version at hand. plan: what becomes of the model by
             them; built: what becomes of one that joins, before its worker brings it to these.
@@ -106,8 +112,8 @@ class Master:
         ema: average of weights and dense parameters over versions, with `outer.ema`. Statistics are not in
             it, as they are averages themselves: with it go the master's.
         merged: worker_id -> MODULE/A, MODULE/B -> merged factors (H, r, in), (H, out, r) in
-            reset-less mode; in reset-b MODULE/A alone, the A that was sent last (B' is zero), where A
-            is trained and sent lossily.
+            reset-less mode, and under `_RUN` where they are never merged; in reset-b MODULE/A alone, the A
+            that was sent last (B' is zero), where A is trained and sent lossily.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -213,15 +219,19 @@ class Master:
 
     def keep_only(self, worker_ids: Collection[str]) -> None:
         """Drop the merged factors of all other workers: their heads are gone."""
-        self.merged = {who: held for who, held in self.merged.items() if who in worker_ids}
+        self.merged = {who: held for who, held in self.merged.items() if who in worker_ids or who == _RUN}
 
     def merged_of(self, worker_id: str, heads: int, rank: int) -> dict[str, Tensor]:
         """The merged factors of a worker; nothing where what was merged of it were other heads than these:
         who comes back with another rank has new heads."""
-        held, adapted = self.merged.get(worker_id, {}), self.plan.capped(rank).adapted
+        held, adapted = self.merged.get(self._owner(worker_id), {}), self.plan.capped(rank).adapted
         if any(held[name + A].shape[:2] != (heads, spec.rank) for name, spec in adapted.items() if held):
             return {}
         return held
+
+    def _owner(self, worker_id: str) -> str:
+        """Whose a worker's merged factors are."""
+        return _RUN if self.recipe.lora.merge == "never" else worker_id
 
     def merged_digest(self, worker_id: str, heads: int, rank: int) -> str:
         """Digest of a worker's merged factors; of nothing while these are zero."""
@@ -259,8 +269,9 @@ class Master:
             of_round = num_heads / (num_heads + num_missing_heads)
         for c in contributions:
             if not self.merged_of(c.worker_id, c.heads, c.rank):  # it had other heads once, or none
-                self.merged.pop(c.worker_id, None)
+                self.merged.pop(self._owner(c.worker_id), None)
         robust = self._robust(contributions, shares)
+        rebuilt = {self._owner(c.worker_id): self._rebuilt(c) for c in contributions}
         kept: dict[str, list[HeadDelta]] = {}
 
         def merge_into(name: str) -> tuple[float, float]:
@@ -271,7 +282,10 @@ class Master:
             if keep_heads:
                 kept[name] = heads
             before = self.weights[name]
-            self._step(name, self.weights, merge.mean_delta(heads), outer, of_round)
+            if self.recipe.lora.merge == "never":
+                self.weights[name] = self._with_heads(name, rebuilt[_RUN])
+            else:
+                self._step(name, self.weights, merge.mean_delta(heads), outer, of_round)
             steps = quantize.step(self.base[name])
             return float(torch.dist(self.weights[name], before)), float(steps.norm()) * quantize.BLOCK**0.5
 
@@ -294,9 +308,7 @@ class Master:
         else:
             trained = {name: self.dense[name] for name in self.plan.dense}
             self.ema.include(self.weights | trained, outer.ema**of_round)
-        for contribution in contributions:
-            if merged := self._rebuilt(contribution):
-                self.merged[contribution.worker_id] = merged
+        self.merged |= {owner: held for owner, held in rebuilt.items() if held}
         change, step = (math.hypot(*sizes) for sizes in zip((0.0, 0.0), *measured, strict=True))
         who = [contribution.worker_id for contribution in contributions]
         return Outcome(
@@ -351,14 +363,20 @@ class Master:
 
     def _rebuilt(self, contribution: Received) -> dict[str, Tensor]:
         """What the server must remember of the worker's factors, as it knows them now."""
-        if self.recipe.lora.merge != "reset-less" and not factors.remembers_A(self.recipe):
+        if not self.recipe.lora.keeps_factors and not factors.remembers_A(self.recipe):
             return {}
         rebuilt = {}
         for name in self.plan.adapted:
             rebuilt[name + A], now_B, _, _ = self._pair(name, contribution)
-            if self.recipe.lora.merge == "reset-less":
+            if self.recipe.lora.keeps_factors:
                 rebuilt[name + B] = now_B
         return rebuilt
+
+    def _with_heads(self, name: str, held: Mapping[str, Tensor]) -> Tensor:
+        """deq(Q) with the mean of these heads, of one module."""
+        scale = self.plan.adapted[name].scale / self.recipe.lora.heads
+        heads = lowrank.sum_of_heads(held[name + A], held[name + B], scale)
+        return quantize.dequantize(self.base[name]) + heads
 
     def _factors(
         self, name: str, contribution: Received
@@ -377,7 +395,7 @@ class Master:
 
     def _pair(self, name: str, contribution: Received) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """A, B, A', B' of all of the worker's heads on one module: what it sent and what is known."""
-        known = self.merged.get(contribution.worker_id, {})
+        known = self.merged.get(self._owner(contribution.worker_id), {})
         merged_A, merged_B = known.get(name + A), known.get(name + B)
         if self.recipe.is_A_sent:
             sent_A = contribution.tensors[name + A]
@@ -442,12 +460,15 @@ class Master:
 
     @torch.no_grad()
     def requantize(self, *, last: bool = False) -> dict[str, Quantized]:
-        """Bring Q up to W, or what else is `to_publish`; in another format it is made anew.
+        """Bring Q up to W, or what else is `to_publish`; in another format it is made anew. Where heads are
+        never merged it stays.
 
         Returns:
             The Q of before, which `changes_since` needs.
         """
         settings, before = self.recipe.base, self.base
+        if self.recipe.lora.merge == "never":
+            return before
         keep = (settings.keep_scale_from, settings.keep_scale_to)
         weights = self.to_publish(last=last)
 
@@ -525,10 +546,12 @@ class Master:
         return quantize.digest(sorted(self.dense.items()), *digests)
 
     def parameters(self, which: str) -> dict[str, Tensor]:
-        """Parameters that are trained, and statistics, of the plain model, by name: `published` (deq(Q)),
-        `master` (W) or `ema`, its mean."""
+        """Parameters that are trained, and statistics, of the plain model, by name: `published` (deq(Q), or W
+        where heads are never merged), `master` (W) or `ema`, its mean."""
         if which == "published":
             weights = {name: quantize.dequantize(base) for name, base in self.base.items()}
+            if self.recipe.lora.merge == "never":
+                weights = self.weights
             dense = self.published_dense
         elif which == "ema":
             weights, dense = self.ema.tensors, self.dense | self.ema.tensors

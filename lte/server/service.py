@@ -994,5 +994,5 @@ def _rules(recipe: Recipe) -> rounds.Rules:
         grace_s=recipe.grace_s,
         deadline_s=recipe.server.deadline_s,
         silence_s=recipe.server.silence_s,
-        most_workers=recipe.server.max_workers,
+        most_workers=1 if recipe.lora.merge == "never" else recipe.server.max_workers,
     )

@@ -113,7 +113,7 @@ class Trainer:
         self.modules: dict[str, Adapted] = dict(adapted_modules(model))
         self.heads = next((m.heads for m in self.modules.values()), 1)
         self.rank = max((m.rank for m in self.modules.values()), default=0)
-        self.first_head = slot * recipe.lora.heads
+        self.first_head = recipe.lora.first_head(slot)
         self.dense = dict(dense_parameters(model))
         self._statistics = dict(statistics(model))
         self._constants = {name: tensor for name, tensor, _ in constant_tensors(model)}
@@ -124,8 +124,9 @@ class Trainer:
         # What the last contribution came to at the server, and the A that it was sent with.
         self._sent: dict[str, Tensor] = {}
         self._sent_with: dict[str, Tensor] = {}
-        # The A that the server knows, where it remembers one (see `factors.remembers_A`).
-        self._known_A: dict[str, Tensor] = {}
+        # What the server remembers of the factors beside what the modules subtract: A where
+        # `factors.remembers_A`, A and B where they are never merged.
+        self._known: dict[str, Tensor] = {}
         # Squared norms of what the last merge dropped of heads that had moved on, and of what it took.
         self._lost_ahead = (0.0, 0.0)
         self._load(self._staged(base, base_digest, version, whole=True))
@@ -233,7 +234,7 @@ class Trainer:
         self._sent, self._sent_with = {}, {}
         left_out, total = self._lost_ahead
         feedback, lora = self.recipe.compress.error_feedback, self.recipe.lora
-        forgets = factors.refits(self.recipe) or (not feedback and lora.merge != "reset-less")
+        forgets = factors.refits(self.recipe) or (not feedback and not lora.keeps_factors)
         for name, module in self.modules.items():
             old_A, old_B = module.lora_A.to("cpu", copy=True), module.lora_B.to("cpu", copy=True)
             if module.lora_A.requires_grad:
@@ -269,7 +270,7 @@ class Trainer:
 
     def _encode_A(self, name: str, module: Adapted) -> Tensor:
         """Send A, and set A to what was sent where the product would be wrong otherwise."""
-        known = self._known(name, module)[0]
+        known = self._known_of(name, module)[0]
         codec, truncate_rank = factors.codec_of(name + A, self.recipe, is_known=known is not None)
         now = module.lora_A.detach().cpu()
         blob, sent = factors.encode(now if known is None else now - known, codec, truncate_rank)
@@ -281,7 +282,7 @@ class Trainer:
         return blob
 
     def _encode_B(self, name: str, module: Adapted) -> Tensor:
-        known = self._known(name, module)[1]
+        known = self._known_of(name, module)[1]
         codec, truncate_rank = factors.codec_of(name + B, self.recipe, is_known=known is not None)
         now = module.lora_B.detach().cpu()
         blob, self._sent[name + B] = factors.encode(
@@ -289,11 +290,11 @@ class Trainer:
         )
         return blob
 
-    def _known(self, name: str, module: Adapted) -> tuple[Tensor | None, Tensor | None]:
+    def _known_of(self, name: str, module: Adapted) -> tuple[Tensor | None, Tensor | None]:
         """A and B as the server knows them, on the CPU; None where it knows nothing or zeros."""
         if self._has_merged and module.merged_A is not None and module.merged_B is not None:
             return module.merged_A.cpu(), module.merged_B.cpu()
-        return self._known_A.get(name), None
+        return self._known.get(name + A), self._known.get(name + B)
 
     def _kept(self, name: str, module: Adapted) -> tuple[Tensor, Tensor]:
         """The B and A that hold what was sent and what is still owed."""
@@ -308,7 +309,7 @@ class Trainer:
 
     def merged_digest(self) -> str:
         """Digest of the factors that the server remembers of this worker."""
-        merged = {name + A: known for name, known in self._known_A.items()}
+        merged = dict(self._known)
         if self._has_merged:
             for name, module in self.modules.items():
                 assert module.merged_A is not None and module.merged_B is not None
@@ -465,7 +466,7 @@ class Trainer:
         """
         seed = self.recipe.run.seed
         draw_heads(self.model, self.recipe.lora, seed=seed, first_head=self.first_head, draw=self.draw)
-        self._known_A, self._has_merged = {}, False
+        self._known, self._has_merged = {}, False
         self._sent, self._sent_with, self._lost_ahead = {}, {}, (0.0, 0.0)
         for name, module in self.modules.items():
             for parameter in (module.lora_A, module.lora_B):
@@ -474,13 +475,13 @@ class Trainer:
                 continue
             known_B = merged.get(name + B)
             module.lora_A.copy_(known_A)
-            if known_B is None:
-                self._known_A[name] = known_A
+            if known_B is not None:
+                module.lora_B.copy_(known_B)
+            if known_B is None or module.merged_A is None or module.merged_B is None:
+                self._known |= {n: merged[n] for n in (name + A, name + B) if n in merged}
                 continue
-            assert module.merged_A is not None and module.merged_B is not None
             module.merged_A.copy_(known_A)
             module.merged_B.copy_(known_B)
-            module.lora_B.copy_(known_B)
             self._has_merged = True
         # A worker's own round is over where steps of it were taken: its batches have been seen.
         own = self.round + bool(self.local_step)
@@ -492,17 +493,19 @@ class Trainer:
         lora, feedback = self.recipe.lora, self.recipe.compress.error_feedback
         self._lost_ahead = (0.0, 0.0)
         for name, module in self.modules.items():
-            known_A, known_B = self._known(name, module)
+            known_A, known_B = self._known_of(name, module)
             sent_B = self._sent[name + B]
             now_B = sent_B if known_B is None else known_B + sent_B
             now_A = module.lora_A.detach()
             if name + A in self._sent:
                 sent_A = self._sent[name + A]
                 now_A = sent_A if known_A is None else known_A + sent_A
-            if lora.merge == "reset-less":
-                assert module.merged_A is not None and module.merged_B is not None
-                module.merged_A.copy_(now_A)
-                module.merged_B.copy_(now_B)
+            if lora.keeps_factors:
+                if module.merged_A is not None and module.merged_B is not None:
+                    module.merged_A.copy_(now_A)
+                    module.merged_B.copy_(now_B)
+                else:
+                    self._known |= {name + A: now_A.to("cpu", copy=True), name + B: now_B}
                 if not feedback:
                     module.lora_A.copy_(now_A)
                     module.lora_B.copy_(now_B)
@@ -511,7 +514,7 @@ class Trainer:
             else:
                 module.lora_B.zero_()
             if factors.remembers_A(self.recipe):
-                self._known_A[name] = now_A
+                self._known[name + A] = now_A
         self._has_merged = lora.merge == "reset-less"
         self._follow_draw()
 
@@ -596,7 +599,7 @@ class Trainer:
         }
         tensors = {f"parameter/{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         tensors |= {f"buffer/{name}": buffer for name, buffer in changing_buffers(self.model)}
-        groups = {"published": self._published, "sent": self._sent, "known": self._known_A}
+        groups = {"published": self._published, "sent": self._sent, "known": self._known}
         groups["sent_with"] = self._sent_with
         for group, some in groups.items():
             tensors |= {f"{group}/{name}": tensor for name, tensor in some.items()}
@@ -657,7 +660,7 @@ class Trainer:
 
         held_published = group("published")
         self._published = {name: held_published[name] for name, _ in self._averaged()}
-        self._sent, self._sent_with, self._known_A = group("sent"), group("sent_with"), group("known")
+        self._sent, self._sent_with, self._known = group("sent"), group("sent_with"), group("known")
         for name, module in self.modules.items():
             if module.merged_A is not None and module.merged_B is not None:
                 module.merged_A.copy_(tensors[f"merged/{name}{A}"])

@@ -1,0 +1,94 @@
+"""What else than LTE is trained by the same machine survives the same faults, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from typing import Any
+
+import pytest
+from cluster import ROUNDS, Cluster, EveryCheckpoint, Fault, audit, replayed
+
+from lte import recipes
+from lte.config import Recipe
+from lte.server.evaluation import Measured
+from lte.tasks import task_of
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"train.workers": 1, "lora.merge": "never", "base.quant": "nf4"},
+}
+KILLED = {
+    "server, between journal and publishing": Fault("lte.server.publisher:Publisher.publish", call=3),
+    "server, before a checkpoint has its name": Fault("lte.server.checkpoint:_name", call=2),
+    "worker, between two steps": Fault("lte.worker.trainer:Trainer.step", call=5, after=True),
+    "worker, when it has pushed": Fault("lte.worker.session:Session.push", call=3, after=True),
+    "worker, when it has applied the update": Fault("lte.worker.trainer:Trainer.apply", call=3, after=True),
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def settings(request: pytest.FixtureRequest, settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | METHODS[request.param]
+
+
+def names(cluster: Cluster) -> tuple[str, ...]:
+    return ("b", "a")[: cluster.settings["train.workers"]]
+
+
+def trained(cluster: Cluster, **settings: Any) -> None:
+    for process in (
+        cluster.serve(EveryCheckpoint(), **settings),
+        *(cluster.work(name) for name in names(cluster)),
+    ):
+        cluster.ended(process, 0)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Cluster:
+    """A run that nothing happened to."""
+    cluster = Cluster(tmp_path_factory.mktemp("calm"), settings)
+    try:
+        trained(cluster)
+        return cluster
+    finally:
+        cluster.close()
+
+
+def measured(recipe: Recipe, cluster: Cluster, which: str) -> float:
+    model, _, _ = recipes.load_run(cluster.run, which)
+    found = task_of(recipe).evaluate(model, recipe.eval.final_tokens)
+    assert isinstance(found, Measured) and found.loss is not None
+    return found.loss
+
+
+def test_what_a_run_folder_holds_is_what_was_measured(calm: Cluster) -> None:
+    (done,) = calm.lines("done")
+    recipe = recipes.recipe_of(calm.run)
+    assert measured(recipe, calm, "published") == pytest.approx(done["loss"])
+    assert measured(recipe, calm, "master") == pytest.approx(done["loss_master"])
+    assert replayed(calm.run) == calm.master_digest()
+    audit(calm.run, ROUNDS, set(names(calm)))
+
+
+@pytest.mark.parametrize("killed", KILLED)
+def test_whoever_is_killed_goes_on_bit_for_bit(cluster: Cluster, calm: Cluster, killed: str) -> None:
+    of_server, of_worker = ([KILLED[killed]] if killed.startswith(who) else [] for who in ("server", "work"))
+    server, others = cluster.serve(*of_server), [cluster.work(name) for name in names(cluster)[1:]]
+    disturbed = cluster.work("b", *of_worker)
+    cluster.ended(disturbed if of_worker else server, -signal.SIGKILL)
+    again = cluster.work("b") if of_worker else cluster.serve()
+    for process in (again, server if of_worker else disturbed, *others):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == calm.master_digest()
+    audit(cluster.run, ROUNDS, set(names(cluster)))
+
+
+def test_a_run_that_was_rolled_back_goes_on(calm: Cluster, cluster: Cluster) -> None:
+    """Workers start over from what the server knew of their heads then: with no moments, so that the end
+    is another, and with nothing lost."""
+    shutil.copytree(calm.folder, cluster.folder, ignore=shutil.ignore_patterns("socket*"), dirs_exist_ok=True)
+    recipes.roll_back(cluster.run, 3)
+    trained(cluster)
+    versions = [line["version"] for line in cluster.lines("round")]
+    assert versions == list(range(1, ROUNDS + 1))
+    assert cluster.lines("done")[-1]["loss"] < 1.2 * calm.lines("done")[-1]["loss"]
