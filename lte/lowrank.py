@@ -156,7 +156,20 @@ def sum_of_heads(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     Args:
         lora_A: (H, r, in). lora_B: (H, out, r).
     """
-    return scale * (lora_B.movedim(0, 1).flatten(1) @ lora_A.flatten(0, 1))
+    left, right = side_by_side(lora_A, lora_B)
+    return scale * (left @ right)
+
+
+def side_by_side(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (left, right) of the sum of B A over heads: one head of rank H r.
+
+    Args:
+        lora_A: (H, r, in). lora_B: (H, ..., r).
+
+    Returns:
+        left (..., H r) and right (H r, in).
+    """
+    return lora_B.movedim(0, -2).flatten(-2), lora_A.flatten(0, 1)
 
 
 def stacked(lora_A: Tensor, lora_B: Tensor, merged_A: Tensor, merged_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,8 @@ def work(
                 given = config.replace(given, **{"data.shards": shards})
             task_of(given).check()
             pieces = f", in {given.train.accumulate} pieces" if given.train.accumulate > 1 else ""
-            if heads and given.train.batch_size % (heads * given.train.accumulate):
+            own = given.lora.capped(rank, heads)
+            if heads and given.train.batch_size % (own.num_slices * given.train.accumulate):
                 batch = f"the recipe's batches of {given.train.batch_size}{pieces}"
                 raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
             say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
@@ -136,6 +137,7 @@ def _train(
     stream = task.stream(session.welcome.slot)
     model = materialize(_with_heads(recipe, rank, heads), device)
     worker, ended_by = Worker(model, session, say=say), list[int]()
+    slices = recipe.lora.capped(rank, heads).num_slices
 
     def stop(number: int) -> None:
         ended_by.append(number)
@@ -147,7 +149,7 @@ def _train(
         while goes_on:
             batch = stream.batch(worker.step_index).to(device)
             total = torch.zeros((), device=device)
-            for part in micro_batches(batch, heads, recipe.train.accumulate):
+            for part in micro_batches(batch, slices, recipe.train.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
                     loss = task.loss(model, part) / recipe.train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
 """Methods that are settings of the same machine, against naive loops in plain torch."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +9,10 @@ from simulation import Simulation, recipe
 from torch import nn
 from torch.nn import functional as F
 
-from lte import config, quantize
+import lte
+from lte import LoRA, config, quantize
 from lte.errors import ConfigError
+from lte.nn import adapted_modules
 
 SCALE = 2.0
 
@@ -206,11 +209,151 @@ def test_whoever_comes_goes_on_with_heads_that_are_never_merged() -> None:
         assert torch.allclose(module.weight, master.parameters("published")[f"{name}.weight"], atol=1e-6)
 
 
+# Multi-head LoRA
+
+MHLORA = LORA | {"lora.heads": 3, "lora.batch": "whole"}
+
+
+@pytest.mark.parametrize("mode", ["never", "reset-less", "reset-b"])
+def test_multi_head_lora_is_a_mean_over_heads_that_all_see_the_whole_batch(mode: str) -> None:
+    """Merged or not: merging the only worker's heads changes no function; in reset-less they stay LoRA's."""
+    simulation = Simulation(net(), recipe(**MHLORA | {"lora.merge": mode}), 1)
+    naive = NaiveLoRA(net(), starts(simulation), torch.float64)
+    optimizer = torch.optim.AdamW(naive.groups(0.02, 0.01), betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    for round_ in range(4):
+        data = batches(1, 5, seed=round_)
+        for batch in data[0]:
+            loss = naive.loss(batch)
+            assert mse(simulation.trainers[0].model, batch).item() == pytest.approx(loss.item(), abs=1e-5)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            simulation.local_steps(mse, [[batch]])
+        simulation.merge()
+        assert distance(simulation, naive, "published") < 1e-5
+        assert distance(simulation, naive, "master") < 1e-5
+        if mode == "reset-b":
+            for name in naive.W:
+                naive.W[name] = naive.weight(name).detach()
+                naive.B[name].data.zero_()
+
+
+def test_lte_with_one_step_and_one_batch_for_all_is_multi_head_lora_at_a_higher_rate() -> None:
+    """N workers of plain SGD that merge after each step, against N heads on the whole batch and a rate N
+    times larger (DESIGN, section 1). Dense parameters have one rate in both."""
+    N, lr = 3, 0.05
+    common = {"optimizer.name": "sgd", "optimizer.dense_lr": 0.1, "lora.merge": "reset-less"}
+    lte = Simulation(net(), recipe(**common, **{"optimizer.lr": lr}), N)
+    whole = {"lora.heads": N, "lora.batch": "whole", "optimizer.lr": N * lr}
+    mhlora = Simulation(net(), recipe(**common, **whole), 1)
+    start = lte.master.weights["up"]
+    for step in range(8):
+        (own,) = batches(1, 1, seed=step)
+        lte.local_steps(mse, [own] * N)
+        mhlora.local_steps(mse, [own])
+        lte.merge()
+        mhlora.merge()
+        for name, weight in lte.master.weights.items():
+            assert (weight - mhlora.master.weights[name]).abs().max() < 1e-5
+    assert (lte.master.weights["up"] - start).abs().max() > 0.01, "it did not train: the test is blind"
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Embedding(8, 6, padding_idx=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.site((x * 3).long().clamp(0, 7))
+
+
+class TiedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.site, self.output = nn.Embedding(8, 6), nn.Linear(6, 8, bias=False)
+        self.output.weight = self.site.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.site((x * 3).long().clamp(0, 7)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.site(x.repeat(1, 4, 1).view(len(x), 4, -1, 6))
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.site = conv(5, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.site(x)
+
+
+@pytest.mark.parametrize("kind", [Table, TiedNet, Attention, Conv, Transposed])
+@pytest.mark.parametrize("mode", ["reset-less", "never"])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_heads_on_the_whole_batch_compute_as_one_of_all_their_ranks(
+    kind: type[nn.Module], mode: str, quant: str
+) -> None:
+    """Output and gradients, in training with dropout and under autocast, and in eval mode."""
+    H, r = 3, 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = kind()
+        x = torch.rand(5, 6, 6) * 3
+    shared = {"merge": mode, "embeddings": True, "tied": "adapted", "dropout": 0.25, "batch": "whole"}
+    many = lte.convert(copy.deepcopy(plain), LoRA(**shared, heads=H, rank=r, scale=3.0), quant)
+    one = lte.convert(copy.deepcopy(plain), LoRA(**shared, heads=1, rank=H * r, scale=1.0), quant)
+    pairs = [(a, b) for (_, a), (_, b) in zip(adapted_modules(many), adapted_modules(one), strict=True)]
+    assert pairs
+    for seed, (a, b) in enumerate(pairs):
+        generator = torch.Generator().manual_seed(seed)
+        for name in ("lora_A", "lora_B", "merged_A", "merged_B"):
+            if (tensor := getattr(a, name)) is not None:
+                tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+                joined = torch.cat(list(tensor.data), dim=0 if name.endswith("A") else 1)
+                getattr(b, name).data.copy_(joined.unsqueeze(0))
+        a.dropout_seeds = b.dropout_seeds = [seed]
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = [model(x).float() for model in (many, one)]
+        assert torch.allclose(*outputs, atol=0.05 if autocast else 1e-5)
+    for model in (many, one):
+        model.zero_grad()
+        model(x).square().mean().backward()
+    for a, b in pairs:
+        assert torch.allclose(torch.cat(list(a.lora_A.grad)), b.lora_A.grad[0], atol=1e-5)
+        assert torch.allclose(torch.cat(list(a.lora_B.grad), 1), b.lora_B.grad[0], atol=1e-5)
+        assert a.lora_B.grad.abs().max() > 1e-4
+    evaluated = [model.eval()(x) for model in (many, one)]
+    assert torch.allclose(*evaluated, atol=1e-5)
+    of_base = copy.deepcopy(many)
+    for _, module in adapted_modules(of_base):
+        module.lora_B.data.zero_()
+    assert torch.allclose(of_base(x), evaluated[0], atol=1e-5) == (mode == "reset-less")
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({"train.workers": 4}, "lora.merge: never is for one worker"),
-        ({"lora.heads": 2}, "lora.merge: never is for one head"),
+        ({"lora.heads": 2}, "lora.merge: never would leave lora.heads = 2"),
         ({"outer.name": "sgd"}, "lora.merge: never leaves the outer optimizer nothing"),
         ({"outer.weight_decay": 0.1}, "lora.merge: never leaves the outer optimizer nothing"),
         ({"outer.bound_norm": 2.0}, "outer.bound_norm: compares"),

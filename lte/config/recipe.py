@@ -227,7 +227,12 @@ class LoRA:
         0.0,
         "share of the inputs of A that are dropped in training (not of embeddings, whose inputs are tokens)",
     )
-    heads: Count = _doc(1, "heads a worker trains (H), at most; they share its batch in equal slices")
+    heads: Count = _doc(1, "heads a worker trains (H), at most")
+    batch: Literal["sliced", "whole"] = _doc(
+        "sliced",
+        "heads see equal slices of a worker's batch, as if each were alone; or all see the whole of it, and"
+        " each adds 1 / H of what it would add alone (multi-head LoRA)",
+    )
     merge: Merge | Literal["never"] = _doc(
         "reset-b",
         "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0; never: there is none, the model is"
@@ -263,6 +268,11 @@ class LoRA:
     def keeps_factors(self) -> bool:
         """Whether a worker goes on with its A and B, and the server remembers both."""
         return self.merge in ("reset-less", "never")
+
+    @property
+    def num_slices(self) -> int:
+        """Into how many slices the heads of a worker cut its batch."""
+        return self.heads if self.batch == "sliced" else 1
 
     def first_head(self, slot: int) -> int:
         """Index of a worker's first head among all workers'. Heads that are never merged are the run's:

@@ -44,6 +44,11 @@ def check(recipe: Recipe) -> list[str]:
             "train.overlap: contradicts train.phases of other heads (rank, merge, full_rank): a contribution"
             " may be under way when they begin"
         )
+    elif recipe.lora.merge == "never" and any(p.changes_heads or p.base_quant for p in recipe.train.phases):
+        faults.append(
+            "lora.merge: never contradicts train.phases of other heads or another base (rank, merge,"
+            " full_rank, base_quant)"
+        )
     else:
         for start in starts:
             later = [line for line in _faults(recipe.in_round(start)) if line not in faults]
@@ -112,13 +117,15 @@ def _faults(recipe: Recipe) -> list[str]:
             f" ({model.width}) into an even number of features",
         ),
         (
-            train.batch_size % lora.heads == 0,
+            train.batch_size % lora.num_slices == 0,
             f"train.batch_size: {train.batch_size} cannot be cut into lora.heads ({lora.heads}) equal slices",
         ),
         (
-            train.batch_size % lora.heads != 0 or train.batch_size // lora.heads % train.accumulate == 0,
-            f"train.accumulate: the {train.batch_size // lora.heads} samples of a head (train.batch_size /"
-            f" lora.heads) cannot be cut into {train.accumulate} equal pieces",
+            train.batch_size % lora.num_slices != 0
+            or train.batch_size // lora.num_slices % train.accumulate == 0,
+            f"train.accumulate: the {train.batch_size // lora.num_slices} samples of a head (train.batch_size"
+            f"{' / lora.heads' if lora.num_slices > 1 else ''}) cannot be cut into {train.accumulate} equal"
+            " pieces",
         ),
         (
             (lora.scaling == "rank-stabilized") == (lora.alpha is not None),
@@ -138,6 +145,11 @@ def _faults(recipe: Recipe) -> list[str]:
             f"train.full_rank: needs lora.merge = reset-b, not {lora.merge} (a phase may set both)",
         ),
         (
+            not train.full_rank or lora.num_slices == lora.heads,
+            f"train.full_rank: lora.heads = {lora.heads} that all see the whole batch would be one and the same;"
+            " use lora.batch = sliced",
+        ),
+        (
             lora.A == "trained" or lora.merge != "reset",
             f"lora.A: {lora.A} contradicts lora.merge = reset, which redraws A; use reset-b",
         ),
@@ -147,9 +159,9 @@ def _faults(recipe: Recipe) -> list[str]:
             " never meet",
         ),
         (
-            lora.merge != "never" or lora.heads == 1,
-            f"lora.merge: never is for one head a worker, not lora.heads = {lora.heads}, each trained on its"
-            " own slice",
+            lora.merge != "never" or lora.num_slices == 1,
+            f"lora.merge: never would leave lora.heads = {lora.heads} that are alone on their slices; they"
+            " need lora.batch = whole",
         ),
         (
             lora.merge != "never" or (outer.name == "average" and not outer.weight_decay),

@@ -35,18 +35,22 @@ class Adapted(nn.Module):
     """A weight (out, in) as deq(Q) + s (B A - B' A'); subclasses say what is computed with it.
 
     With H > 1 heads the first dimension of the input is cut into H equal slices, one head each; the
-    loss is taken to be a mean over that dimension. In `eval()` mode the heads are left out, which
-    gives the published model, unless they are never merged: then they are a part of it.
+    loss is taken to be a mean over that dimension. Or all heads see the whole of it, and add 1 / H each:
+    then they compute as one head of rank H r, and have its masks of dropout.
+
+    In `eval()` mode the heads are left out, which gives the published model, unless they are never
+    merged: then they are a part of it.
 
     Attributes:
         lora_A: (H, r, in), trained or not. lora_B: (H, out, r).
         merged_A, merged_B: A' and B', of the same shapes; None where they are zero (all modes
             but reset-less).
         evaluates_heads: they are never merged.
+        num_slices: that the batch is cut into. scale: s, or s / H where all heads see the whole batch.
         codes, scales: the base (see `quantize.Quantized`), frozen.
         spec: of its site, by the name that it had when it was converted.
         is_full: heads are of full rank: A is the identity, and lora_A has no rows. s is 1.
-        dropout_seeds: of each head's masks of dropout; None: these come from torch's own generator.
+        dropout_seeds: of each slice's masks of dropout; None: these come from torch's own generator.
     """
 
     codes: Tensor
@@ -65,7 +69,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.spec, self.lora, self.heads, self.quant = spec, lora, lora.heads, quant
         self.out_features, self.in_features = spec.shape
-        self.rank, self.scale, self.init = spec.rank, spec.scale, spec.init
+        self.rank, self.init, self.num_slices = spec.rank, spec.init, lora.num_slices
+        self.scale = self._scale_of(spec.scale)
         self.is_full = False
         self.evaluates_heads = lora.merge == "never"
         self.dropout_seeds: list[int] | None = None
@@ -116,9 +121,13 @@ class Adapted(nn.Module):
         self.is_full = True
         self.merged_A = self.merged_B = None
 
+    def _scale_of(self, scale: float) -> float:
+        """The factor of each head's product, of lora_scale s."""
+        return scale if self.num_slices == self.heads else scale / self.heads
+
     def _replace_heads(self, rank: int, rows: int, scale: float) -> None:
         """New parameters: a graph that is still held remembers the shapes of those before."""
-        self.rank, self.scale = rank, scale
+        self.rank, self.scale = rank, self._scale_of(scale)
         A, B = self.lora_A, self.lora_B
         is_trained = self.lora.A == "trained" and rows > 0
         self.lora_A = nn.Parameter(A.new_zeros(self.heads, rows, self.in_features), is_trained)
@@ -136,8 +145,8 @@ class Adapted(nn.Module):
         self.scales.copy_(base.scales)
 
     def sliced(self, batch: Tensor) -> Tensor:
-        """A batch (n, ...) as its heads see it, (H, n / H, ...), or whole, (1, ...), by one head."""
-        if self.heads == 1:
+        """A batch (n, ...) as its heads see it: in slices, (H, n / H, ...), or whole, (1, n, ...)."""
+        if self.num_slices == 1:
             return batch.unsqueeze(0)
         if batch.shape[0] % self.heads:
             raise ValueError(
@@ -147,7 +156,7 @@ class Adapted(nn.Module):
         return batch.reshape(self.heads, batch.shape[0] // self.heads, *batch.shape[1:])
 
     def dropped(self, slices: Tensor) -> Tensor:
-        """What A is given of its inputs, (H, ...): `lora.dropout` of them are 0, the others larger.
+        """What A is given of its inputs, (num_slices, ...): `lora.dropout` of them are 0, the others larger.
 
         The masks are a function of the seeds, so that a head has them on any worker, and again where its
         activations are computed anew.
@@ -163,9 +172,25 @@ class Adapted(nn.Module):
             of_head.bernoulli_(1 - share, generator=generator)
         return slices * kept / (1 - share)
 
-    def of_heads(self, factor: Tensor) -> Tensor:
+    def of_slices(
+        self, lora_A: Tensor, lora_B: Tensor, merged_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """By what each slice's input is multiplied, one after the other: right (num_slices, k, in) and left
+        (num_slices, ..., k), where left right is B A - B' A' of the heads that see the slice.
+
+        Args:
+            lora_A: (H, r, in). lora_B, merged_B: (H, ..., r), rows of B and of B' that are the same.
+        """
+        right, left = self.alone(lora_A), self.alone(lora_B)
+        if self.merged_A is not None and merged_B is not None:
+            left, right = lowrank.stacked(right, left, self.merged_A, merged_B)
+        if self.num_slices < self.heads:
+            left, right = (factor.unsqueeze(0) for factor in lowrank.side_by_side(right, left))
+        return right, left
+
+    def alone(self, factor: Tensor) -> Tensor:
         """The same tensor, through which each head gets the gradient that it would have had alone."""
-        if self.heads == 1:
+        if self.num_slices == 1:
             return factor
         same: Tensor = _HeadGradient.apply(factor, self.heads)  # type: ignore[no-untyped-call]
         return same
@@ -173,7 +198,7 @@ class Adapted(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
-            f" heads={self.heads}, scale={self.scale:g}, base={self.quant}"
+            f" heads={self.heads}, scale={self.spec.scale:g}, base={self.quant}"
         )
 
 

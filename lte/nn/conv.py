@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from lte import lowrank, quantize
+from lte import quantize
 from lte.config import LoRA
 from lte.nn.adapted import Adapted
 from lte.nn.sites import HeadSpec, from_matrix
@@ -83,16 +83,14 @@ class LoRAConv2d(Adapted):
         return y + self._heads_product(x, manner) if self.training or self.evaluates_heads else y
 
     def _heads_product(self, x: Tensor, manner: dict[str, Any]) -> Tensor:
-        A, B = self.of_heads(self.lora_A), self.of_heads(self.lora_B)
         if self.is_full:
-            kernels = B.view(-1, *self.spec.plain_shape)
+            kernels = self.alone(self.lora_B).view(-1, *self.spec.plain_shape)
             pairs = zip(self.sliced(x), kernels, strict=True)
             return torch.cat([F.conv2d(own, kernel, **manner) for own, kernel in pairs])
-        if self.merged_A is not None and self.merged_B is not None:
-            B, A = lowrank.stacked(A, B, self.merged_A, self.merged_B)
+        A, B = self.of_slices(self.lora_A, self.lora_B, self.merged_B)
         kernels = A.view(*A.shape[:2], *self.spec.plain_shape[1:]).repeat(1, self.groups, 1, 1, 1)
         products = []
-        for own, kernel, B_of_head in zip(self.dropped(self.sliced(x)), kernels, B, strict=True):
+        for own, kernel, B_of_own in zip(self.dropped(self.sliced(x)), kernels, B, strict=True):
             inner = F.conv2d(own, kernel, **manner) * self.scale
-            products.append(F.conv2d(inner, B_of_head[:, :, None, None], groups=self.groups))
+            products.append(F.conv2d(inner, B_of_own[:, :, None, None], groups=self.groups))
         return torch.cat(products)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lte import lowrank, quantize
+from lte import quantize
 from lte.config import LoRA
 from lte.nn.adapted import Adapted, Tied
 from lte.nn.sites import HeadSpec
@@ -57,18 +57,17 @@ def lookup(of: Adapted, tokens: Tensor, padding_idx: int | None, *, with_heads: 
 
 
 def _heads_product(of: Adapted, tokens: Tensor, padding_idx: int | None) -> Tensor:
-    # Row t of head h, where the heads' B lie one below the other.
+    # Row t of head h, where the heads' B lie one below the other; heads see their slices, or all the whole.
     first_rows = torch.arange(of.heads, device=tokens.device)[:, None] * of.out_features
-    in_slices = of.sliced(tokens).reshape(of.heads, -1)
+    in_slices = of.sliced(tokens).reshape(of.num_slices, -1)
     index = in_slices + first_rows
-    A, B = of.of_heads(of.lora_A), of.of_heads(F.embedding(index, of.lora_B.flatten(0, 1)))
+    B = F.embedding(index, of.lora_B.flatten(0, 1))
     if padding_idx is not None:
         B = B.masked_fill((in_slices == padding_idx)[:, :, None], 0)
     if of.is_full:
-        return B.view(*tokens.shape, of.in_features)
-    if of.merged_A is not None and of.merged_B is not None:
-        merged_B = F.embedding(index, of.merged_B.flatten(0, 1))
-        B, A = lowrank.stacked(A, B, of.merged_A, merged_B)
+        return of.alone(B).view(*tokens.shape, of.in_features)
+    merged_B = None if of.merged_B is None else F.embedding(index, of.merged_B.flatten(0, 1))
+    A, B = of.of_slices(of.lora_A, B, merged_B)
     return torch.bmm(B * of.scale, A).view(*tokens.shape, of.in_features)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lte import lowrank, quantize
+from lte import quantize
 from lte.config import LoRA
 from lte.nn.adapted import Adapted, Tied
 from lte.nn.sites import HeadSpec
@@ -49,14 +49,16 @@ def product(of: Adapted, x: Tensor, bias: Tensor | None, *, with_heads: bool, ro
 
 
 def _heads_product(of: Adapted, x: Tensor, rows: slice) -> Tensor:
-    A, B = of.of_heads(of.lora_A), of.of_heads(of.lora_B[:, rows])
+    lora_B = of.lora_B[:, rows]
     if of.is_full and of.heads == 1:
-        return F.linear(x, B[0])
+        return F.linear(x, lora_B[0])
     if of.is_full:
-        return torch.bmm(of.sliced(x).flatten(1, -2), B.mT).view(*x.shape[:-1], B.shape[1])
-    if of.merged_A is not None and of.merged_B is not None:
-        B, A = lowrank.stacked(A, B, of.merged_A, of.merged_B[:, rows])
-    if of.heads == 1:
+        return torch.bmm(of.sliced(x).flatten(1, -2), of.alone(lora_B).mT).view(
+            *x.shape[:-1], lora_B.shape[1]
+        )
+    merged_B = None if of.merged_B is None else of.merged_B[:, rows]
+    A, B = of.of_slices(of.lora_A, lora_B, merged_B)
+    if of.num_slices == 1:
         return ((of.dropped(x.unsqueeze(0))[0] @ A[0].T) * of.scale) @ B[0].T
     slices = of.dropped(of.sliced(x).flatten(1, -2))
     product = torch.bmm(torch.bmm(slices, A.mT) * of.scale, B.mT)

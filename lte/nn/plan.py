@@ -89,6 +89,7 @@ class Plan:
                 f"adapted {_by(spec.shape)}{plain} on {self.quant}, rank {spec.rank}, scale"
                 f" {spec.scale:g}, {spec.init}, A {lora.A}, {lora.merge}"
                 f"{f', dropout {lora.dropout:g}' if lora.dropout else ''}"
+                f"{', whole batch' if lora.batch == 'whole' else ''}"
             )
         for name, shape in self.dense.items():
             described[name] = f"dense {_by(shape)}"

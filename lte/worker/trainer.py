@@ -176,7 +176,7 @@ class Trainer:
         for name, module in self.modules.items():
             module.dropout_seeds = [
                 lowrank.seed_of(self.recipe.run.seed, "dropout", name, head, step, self._num_forwards)
-                for head in range(self.first_head, self.first_head + module.heads)
+                for head in range(self.first_head, self.first_head + module.num_slices)
             ]
         self._num_forwards += 1
 
