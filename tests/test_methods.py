@@ -1,6 +1,8 @@
 """Methods that are settings of the same machine, against naive loops in plain torch."""
 
 import copy
+import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -347,6 +349,114 @@ def test_heads_on_the_whole_batch_compute_as_one_of_all_their_ranks(
     for _, module in adapted_modules(of_base):
         module.lora_B.data.zero_()
     assert torch.allclose(of_base(x), evaluated[0], atol=1e-5) == (mode == "reset-less")
+
+
+# ReLoRA
+
+RELORA = {
+    "train.workers": 1,
+    "train.rounds": 4,
+    "train.local_steps": 6,
+    "lora.merge": "reset",
+    "lora.init": "kaiming",
+    "lora.prune": 0.6,
+    "optimizer.name": "adamw",
+    "optimizer.lr": 0.02,
+    "optimizer.dense_lr": 0.01,
+    "optimizer.eps": 1e-2,  # moments of which only the first is left make huge steps else
+    "schedule.name": "jagged-cosine",
+    "schedule.warmup_steps": 2,
+    "schedule.restart_warmup_steps": 3,
+}
+
+
+def jagged(step: int, total: int, period: int, warmup: int, climb: int, final: float) -> float:
+    """A cosine after a warmup, which is climbed to again after each period."""
+    since = step % period
+    reached = step - since + climb - 1 if step >= period and since < climb else step
+    if step < warmup:
+        return (step + 1) / warmup
+    cosine = final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (reached - warmup) / (total - warmup)))
+    return cosine * (since + 1) / climb if step >= period and since < climb else cosine
+
+
+@pytest.mark.parametrize("moments", ["prune-magnitude", "prune-random"])
+def test_relora_is_relora(moments: str) -> None:
+    """Losses and weights of a loop that merges, draws A anew, has B start at zero and prunes both moments of
+    both, as the published code does: it keeps what exceeds a quantile of the magnitudes. The new A, and
+    the places that chance has cleared, are taken from here."""
+    simulation = Simulation(net(), recipe(**RELORA, **{"lora.moments": moments}), 1)
+    trainer = simulation.trainers[0]
+    naive = NaiveLoRA(net(), starts(simulation), torch.float32)
+    optimizer = torch.optim.AdamW(naive.groups(0.02, 0.01), betas=(0.9, 0.95), eps=1e-2, weight_decay=0.0)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: jagged(step, 24, 6, 2, 3, 0.1))
+    for round_ in range(4):
+        for batch in batches(1, 6, seed=round_)[0]:
+            loss = naive.loss(batch)
+            assert mse(trainer.model, batch).item() == pytest.approx(loss.item(), abs=1e-5)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rates.step()
+            simulation.local_steps(mse, [[batch]])
+        simulation.merge()
+        assert distance(simulation, naive, "master") < 2e-5
+        for name, new_A in starts(simulation).items():
+            naive.W[name] = naive.weight(name).detach()
+            naive.A[name].data.copy_(new_A)
+            naive.B[name].data.zero_()
+            for factor in ("lora_A", "lora_B"):
+                state = optimizer.state[naive.A[name] if factor == "lora_A" else naive.B[name]]
+                own = trainer.optimizer.state[getattr(trainer.modules[name], factor)]
+                assert own["step"] == state["step"] == 6 * (round_ + 1), "its bias correction goes on"
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    kept = own[kind] != 0
+                    if moments == "prune-magnitude":
+                        kept = state[kind].abs() > torch.quantile(state[kind].abs().flatten(), 0.6)
+                    state[kind].mul_(kept)
+                    assert torch.equal(own[kind] != 0, kept)
+                    assert torch.allclose(own[kind], state[kind], rtol=1e-2, atol=1e-5)
+                    assert kept.any() and not kept.all()
+
+
+def test_what_is_pruned_at_random_is_a_function_of_the_seed() -> None:
+    """A worker that is started again prunes the same, and no two heads or moments at the same places."""
+    settings = {"lora.moments": "prune-random", "lora.heads": 2}
+    pruned = []
+    for seed in (0, 0, 1):
+        simulation = Simulation(net(), recipe(**RELORA, **settings, **{"run.seed": seed}), 1)
+        simulation.local_steps(mse, batches(1, 6, seed=0))
+        torch.manual_seed(len(pruned))
+        simulation.merge()
+        (trainer,) = simulation.trainers
+        state = trainer.optimizer.state[trainer.modules["up"].lora_B]
+        pruned.append(torch.stack([state["exp_avg"], state["exp_avg_sq"]]) == 0)
+    assert torch.equal(pruned[0], pruned[1])
+    assert not torch.equal(pruned[0], pruned[2])
+    of_heads = pruned[0].flatten(0, 1)
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(of_heads, 2))
+    assert 0.5 < pruned[0].float().mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"lora.moments": "prune-random"}, "lora.moments, lora.prune: prune-magnitude or prune-random and"),
+        ({"lora.prune": 0.9}, "lora.moments, lora.prune: prune-magnitude or prune-random and a share"),
+        (
+            {"lora.moments": "prune-random", "lora.prune": 0.9, "lora.merge": "reset-b"},
+            "lora.moments: prune-random needs merges that redraw A",
+        ),
+        (
+            {"lora.moments": "prune-magnitude", "lora.prune": 0.9, "optimizer.name": "adamw8bit"},
+            "lora.moments: prune-magnitude cannot carry moments of 8 bits",
+        ),
+    ],
+)
+def test_what_contradicts_relora_is_one_line(changes: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.replace(recipe(**{"lora.merge": "reset"}), **changes)
+    assert len(raised.value.faults) == 1 and line in raised.value.faults[0]
 
 
 @pytest.mark.parametrize(

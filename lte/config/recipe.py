@@ -246,8 +246,13 @@ class LoRA:
         "random", "heads draw A independently; or disjoint: they share out one orthogonal matrix"
     )
     rotate_every: Count = _doc(1, "merges between rotations of a rotating A")
-    moments: Literal["keep", "transport", "clear"] = _doc(
-        "clear", "optimizer moments of a head whose A was redrawn: kept, carried over, or cleared"
+    moments: Literal["keep", "transport", "clear", "prune-magnitude", "prune-random"] = _doc(
+        "clear",
+        "optimizer moments of a head whose A was redrawn: kept, carried over, cleared; or a share of them"
+        " cleared, the smallest or any (ReLoRA)",
+    )
+    prune: Annotated[Fraction | None, _OrNone] = _doc(
+        None, "that share of the moments, such as 0.9; none: lora.moments is another"
     )
     modules: tuple[str, ...] = _doc(
         ("*",), "patterns of the modules (nn.Linear, nn.Conv2d, ...; and see embeddings) that get heads"

@@ -146,8 +146,8 @@ def _faults(recipe: Recipe) -> list[str]:
         ),
         (
             not train.full_rank or lora.num_slices == lora.heads,
-            f"train.full_rank: lora.heads = {lora.heads} that all see the whole batch would be one and the same;"
-            " use lora.batch = sliced",
+            f"train.full_rank: lora.heads = {lora.heads} that all see the whole batch would be one and the"
+            " same; use lora.batch = sliced",
         ),
         (
             lora.A == "trained" or lora.merge != "reset",
@@ -181,8 +181,18 @@ def _faults(recipe: Recipe) -> list[str]:
             "lora.moments: transport needs lora.A = rotating (clear or keep otherwise)",
         ),
         (
-            lora.moments != "transport" or "8bit" not in recipe.optimizer.name,
-            f"lora.moments: transport cannot carry moments of 8 bits (optimizer.name ="
+            lora.moments.startswith("prune") == (lora.prune is not None),
+            "lora.moments, lora.prune: prune-magnitude or prune-random and a share, such as 0.9, need each"
+            " other",
+        ),
+        (
+            not lora.moments.startswith("prune") or lora.merge == "reset" or lora.A == "rotating",
+            f"lora.moments: {lora.moments} needs merges that redraw A, lora.merge = reset (or lora.A ="
+            " rotating)",
+        ),
+        (
+            lora.moments in ("keep", "clear") or "8bit" not in recipe.optimizer.name,
+            f"lora.moments: {lora.moments} cannot carry moments of 8 bits (optimizer.name ="
             f" {recipe.optimizer.name}); use clear",
         ),
         (

@@ -40,6 +40,7 @@ from lte.nn import (
     recompute_activations,
     statistics,
 )
+from lte.optim import prune
 from lte.quantize import Quantized
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -544,24 +545,37 @@ class Trainer:
     def _follow_draw(self) -> None:
         """Have the A that belongs to the version."""
         if (draw := self._draw_now()) != self.draw:
-            self.draw, moments = draw, self.recipe.lora.moments
-            if self.recipe.train.full_rank:
-                return
-            self._redraw(transport=moments == "transport", clear=moments == "clear")
+            self.draw = draw
+            if not self.recipe.train.full_rank:
+                self._redraw()
 
-    def _redraw(self, *, transport: bool, clear: bool) -> None:
-        """New A, and the optimizer's moments kept, carried over or cleared."""
+    def _redraw(self) -> None:
+        """New A, and with the optimizer's moments what `lora.moments` says."""
         lora, seed = self.recipe.lora, self.recipe.run.seed
         for name, module in self.modules.items():
             new_A = draw_A(name, module, lora, seed=seed, first_head=self.first_head, draw=self.draw)
             new_A = new_A.to(module.lora_A.device)
-            if transport:
+            if lora.moments == "transport":
                 for head in range(module.heads):
                     self._transport_moments(module, head, new_A[head])
             module.lora_A.copy_(new_A)
-            if clear:
-                for parameter in (module.lora_A, module.lora_B):
+            for factor, parameter in ((A, module.lora_A), (B, module.lora_B)):
+                if lora.moments == "clear":
                     self.optimizer.state.pop(parameter, None)
+                elif lora.prune is not None:
+                    self._prune_moments(name + factor, parameter, lora.prune)
+
+    def _prune_moments(self, name: str, parameter: nn.Parameter, share: float) -> None:
+        """Set a share of each head's moments to zero, of first and second ones apart."""
+        for kind, moments in self.optimizer.state.get(parameter, {}).items():
+            if not isinstance(moments, Tensor) or moments.shape != parameter.shape:
+                continue  # a count of steps, say
+            for head, of_head in enumerate(moments, start=self.first_head):
+                if self.recipe.lora.moments == "prune-magnitude":
+                    prune.by_magnitude(of_head, share)
+                else:
+                    seed = (self.recipe.run.seed, "prune", name, kind, head, self.draw)
+                    prune.at_random(of_head, share, lowrank.generator_of(*seed))
 
     def _transport_moments(self, module: Adapted, head: int, new_A: Tensor) -> None:
         state = self.optimizer.state.get(module.lora_B, {})

@@ -26,6 +26,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "lora.batch": "whole",
         "lora.dropout": 0.1,
     },
+    "relora": {
+        "train.workers": 1,
+        "lora.merge": "reset",
+        "lora.moments": "prune-random",
+        "lora.prune": 0.5,
+        "schedule.name": "jagged-cosine",
+        "schedule.restart_warmup_steps": 1,
+    },
 }
 KILLED = {
     "server, between journal and publishing": Fault("lte.server.publisher:Publisher.publish", call=3),
