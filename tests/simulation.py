@@ -63,12 +63,18 @@ class Simulation:
                 loss(trainer.model, batch).backward()
                 trainer.step()
 
-    def merge(self, only: Sequence[int] | None = None, ahead: Callable[[], None] | None = None) -> None:
+    def merge(
+        self,
+        only: Sequence[int] | None = None,
+        ahead: Callable[[], None] | None = None,
+        tokens: Sequence[int] = (),
+    ) -> None:
         """Merge the contributions of these workers (all by default); everyone takes the update.
 
         Args:
             ahead: takes local steps of the next round after contributions are encoded and before the
                 update is applied, as a worker that overlaps does.
+            tokens: that each worker counts; 1 by default.
         """
         chosen = list(range(len(self.trainers)) if only is None else only)
         received = []
@@ -90,7 +96,7 @@ class Simulation:
                         rank=trainer.rank,
                         first_head=trainer.first_head,
                         draw=trainer.draw,
-                        tokens=1,
+                        tokens=tokens[slot] if tokens else 1,
                         tensors=self.master.decode(blobs, f"w{slot}", trainer.heads, trainer.rank),
                     )
                 )

@@ -303,7 +303,10 @@ def test_replace_makes_a_copy(changes: dict[str, Any], key: str) -> None:
             "lora.overrides.0.rnak: unknown setting, did you mean rank?",
         ),
         ("base.quant=nf5", "base.quant: 'nf5' is not one of nf4, int8 or none, did you mean nf4?"),
-        ("lora.merge=resetless", "lora.merge: 'resetless' is not one of reset-less, reset-b or reset, did"),
+        (
+            "lora.merge=resetless",
+            "lora.merge: 'resetless' is not one of reset-less, reset-b, reset or never, did",
+        ),
         ("lora.A=xyz", "lora.A: 'xyz' is not one of trained, frozen or rotating"),
         ("train.rounds=0", "train.rounds: must be greater than or equal to 1, not 0"),
         ("train.rounds=true", "train.rounds: must be a number, not true"),

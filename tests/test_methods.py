@@ -15,6 +15,7 @@ import lte
 from lte import LoRA, config, quantize
 from lte.errors import ConfigError
 from lte.nn import adapted_modules
+from lte.worker.trainer import Trainer
 
 SCALE = 2.0
 
@@ -457,6 +458,121 @@ def test_what_contradicts_relora_is_one_line(changes: dict[str, object], line: s
     with pytest.raises(ConfigError) as raised:
         config.replace(recipe(**{"lora.merge": "reset"}), **changes)
     assert len(raised.value.faults) == 1 and line in raised.value.faults[0]
+
+
+# FedLoRA
+
+FEDLORA = LORA | {"train.workers": 3, "outer.combine": "factors"}
+
+
+@pytest.mark.parametrize("A", ["trained", "frozen"])
+@pytest.mark.parametrize("weights", ["heads", "tokens"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_factor_averaging_is_federated_averaging_of_factors(A: str, weights: str, heads: int) -> None:
+    """Against a naive loop: all begin each round with the mean A and the mean B, and keep their moments.
+    With a frozen A that is FFA-LoRA."""
+    of_heads = {"lora.heads": heads, "lora.batch": "whole"}
+    settings = FEDLORA | of_heads | {"lora.A": A, "outer.weights": weights}
+    simulation, tokens = Simulation(net(), recipe(**settings), 3), (1, 2, 5)
+    shares = [1 / 3] * 3 if weights == "heads" else [t / 8 for t in tokens]
+    workers = [NaiveLoRA(net(), starts(simulation), torch.float64) for _ in range(3)]
+    for worker in workers:
+        for parameter in worker.A.values():
+            parameter.requires_grad_(A == "trained")
+    adamw = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.0}
+    optimizers = [torch.optim.AdamW(worker.groups(0.02, 0.01), **adamw) for worker in workers]
+    for round_ in range(3):
+        data = batches(3, 4, seed=round_)
+        for worker, optimizer, own in zip(workers, optimizers, data, strict=True):
+            for batch in own:
+                worker.loss(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        simulation.local_steps(mse, data)
+        products = {
+            name: sum(s * w.weight(name) for s, w in zip(shares, workers, strict=True))
+            for name in ("up", "down")
+        }
+        for of_all in zip(*(worker.trained for worker in workers), strict=True):
+            mean = sum(share * p.detach() for share, p in zip(shares, of_all, strict=True))
+            for parameter in of_all:
+                parameter.data.copy_(mean)
+        simulation.merge(tokens=tokens)
+        for which in ("published", "master"):
+            assert distance(simulation, workers[0], which) < 1e-5
+        for trainer in simulation.trainers:
+            for name, module in trainer.modules.items():
+                assert torch.allclose(module.weight.double(), workers[0].weight(name), atol=1e-5)
+        inexact = max(
+            float((products[name] - workers[0].weight(name)).detach().abs().max()) for name in products
+        )
+        assert (inexact < 1e-8) == (A == "frozen"), "else it is no mean of products"
+    start = NaiveLoRA(net(), starts(simulation), torch.float64).weight("up")
+    assert (workers[0].weight("up") - start).detach().abs().max() > 0.01, "it did not train"
+
+
+def test_factors_that_are_averaged_in_few_bits_owe_the_rest_both_ways() -> None:
+    """What is published, and what its loss is measured of, are the factors as workers hold them."""
+    settings = FEDLORA | {"base.quant": "nf4", "compress.factors": "int4", "compress.dense": "int8"}
+    simulation = Simulation(net(), recipe(**settings), 3)
+    for round_ in range(4):
+        simulation.local_steps(mse, batches(3, 4, seed=round_))
+        simulation.merge()
+    for _ in range(12):  # without further steps what is owed arrives
+        simulation.merge()
+    for name, weight in simulation.master.weights.items():
+        published = simulation.master.parameters("published")[f"{name}.weight"]
+        assert torch.allclose(published, weight, atol=1e-4)
+        for trainer in simulation.trainers:
+            assert torch.allclose(trainer.modules[name].weight, published, atol=1e-4)
+        assert (weight - quantize.dequantize(simulation.master.base[name])).abs().max() > 0.01
+
+
+def test_a_worker_that_comes_late_begins_with_the_factors_of_all() -> None:
+    simulation = Simulation(net(), recipe(**FEDLORA), 3)
+    simulation.local_steps(mse, batches(3, 4, seed=0))
+    simulation.merge()
+    late = Trainer(
+        lte.convert(net(), simulation.recipe.lora, "none"),
+        simulation.recipe,
+        slot=3,
+        version=1,
+        base=simulation.master.snapshot(),
+        base_digest=simulation.master.base_digest(),
+    )
+    for name, module in late.modules.items():
+        assert torch.equal(module.lora_A, simulation.trainers[0].modules[name].lora_A)
+        assert torch.equal(module.lora_B, simulation.trainers[0].modules[name].lora_B)
+        assert module.lora_B.abs().max() > 0.001
+    simulation.local_steps(mse, batches(3, 4, seed=1))
+    gone_wrong, other = simulation.trainers[:2]
+    published = simulation.master.parameters("published")
+    gone_wrong.adopt({})
+    for name, module in gone_wrong.modules.items():
+        assert torch.allclose(module.weight, published[f"{name}.weight"], atol=1e-6), (
+            "it starts over with them"
+        )
+        assert not torch.allclose(other.modules[name].weight, published[f"{name}.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"outer.combine": "products"},
+            "whose heads would never meet; outer.combine = factors averages them",
+        ),
+        ({"lora.merge": "reset-b"}, "outer.combine: factors are averaged in place of merging, which needs"),
+        ({"compress.truncate_rank": 2}, "compress.truncate_rank: is for contributions to products"),
+    ],
+)
+def test_what_contradicts_factor_averaging_is_one_line(changes: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.replace(recipe(**FEDLORA), **changes)
+    assert len(raised.value.faults) == 1 and line in raised.value.faults[0]
+
+
+# Rules of LoRA's
 
 
 @pytest.mark.parametrize(

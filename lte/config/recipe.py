@@ -194,6 +194,11 @@ class Train:
     )
 
     @property
+    def changes_heads(self) -> bool:
+        """Whether heads of some phase are others than before."""
+        return any(phase.changes_heads for phase in self.phases)
+
+    @property
     def steps_ahead(self) -> int:
         """Local steps that a worker takes of a round before the update that opens it is due."""
         if not self.overlap:
@@ -449,6 +454,11 @@ class Outer:
         None,
         "on arrival, most versions behind: what is older counts with its worker's next one; none: any",
     )
+    combine: Literal["products", "factors"] = _doc(
+        "products",
+        "the mean of the heads' products B A is merged; or A and B are averaged each, as dense parameters"
+        " are, and never merged (factor averaging, FedLoRA)",
+    )
     lr: Positive = _doc(1.0, "SGD's or Adam's learning rate on adapted weights")
     momentum: Fraction = _doc(0.0, "SGD's momentum on adapted weights")
     nesterov: bool = _doc(True, "SGD's momentum is Nesterov's")
@@ -673,6 +683,11 @@ class Recipe:
         if self.merges_on_arrival:
             return contributions * self.train.local_steps // self.train.workers
         return self.steps_before(version)
+
+    @property
+    def averages_factors(self) -> bool:
+        """Whether heads are parameters that all workers have in common, and average."""
+        return self.outer.combine == "factors"
 
     @property
     def grace_s(self) -> float:

@@ -39,12 +39,14 @@ def check(recipe: Recipe) -> list[str]:
             f"train.phases: round {starts[-1]} does not come, as train.rounds is {recipe.train.rounds} (the"
             " first one is 0)"
         )
-    elif recipe.train.overlap and any(phase.changes_heads for phase in recipe.train.phases):
+    elif recipe.train.overlap and recipe.train.changes_heads:
         faults.append(
             "train.overlap: contradicts train.phases of other heads (rank, merge, full_rank): a contribution"
             " may be under way when they begin"
         )
-    elif recipe.lora.merge == "never" and any(p.changes_heads or p.base_quant for p in recipe.train.phases):
+    elif recipe.lora.merge == "never" and (
+        recipe.train.changes_heads or any(phase.base_quant for phase in recipe.train.phases)
+    ):
         faults.append(
             "lora.merge: never contradicts train.phases of other heads or another base (rank, merge,"
             " full_rank, base_quant)"
@@ -154,9 +156,18 @@ def _faults(recipe: Recipe) -> list[str]:
             f"lora.A: {lora.A} contradicts lora.merge = reset, which redraws A; use reset-b",
         ),
         (
-            lora.merge != "never" or train.workers == 1,
+            lora.merge != "never" or train.workers == 1 or recipe.averages_factors,
             f"lora.merge: never is for one worker, not train.workers = {train.workers}, whose heads would"
-            " never meet",
+            " never meet; outer.combine = factors averages them",
+        ),
+        (
+            lora.merge == "never" or not recipe.averages_factors,
+            f"outer.combine: factors are averaged in place of merging, which needs lora.merge = never, not"
+            f" {lora.merge}",
+        ),
+        (
+            not recipe.averages_factors or recipe.compress.truncate_rank is None,
+            "compress.truncate_rank: is for contributions to products, not for outer.combine = factors",
         ),
         (
             lora.merge != "never" or lora.num_slices == 1,

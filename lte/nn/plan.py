@@ -59,6 +59,16 @@ class Plan:
         """The largest lora_rank of a site; 0 where none is adapted."""
         return max((spec.rank for spec in self.adapted.values()), default=0)
 
+    def factors(self, lora: LoRA) -> dict[str, tuple[int, ...]]:
+        """The factors of all heads that are trained, parameter name -> shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, spec in self.adapted.items():
+            out_features, in_features = spec.shape
+            if lora.A == "trained":
+                shapes[f"{name}.lora_A"] = (lora.heads, spec.rank, in_features)
+            shapes[f"{name}.lora_B"] = (lora.heads, out_features, spec.rank)
+        return shapes
+
     def capped(self, rank: int) -> Plan:
         """The plan of a worker whose heads are of this lora_rank at most."""
         if self.full_rank:

@@ -100,13 +100,15 @@ class Master:
     recipe's or the worker's own, whichever is smaller.
 
     Where heads are never merged Q stays Q_0. W, which is published then, is deq(Q_0) with the heads as the
-    server knows them.
+    server knows them. Where factors are averaged these are dense parameters, and what is published of them
+    makes what is published of W.
 
     Attributes:
         recipe: with the settings of the round on the version at hand. plan: what becomes of the model by
             them; built: what becomes of one that joins, before its worker brings it to these.
         weights: W of every adapted module, by `MODULE`. dense: every dense parameter and statistic, by
-            name. constants: all that stays as it is, by name.
+            name, and the factors where these are averaged. averaged: the shapes of all these.
+        constants: all that stays as it is, by name.
         base: Q, by `MODULE`. published_dense: the dense parameters and statistics that workers hold.
         outer_state: of the outer optimizer, by module or parameter name; see `merge.outer_step`.
         ema: average of weights and dense parameters over versions, with `outer.ema`. Statistics are not in
@@ -131,6 +133,7 @@ class Master:
         if recipe.train.checkpoint_activations:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
         parameters = _named_tensors(model)
+        self._given: dict[int, tuple[tuple[int, int, int], dict[str, Tensor]]] = {}
         # On the CPU, where contributions arrive and where merges give the same bits everywhere.
         initial = {
             name: to_matrix(parameters[spec.parameter].detach().cpu(), spec)
@@ -141,7 +144,10 @@ class Master:
             name: (W if recipe.keeps_initial else quantize.dequantize(self.base[name])).clone()
             for name, W in initial.items()
         }
-        self.dense = {name: parameters[name].detach().cpu().clone() for name in self.plan.averaged}
+        self._common_factors = self.plan.factors(recipe.lora) if recipe.averages_factors else {}
+        self.averaged = self.plan.dense | self._common_factors | self.plan.statistics
+        parameters |= {name: self._start_of(name) for name in self._common_factors}
+        self.dense = {name: parameters[name].detach().cpu().clone() for name in self.averaged}
         self.published_dense = {name: tensor.clone() for name, tensor in self.dense.items()}
         self.constants = {
             name: parameters[name].detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -151,7 +157,6 @@ class Master:
         self.outer_state: dict[str, dict[str, Tensor]] = {}
         self.ema = Average()
         self.merged: dict[str, dict[str, Tensor]] = {}
-        self._given: dict[int, tuple[tuple[int, int, int], dict[str, Tensor]]] = {}
 
     def enter(self, version: int, recipe: Recipe | None = None) -> None:
         """Have the settings of the round on a version: after the merge that makes it and before it is
@@ -179,7 +184,7 @@ class Master:
         most = {name: factors.max_bytes(name, shape, self.recipe) for name, shape in shapes.items()}
         return most | {
             name + DENSE: blockwise.max_rows_bytes(shape, self._codec(name))
-            for name, shape in self.plan.averaged.items()
+            for name, shape in self.averaged.items()
         }
 
     def decode(self, blobs: Mapping[str, Tensor], worker_id: str, heads: int, rank: int) -> dict[str, Tensor]:
@@ -189,7 +194,7 @@ class Master:
             WireError: it holds other names, malformed bytes, or numbers that are not finite.
         """
         shapes = self._factor_shapes(heads, rank)
-        expected = {*shapes, *(name + DENSE for name in self.plan.averaged)}
+        expected = {*shapes, *(name + DENSE for name in self.averaged)}
         if blobs.keys() != expected:
             raise WireError("its tensors have other names than the model's heads and dense parameters")
         known = self.merged_of(worker_id, heads, rank)
@@ -197,19 +202,25 @@ class Master:
         for name, shape in shapes.items():
             codec, truncate_rank = factors.codec_of(name, self.recipe, is_known=name in known)
             tensors[name] = factors.decode(blobs[name], codec, shape, truncate_rank)
-        for name, shape in self.plan.averaged.items():
+        for name, shape in self.averaged.items():
             tensors[name + DENSE] = blockwise.decode_rows(blobs[name + DENSE], self._codec(name), shape)
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise WireError("it holds numbers that are not finite (a learning rate too high?)")
         return tensors
 
     def _codec(self, name: str) -> Codec:
-        """By which a dense parameter or statistic travels. A variance that is rounded may be negative."""
-        return "fp32" if name in self.plan.statistics else self.recipe.compress.dense
+        """By which what is averaged travels. A variance that is rounded may be negative."""
+        if name in self.plan.statistics:
+            return "fp32"
+        settings = self.recipe.compress
+        return settings.factors if name in self._common_factors else settings.dense
 
     def _factor_shapes(self, heads: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what a worker of such heads sends of its factors, by name."""
+        """Shapes of what a worker of such heads sends of its factors, by name; nothing where they are dense
+        parameters."""
         shapes: dict[str, tuple[int, ...]] = {}
+        if self._common_factors:
+            return shapes
         for name, spec in self.plan.capped(rank).adapted.items():
             out_features, in_features = spec.shape
             if self.recipe.is_A_sent:
@@ -272,6 +283,20 @@ class Master:
                 self.merged.pop(self._owner(c.worker_id), None)
         robust = self._robust(contributions, shares)
         rebuilt = {self._owner(c.worker_id): self._rebuilt(c) for c in contributions}
+        # The decay is of adapted weights alone.
+        average = replace(outer, weight_decay=0.0) if outer.dense else Outer()
+        for name in self.averaged:
+            delta = torch.zeros_like(self.dense[name])
+            factors = robust.factors[name] if robust else [1.0] * len(contributions)
+            is_statistic = name in self.plan.statistics
+            for contribution, share, factor in zip(contributions, shares, factors, strict=True):
+                ahead = contribution.tensors[name + DENSE]
+                if is_statistic and staleness is not None:
+                    ahead = ahead - self.dense[name]
+                delta += ahead * (share * contribution.heads * factor)
+            # Statistics stay between those of the workers: no momentum, and no change of what was once.
+            self._step(name, self.dense, delta, Outer() if is_statistic else average, of_round)
+        heads_of_run = self._common_heads(self.dense) if self._common_factors else rebuilt.get(_RUN, {})
         kept: dict[str, list[HeadDelta]] = {}
 
         def merge_into(name: str) -> tuple[float, float]:
@@ -283,26 +308,13 @@ class Master:
                 kept[name] = heads
             before = self.weights[name]
             if self.recipe.lora.merge == "never":
-                self.weights[name] = self._with_heads(name, rebuilt[_RUN])
+                self.weights[name] = self._with_heads(name, heads_of_run)
             else:
                 self._step(name, self.weights, merge.mean_delta(heads), outer, of_round)
             steps = quantize.step(self.base[name])
             return float(torch.dist(self.weights[name], before)), float(steps.norm()) * quantize.BLOCK**0.5
 
         measured = list(self._of_each(merge_into))
-        # The decay is of adapted weights alone.
-        average = replace(outer, weight_decay=0.0) if outer.dense else Outer()
-        for name in self.plan.averaged:
-            delta = torch.zeros_like(self.dense[name])
-            factors = robust.factors[name] if robust else [1.0] * len(contributions)
-            is_statistic = name in self.plan.statistics
-            for contribution, share, factor in zip(contributions, shares, factors, strict=True):
-                ahead = contribution.tensors[name + DENSE]
-                if is_statistic and staleness is not None:
-                    ahead = ahead - self.dense[name]
-                delta += ahead * (share * contribution.heads * factor)
-            # Statistics stay between those of the workers: no momentum, and no change of what was once.
-            self._step(name, self.dense, delta, Outer() if is_statistic else average, of_round)
         if outer.ema is None:
             self.ema = Average()
         else:
@@ -347,7 +359,7 @@ class Master:
         weights = [
             share * contribution.heads for share, contribution in zip(shares, contributions, strict=True)
         ]
-        for name in self.plan.averaged:
+        for name in self.averaged:
             deltas = [contribution.tensors[name + DENSE] for contribution in contributions]
             found[name] = merge.dense_products(deltas, weights)
             owners[name] = list(range(len(contributions)))
@@ -363,12 +375,13 @@ class Master:
 
     def _rebuilt(self, contribution: Received) -> dict[str, Tensor]:
         """What the server must remember of the worker's factors, as it knows them now."""
-        if not self.recipe.lora.keeps_factors and not factors.remembers_A(self.recipe):
+        keeps_factors = self.recipe.lora.keeps_factors and not self._common_factors
+        if not keeps_factors and not factors.remembers_A(self.recipe):
             return {}
         rebuilt = {}
         for name in self.plan.adapted:
             rebuilt[name + A], now_B, _, _ = self._pair(name, contribution)
-            if self.recipe.lora.keeps_factors:
+            if keeps_factors:
                 rebuilt[name + B] = now_B
         return rebuilt
 
@@ -395,17 +408,20 @@ class Master:
 
     def _pair(self, name: str, contribution: Received) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """A, B, A', B' of all of the worker's heads on one module: what it sent and what is known."""
-        known = self.merged.get(self._owner(contribution.worker_id), {})
+        known, sent = self.merged.get(self._owner(contribution.worker_id), {}), contribution.tensors
+        if self._common_factors:
+            known = self._common_heads(self.published_dense)
+            sent = self._common_heads({n: sent[n + DENSE] for n in self._common_factors})
         merged_A, merged_B = known.get(name + A), known.get(name + B)
         if self.recipe.is_A_sent:
-            sent_A = contribution.tensors[name + A]
+            sent_A = sent[name + A]
             now_A = sent_A if merged_A is None else merged_A + sent_A
         else:
             given = self.given_A(
                 contribution.first_head, contribution.heads, contribution.rank, contribution.draw
             )
             now_A = given[name + A]
-        sent_B = contribution.tensors[name + B]
+        sent_B = sent[name + B]
         return now_A, sent_B if merged_B is None else merged_B + sent_B, merged_A, merged_B
 
     def _of_each(self, work: Callable[[str], Result]) -> Iterator[Result]:
@@ -419,7 +435,27 @@ class Master:
         with ThreadPoolExecutor(self.recipe.server.num_threads) as pool:
             yield from pool.map(work, list(self.base))
 
-    # A that is not sent
+    # Factors that are averaged, A that is not sent
+
+    def _start_of(self, name: str) -> Tensor:
+        """A factor as all workers have it at the start, by its parameter's name."""
+        site, _, factor = name.rpartition(".")
+        lora = self.recipe.lora
+        if factor == "lora_B":
+            return torch.zeros(self._common_factors[name])
+        return self._draw(site, lora.first_head(0), lora.heads, self.plan.rank, 0)
+
+    def _common_heads(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The heads that all workers have in common, MODULE/A and MODULE/B, from dense parameters or what is
+        published of them."""
+        lora = self.recipe.lora
+        held = {}
+        if lora.A != "trained":
+            held = dict(self.given_A(lora.first_head(0), lora.heads, self.plan.rank, 0))
+        for name in self._common_factors:
+            site, _, factor = name.rpartition(".")
+            held[site + (A if factor == "lora_A" else B)] = dense[name]
+        return held
 
     def given_A(self, first_head: int, heads: int, rank: int, draw: int) -> dict[str, Tensor]:
         """A frozen or rotating A of one worker, MODULE/A -> (H, r, in), drawn as the worker did."""
@@ -550,7 +586,10 @@ class Master:
         where heads are never merged), `master` (W) or `ema`, its mean."""
         if which == "published":
             weights = {name: quantize.dequantize(base) for name, base in self.base.items()}
-            if self.recipe.lora.merge == "never":
+            if self._common_factors:
+                heads = self._common_heads(self.published_dense)
+                weights = {name: self._with_heads(name, heads) for name in self.base}
+            elif self.recipe.lora.merge == "never":
                 weights = self.weights
             dense = self.published_dense
         elif which == "ema":
@@ -560,7 +599,7 @@ class Master:
         adapted = {
             spec.parameter: from_matrix(weights[name], spec) for name, spec in self.plan.adapted.items()
         }
-        return adapted | {name: dense[name] for name in self.dense}
+        return adapted | {name: dense[name] for name in self.plan.averaged}
 
     @torch.no_grad()
     def fill(self, model: nn.Module, which: str) -> None:
@@ -576,7 +615,7 @@ class Master:
         Merging makes new tensors and changes none of these, so they may be written meanwhile.
         """
         return {
-            "master": self.parameters("master"),
+            "master": self.parameters("master") | self.dense,
             "base": tensors_of(self.base, self.published_dense),
             "constants": dict(self.constants),
             "momentum": {

@@ -985,6 +985,7 @@ def _admitted(member: rounds.Member) -> Admitted:
 
 
 def _rules(recipe: Recipe) -> rounds.Rules:
+    has_one_worker = recipe.lora.merge == "never" and not recipe.averages_factors
     return rounds.Rules(
         workers=recipe.train.workers,
         rounds=recipe.train.rounds,
@@ -994,5 +995,5 @@ def _rules(recipe: Recipe) -> rounds.Rules:
         grace_s=recipe.grace_s,
         deadline_s=recipe.server.deadline_s,
         silence_s=recipe.server.silence_s,
-        most_workers=1 if recipe.lora.merge == "never" else recipe.server.max_workers,
+        most_workers=1 if has_one_worker else recipe.server.max_workers,
     )

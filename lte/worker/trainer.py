@@ -37,6 +37,7 @@ from lte.nn import (
     draw_A,
     draw_heads,
     fit_heads,
+    plan_of,
     recompute_activations,
     statistics,
 )
@@ -116,6 +117,13 @@ class Trainer:
         self.rank = max((m.rank for m in self.modules.values()), default=0)
         self.first_head = recipe.lora.first_head(slot)
         self.dense = dict(dense_parameters(model))
+        # Factors that all workers have in common: dense parameters like others.
+        self._common_factors: dict[str, nn.Parameter] = {}
+        if recipe.averages_factors:
+            self._common_factors = {
+                name: model.get_parameter(name) for name in plan_of(model).factors(recipe.lora)
+            }
+            self.dense |= self._common_factors
         self._statistics = dict(statistics(model))
         self._constants = {name: tensor for name, tensor, _ in constant_tensors(model)}
         self._constants_digests: tuple[str, ...] = ()
@@ -131,9 +139,6 @@ class Trainer:
         # Squared norms of what the last merge dropped of heads that had moved on, and of what it took.
         self._lost_ahead = (0.0, 0.0)
         self._load(self._staged(base, base_digest, version, whole=True))
-        for name, tensor in self._averaged():
-            with torch.no_grad():
-                tensor.copy_(self._published[name])
         self._make_optimizer: MakeOptimizer | None = None
         if isinstance(optimizer, torch.optim.Optimizer):
             self.optimizer = optimizer
@@ -147,9 +152,12 @@ class Trainer:
         # Forward passes since the last local step: micro-batches have masks of their own.
         self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        if recipe.train.phases or recipe.train.full_rank:
+        if recipe.train.changes_heads or recipe.train.full_rank:
             self._refit_heads()
         draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
+        for name, tensor in self._averaged():
+            with torch.no_grad():
+                tensor.copy_(self._published[name])
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The dense parameters, then the statistics, by name."""
@@ -236,7 +244,7 @@ class Trainer:
         left_out, total = self._lost_ahead
         feedback, lora = self.recipe.compress.error_feedback, self.recipe.lora
         forgets = factors.refits(self.recipe) or (not feedback and not lora.keeps_factors)
-        for name, module in self.modules.items():
+        for name, module in self._contributing():
             old_A, old_B = module.lora_A.to("cpu", copy=True), module.lora_B.to("cpu", copy=True)
             if module.lora_A.requires_grad:
                 yield name + A, self._encode_A(name, module)
@@ -257,8 +265,16 @@ class Trainer:
             yield name + DENSE, blob
 
     def _codec(self, name: str) -> Codec:
-        """By which a dense parameter or statistic travels; see `Master`."""
-        return "fp32" if name in self._statistics else self.recipe.compress.dense
+        """By which what is averaged travels; see `Master`."""
+        if name in self._statistics:
+            return "fp32"
+        settings = self.recipe.compress
+        return settings.factors if name in self._common_factors else settings.dense
+
+    def _contributing(self) -> Iterator[tuple[str, Adapted]]:
+        """The modules whose heads are this worker's own."""
+        if not self._common_factors:
+            yield from self.modules.items()
 
     def _check_finite(self) -> None:
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -467,6 +483,8 @@ class Trainer:
         """
         seed = self.recipe.run.seed
         draw_heads(self.model, self.recipe.lora, seed=seed, first_head=self.first_head, draw=self.draw)
+        for name, parameter in self._common_factors.items():
+            parameter.copy_(self._published[name])
         self._known, self._has_merged = {}, False
         self._sent, self._sent_with, self._lost_ahead = {}, {}, (0.0, 0.0)
         for name, module in self.modules.items():
@@ -493,7 +511,7 @@ class Trainer:
         """The heads' contribution is in the base now: take it out of them, by the merge mode."""
         lora, feedback = self.recipe.lora, self.recipe.compress.error_feedback
         self._lost_ahead = (0.0, 0.0)
-        for name, module in self.modules.items():
+        for name, module in self._contributing():
             known_A, known_B = self._known_of(name, module)
             sent_B = self._sent[name + B]
             now_B = sent_B if known_B is None else known_B + sent_B
@@ -653,7 +671,7 @@ class Trainer:
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
         self.draw = int(numbers["draw"])
         self.recipe = self.recipe.in_round(self.version)
-        if self.recipe.train.phases:
+        if self.recipe.train.changes_heads:
             self._refit_heads()
         if self.recipe.is_A_given:  # it is in no state: what was drawn can be drawn again
             for name, module in self.modules.items():
