@@ -224,10 +224,12 @@ def lte_round(
         "control": control,
     }
     downlink = {
-        "base": size.adapted * rates.base_bits / 8,
+        "base": 0.0 if recipe.lora.merge == "never" else size.adapted * rates.base_bits / 8,
         "dense": size.dense * rates.dense_bits_down / 8,
         "control": control,
     }
+    if recipe.averages_factors:
+        downlink["factors"] = uplink["factors"]
     work = Seconds(
         encode=(size.sent + size.dense) / rates.encode_el_s,
         decode=(size.sent + size.dense) * workers / rates.decode_el_s,
