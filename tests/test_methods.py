@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import lte
-from lte import LoRA, config, quantize
+from lte import LoRA, config, quantize, wire
 from lte.errors import ConfigError
 from lte.nn import adapted_modules
+from lte.server import intake, service
+from lte.server.master import Master
 from lte.worker.trainer import Trainer
 
 SCALE = 2.0
@@ -210,6 +212,22 @@ def test_whoever_comes_goes_on_with_heads_that_are_never_merged() -> None:
     assert second.merged_digest() == master.merged_digest("else", 1, 4)
     for name, module in second.modules.items():
         assert torch.allclose(module.weight, master.parameters("published")[f"{name}.weight"], atol=1e-6)
+
+
+def test_who_may_train_heads_that_are_never_merged() -> None:
+    """One worker at a time, whoever it is, with heads as the recipe has them; of factors that are averaged
+    as many as come."""
+    lora, fedlora = recipe(**LORA), recipe(**FEDLORA)
+    master = Master(net(), lora)
+    for heads, rank, may in ((0, 0, True), (1, 4, True), (1, 2, False)):
+        hello = wire.Hello(
+            schema=wire.SCHEMA, worker_id="w", session="s", model={}, heads=heads, rank=rank, version=0
+        )
+        refusal = intake.objection(hello, master.plan, lora.lora)
+        assert refusal is None if may else "it trains 1 head of lora_rank 2" in refusal[0]
+    assert service._rules(lora).most_workers == 1
+    assert service._rules(fedlora).most_workers == fedlora.server.max_workers
+    assert lora.lora.first_head(3) == fedlora.lora.first_head(3) == 0
 
 
 # Multi-head LoRA

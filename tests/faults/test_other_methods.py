@@ -48,7 +48,7 @@ KILLED = {
 
 @pytest.fixture(scope="module", params=METHODS)
 def settings(request: pytest.FixtureRequest, settings: dict[str, Any]) -> dict[str, Any]:
-    return settings | METHODS[request.param]
+    return settings | METHODS[request.param] | {"log.diagnostics_every": 3}
 
 
 def names(cluster: Cluster) -> tuple[str, ...]:
@@ -89,6 +89,17 @@ def test_what_a_run_folder_holds_is_what_was_measured(calm: Cluster) -> None:
     assert measured(recipe, calm, "master") == pytest.approx(done["loss_master"])
     assert replayed(calm.run) == calm.master_digest()
     audit(calm.run, ROUNDS, set(names(calm)))
+
+
+def test_diagnostics_know_what_is_published(calm: Cluster) -> None:
+    """Heads that are never merged flip no code, and nothing of W is rounded."""
+    lines = calm.lines("diagnostics")
+    assert [line["version"] for line in lines] == [3, 6]
+    never = calm.settings["lora.merge"] == "never"
+    for module in lines[-1]["modules"].values():
+        assert (module["codes_flipped"] == 0) == never
+        assert (module["quantization_error"] == 0) == never
+        assert module["effective_rank"] > 1
 
 
 @pytest.mark.parametrize("killed", KILLED)
