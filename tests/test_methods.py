@@ -573,6 +573,26 @@ def test_a_worker_that_comes_late_begins_with_the_factors_of_all() -> None:
         assert not torch.allclose(other.modules[name].weight, published[f"{name}.weight"], atol=1e-3)
 
 
+@pytest.mark.parametrize("method", [LORA, FEDLORA])
+def test_steps_ahead_of_an_update_stay_owed(method: dict[str, object]) -> None:
+    """With overlap, and few bits: nothing of the steps that were taken meanwhile is lost or counts twice."""
+    num_workers = int(str(method["train.workers"]))
+    settings = method | {"train.overlap": True, "compress.factors": "int4", "optimizer.name": "sgd"}
+    simulation = Simulation(net(), recipe(**settings), num_workers)
+    for round_ in range(3):
+        ahead = batches(num_workers, 2, seed=round_)
+        simulation.local_steps(mse, batches(num_workers, 2, seed=10 + round_))
+        own = [module.weight for t in simulation.trainers for module in t.modules.values()]
+        simulation.merge(ahead=lambda ahead=ahead: simulation.local_steps(mse, ahead))
+        moved = [module.weight for t in simulation.trainers for module in t.modules.values()]
+        assert max(float((a - b).abs().max()) for a, b in zip(own, moved, strict=True)) > 1e-3
+    for _ in range(12):
+        simulation.merge()
+    for name, weight in simulation.master.weights.items():
+        for trainer in simulation.trainers:
+            assert torch.allclose(trainer.modules[name].weight, weight, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
