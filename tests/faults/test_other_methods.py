@@ -17,7 +17,7 @@ from lte.server.master import Master
 from lte.tasks import task_of
 
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"train.workers": 1, "lora.merge": "never", "base.quant": "nf4"},
+    "lora": {"train.workers": 1, "lora.merge": "never"},
     "mhlora": {
         "train.workers": 1,
         "train.accumulate": 2,
