@@ -190,6 +190,24 @@ def test_qlora_owes_what_its_codec_leaves_out(A: str) -> None:
         assert left_out < 1e-4 * module.lora_B.abs().max()
 
 
+@pytest.mark.parametrize("method", ["lora", "fedlora"])
+def test_rounds_of_other_lengths_are_trained_by_the_same_heads(method: str) -> None:
+    """A phase of other local steps alone leaves the very parameters that are averaged, or known."""
+    settings = {"lora": LORA, "fedlora": FEDLORA}[method] | {
+        "train.phases": [{"from_round": 1, "local_steps": 2}]
+    }
+    recipe_, num_workers = recipe(**settings), 3 if method == "fedlora" else 1
+    simulation = Simulation(net(), recipe_, num_workers)
+    before = starts(simulation)
+    for round_ in range(3):
+        simulation.local_steps(mse, batches(num_workers, 2, seed=round_))
+        simulation.merge()
+    for name, module in simulation.trainers[0].modules.items():
+        published = simulation.master.parameters("published")[f"{name}.weight"]
+        assert torch.allclose(module.weight, published, atol=1e-5)
+        assert not torch.equal(module.lora_A, before[name])
+
+
 def test_nothing_but_dense_changes_is_published_of_lora() -> None:
     simulation = Simulation(net(), recipe(**LORA), 1)
     simulation.local_steps(mse, batches(1, 5, seed=0))
@@ -624,6 +642,11 @@ def test_what_contradicts_factor_averaging_is_one_line(changes: dict[str, object
         ({"outer.bound_norm": 2.0}, "outer.bound_norm: compares"),
         ({"outer.ema": 0.9, "outer.publish_ema": True}, "outer.publish_ema: cannot be told in heads"),
         ({"lora.A": "rotating"}, "lora.A: rotating needs lora.merge = reset-b, not never"),
+        ({"base.keep_initial": True}, "base.keep_initial: is for a master that merges"),
+        ({"outer.when": "arrival"}, "lora.merge: never has rounds; outer.when = arrival merges"),
+        ({"train.phases": [{"from_round": 9, "rank": 8}]}, "lora.merge: never contradicts train.phases of"),
+        ({"train.phases": [{"from_round": 9, "merge": "reset-b"}]}, "lora.merge: never contradicts"),
+        ({"train.phases": [{"from_round": 9, "base_quant": "int8"}]}, "lora.merge: never contradicts"),
     ],
 )
 def test_what_contradicts_lora_is_one_line(changes: dict[str, object], line: str) -> None:

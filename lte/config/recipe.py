@@ -42,7 +42,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValida
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
 Multiple = Annotated[float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
 Name = Annotated[str, Field(min_length=1)]
-Merge = Literal["reset-less", "reset-b", "reset"]
+Merge = Literal["reset-less", "reset-b", "reset", "never"]
 _OrNone = BeforeValidator(_none_if_said)
 
 _STRICT = ConfigDict(extra="forbid")
@@ -194,11 +194,6 @@ class Train:
     )
 
     @property
-    def changes_heads(self) -> bool:
-        """Whether heads of some phase are others than before."""
-        return any(phase.changes_heads for phase in self.phases)
-
-    @property
     def steps_ahead(self) -> int:
         """Local steps that a worker takes of a round before the update that opens it is due."""
         if not self.overlap:
@@ -238,7 +233,7 @@ class LoRA:
         "heads see equal slices of a worker's batch, as if each were alone; or all see the whole of it, and"
         " each adds 1 / H of what it would add alone (multi-head LoRA)",
     )
-    merge: Merge | Literal["never"] = _doc(
+    merge: Merge = _doc(
         "reset-b",
         "after a merge: keep A and B; or keep A, B = 0; or new A, B = 0; never: there is none, the model is"
         " the base of the start with the heads (LoRA)",
@@ -667,7 +662,9 @@ class Recipe:
     def keeps_initial(self) -> bool:
         """`base.keep_initial`, or what it is derived from."""
         said = self.base.keep_initial
-        return self.model.init_from is not None if said is None else said
+        if said is None:
+            return self.model.init_from is not None and self.lora.merge != "never"
+        return said
 
     @property
     def merges_on_arrival(self) -> bool:

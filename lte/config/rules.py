@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from lte.config.recipe import Model, Recipe
@@ -39,14 +40,12 @@ def check(recipe: Recipe) -> list[str]:
             f"train.phases: round {starts[-1]} does not come, as train.rounds is {recipe.train.rounds} (the"
             " first one is 0)"
         )
-    elif recipe.train.overlap and recipe.train.changes_heads:
+    elif recipe.train.overlap and any(phase.changes_heads for phase in recipe.train.phases):
         faults.append(
             "train.overlap: contradicts train.phases of other heads (rank, merge, full_rank): a contribution"
             " may be under way when they begin"
         )
-    elif recipe.lora.merge == "never" and (
-        recipe.train.changes_heads or any(phase.base_quant for phase in recipe.train.phases)
-    ):
+    elif _changes_what_is_never_merged(recipe, starts):
         faults.append(
             "lora.merge: never contradicts train.phases of other heads or another base (rank, merge,"
             " full_rank, base_quant)"
@@ -56,6 +55,16 @@ def check(recipe: Recipe) -> list[str]:
             later = [line for line in _faults(recipe.in_round(start)) if line not in faults]
             faults += [f"train.phases: from round {start} on: {line}" for line in later]
     return faults
+
+
+def _changes_what_is_never_merged(recipe: Recipe, starts: Sequence[int]) -> bool:
+    """Whether heads that are never merged, or their base, are others in a later phase."""
+    first, *later = (recipe.in_round(start) for start in (0, *starts))
+    return any(
+        "never" in (first.lora.merge, other.lora.merge)
+        and not (other.has_heads_of(first) and other.base.quant == first.base.quant)
+        for other in later
+    )
 
 
 def _faults(recipe: Recipe) -> list[str]:
@@ -178,6 +187,14 @@ def _faults(recipe: Recipe) -> list[str]:
             lora.merge != "never" or (outer.name == "average" and not outer.weight_decay),
             "lora.merge: never leaves the outer optimizer nothing to move: outer.name = average, and no"
             " outer.weight_decay",
+        ),
+        (
+            lora.merge != "never" or not recipe.keeps_initial,
+            "base.keep_initial: is for a master that merges; with lora.merge = never heads stand on the base",
+        ),
+        (
+            lora.merge != "never" or outer.when == "round",
+            "lora.merge: never has rounds; outer.when = arrival merges",
         ),
         (
             lora.merge != "never" or not outer.publish_ema,

@@ -152,7 +152,7 @@ class Trainer:
         # Forward passes since the last local step: micro-batches have masks of their own.
         self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        if recipe.train.changes_heads or recipe.train.full_rank:
+        if recipe.train.full_rank or not recipe.has_heads_of(recipe.as_built):
             self._refit_heads()
         draw_heads(model, recipe.lora, seed=recipe.run.seed, first_head=self.first_head, draw=self.draw)
         for name, tensor in self._averaged():
@@ -418,7 +418,7 @@ class Trainer:
             stays = torch.equal(new_A[:, :num_kept], old_A[:, :num_kept])
             self._resize_moments(module.lora_A, -2, stays=stays)
             self._resize_moments(module.lora_B, -1, stays=stays)
-        self._known_A, self._has_merged = {}, False
+        self._known, self._has_merged = {}, False
 
     def _refit_heads(self) -> None:
         """Give the model new heads, zero, by the settings at hand. The optimizer steps them in place of those
@@ -670,8 +670,8 @@ class Trainer:
         published, version, step = self._published, self.version, self._base_step
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
         self.draw = int(numbers["draw"])
-        self.recipe = self.recipe.in_round(self.version)
-        if self.recipe.train.changes_heads:
+        made_for, self.recipe = self.recipe, self.recipe.in_round(self.version)
+        if not self.recipe.has_heads_of(made_for):
             self._refit_heads()
         if self.recipe.is_A_given:  # it is in no state: what was drawn can be drawn again
             for name, module in self.modules.items():
