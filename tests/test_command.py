@@ -306,6 +306,7 @@ def test_the_run_folder_holds_what_the_design_promises(trained: Trained) -> None
         "loss",
         "loss_master",
         "master_digest",
+        "version",
         "time_s",
     }
     assert (last["rounds"], last["tokens"], last["workers"]) == (6, 2304, 2)
