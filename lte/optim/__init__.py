@@ -3,6 +3,7 @@
     groups      learning rates and decays of a converted model's parameters
     muon        orthogonalized momentum for matrices, AdamW for the rest
     clip        bounds on gradients
+    state       what is remembered, for a file
 
 All of it acts on models with heads, dense ones among them; the outer optimizer is in `lte.merge`.
 """
@@ -17,8 +18,9 @@ from lte.errors import ConfigError
 from lte.optim.clip import clip
 from lte.optim.groups import Group, check_patterns, groups
 from lte.optim.muon import Muon
+from lte.optim.state import flat, load_flat
 
-__all__ = ["check_patterns", "clip", "make_optimizer"]
+__all__ = ["check_patterns", "clip", "flat", "load_flat", "make_optimizer"]
 
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:

@@ -27,7 +27,7 @@ from lte.compress import (
     tensors_of,
 )
 from lte.config import Codec, Recipe
-from lte.errors import ConfigError, DigestError, DivergedError, WireError
+from lte.errors import DigestError, DivergedError, WireError
 from lte.nn import (
     Adapted,
     adapted_modules,
@@ -627,7 +627,6 @@ class Trainer:
             "lost_ahead": list(self._lost_ahead),
             "has_merged": self._has_merged,
             "own_steps": self._own_steps,
-            "optimizer": {},
         }
         tensors = {f"parameter/{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         tensors |= {f"buffer/{name}": buffer for name, buffer in changing_buffers(self.model)}
@@ -638,19 +637,8 @@ class Trainer:
         for name, module in self.modules.items():
             if module.merged_A is not None and module.merged_B is not None:
                 tensors |= {f"merged/{name}{A}": module.merged_A, f"merged/{name}{B}": module.merged_B}
-        memory = set[int]()
-        for index, held in self.optimizer.state_dict()["state"].items():
-            for key, value in _leaves(held):
-                if isinstance(value, Tensor):
-                    # A file holds no memory twice, and bitsandbytes' maps are those of all parameters.
-                    is_shared = value.data_ptr() in memory
-                    memory.add(value.data_ptr())
-                    tensors[f"optimizer/{index}/{key}"] = value.clone() if is_shared else value
-                elif value is None or isinstance(value, bool | int | float):
-                    numbers["optimizer"][f"{index}/{key}"] = value
-                else:
-                    kind = f"{type(value).__name__} ({key})"
-                    raise ConfigError([f"the optimizer keeps a {kind}, which cannot be saved: no worker.dir"])
+        moments, numbers["optimizer"] = optim.flat(self.optimizer)
+        tensors |= {f"optimizer/{path}": moment for path, moment in moments.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -697,16 +685,7 @@ class Trainer:
             if module.merged_A is not None and module.merged_B is not None:
                 module.merged_A.copy_(tensors[f"merged/{name}{A}"])
                 module.merged_B.copy_(tensors[f"merged/{name}{B}"])
-        held: dict[int, dict[str, Any]] = {}
-        for path, value in (group("optimizer") | numbers["optimizer"]).items():
-            index, *above, key = path.split("/")
-            node = held.setdefault(int(index), {})
-            for part in above:
-                node = node.setdefault(part, {})
-            node[key] = value
-        self.optimizer.load_state_dict(
-            {"state": held, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+        optim.load_flat(self.optimizer, group("optimizer") | numbers["optimizer"])
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
@@ -773,15 +752,6 @@ def _owed(module: Adapted) -> tuple[Tensor, Tensor]:
     if module.merged_A is None or module.merged_B is None:
         return B, A
     return lowrank.stacked(A, B, module.merged_A.cpu(), module.merged_B.cpu() * module.scale)
-
-
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Path, A/B/C, and value of everything in mappings of mappings: bitsandbytes' state is one."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}/{path}", leaf) for path, leaf in _leaves(value))
-        else:
-            yield key, value
 
 
 def _on_cpu(base: Quantized) -> Quantized:
