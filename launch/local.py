@@ -1,22 +1,20 @@
 """One machine: a server process and N worker processes, or threads for `inprocess://` addresses.
 
 The server draws the progress display and writes the records; workers write to RUN/logs. Nothing
-outlives this process: children are told to end when it ends, also when it is killed (Linux).
+outlives this process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from launch.children import Child, ended, last_words, log_of, report_failures, send, spawn
 from lte import recipes, signals
 from lte.config import Recipe
 from lte.errors import RunEnded, RunError
@@ -25,7 +23,6 @@ from lte.worker import Worker
 
 EXIT_RUN_ENDED = 3
 """Exit code of a worker whose run ended before its last round, as the server told it."""
-PARENT_VARIABLE = "LTE_PARENT_PID"
 KEY_VARIABLE, SERVER_KEY_VARIABLE = "LTE_KEY", "LTE_SERVER_KEY"
 """Environment of batch jobs: what `lte worker` takes where --key and --server-key are not given."""
 _LEAVE_S = 2.0
@@ -33,20 +30,6 @@ _LEAVE_S = 2.0
 _KILL_S = 30.0
 """How long a worker has to save and end after its signal; then it is killed, and the steps since its
 last contribution are lost."""
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent() -> None:
-    """Called first in a child, once its signals are handled: have the kernel send SIGTERM when the
-    launcher dies, and let in the signals that the launcher held back meanwhile."""
-    parent = os.environ.pop(PARENT_VARIABLE, None)
-    if parent is None:
-        return
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it died before the line above
-        raise SystemExit(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDINGS)
 
 
 def train_in_processes(recipe: Recipe, arguments: Sequence[str]) -> int:
@@ -69,8 +52,8 @@ class _Processes:
         self.recipe, self.arguments = recipe, arguments
         self.folder = Path(recipe.run.dir)
         self.logs = self.folder / "logs"
-        self.server: subprocess.Popen[bytes] | None = None
-        self.workers: dict[int, subprocess.Popen[bytes]] = {}
+        self.server: Child | None = None
+        self.workers: dict[int, Child] = {}
         self.failures: dict[int, tuple[int, str]] = {}  # worker: its exit code, and why
         self.num_finished = 0
         self.signal = 0  # that this process got first
@@ -92,7 +75,7 @@ class _Processes:
         command = ["server", *self.arguments, "--announce", str(writing)]
         self.server = self._spawn(command, pass_fds=(writing,))
         if self.signal:  # it came before there was anyone to pass it on to
-            _send(self.server, self.signal)
+            send(self.server, self.signal)
         os.close(writing)
         with os.fdopen(reading) as announcements:
             return announcements.readline().strip()
@@ -104,33 +87,15 @@ class _Processes:
         except OSError as error:
             raise RunError(f"{self.logs}: cannot be made a folder ({error.strerror})") from None
         for k in range(self.recipe.train.workers):
-            with self._log(k).open("wb") as log:
+            with log_of(self.logs, k).open("wb") as log:
                 # By name, so that after a crash it takes the place of the one that it replaces.
                 state = self.folder / "workers" / f"w{k}"
                 command = ["worker", "--server", address, "--id", f"w{k}", "--state", str(state)]
                 self.workers[k] = self._spawn(command, stdout=log, stderr=log)
 
-    def _spawn(self, command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C reaches only this process, which then ends the run in order.
-        # The child inherits that signals are held back, until it can handle them (`end_with_parent`).
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDINGS)
-        try:
-            process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-m", "lte", *command],
-                stdin=subprocess.DEVNULL,
-                # The server has no keys here, so workers must not use any that lie about.
-                env={
-                    **os.environ,
-                    PARENT_VARIABLE: str(os.getpid()),
-                    KEY_VARIABLE: "",
-                    SERVER_KEY_VARIABLE: "",
-                },
-                start_new_session=True,
-                **options,  # type: ignore[call-overload]
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        return process
+    def _spawn(self, command: list[str], **options: object) -> Child:
+        # The server has no keys here, so workers must not use any that lie about.
+        return spawn(command, {KEY_VARIABLE: "", SERVER_KEY_VARIABLE: ""}, **options)
 
     def _supervise(self) -> int:
         """Wait for the server to end; end it when no worker is left, or the first round cannot come."""
@@ -144,7 +109,7 @@ class _Processes:
         code = self.server.returncode
         if self.signal:
             return 128 + self.signal if code else 0
-        self._report_failures()
+        report_failures({k: words for k, (_, words) in self.failures.items()}, self.logs)
         if code < 0:
             name = signal.Signals(-code).name
             print(
@@ -166,7 +131,7 @@ class _Processes:
                 del self.workers[k]
                 self.num_finished += worker.returncode == 0
                 if worker.returncode not in (0, EXIT_RUN_ENDED):
-                    self.failures[k] = worker.returncode, self._last_words(k, worker.returncode)
+                    self.failures[k] = worker.returncode, last_words(self.logs, k, worker.returncode)
 
     def _has_begun(self) -> bool:
         """Whether a round was merged since the server started."""
@@ -177,35 +142,18 @@ class _Processes:
                 return False
         return False
 
-    def _report_failures(self) -> None:
-        """One line for each reason that workers had to fail."""
-        for reason in dict.fromkeys(words for _, words in self.failures.values()):
-            failed = [k for k, (_, words) in self.failures.items() if words == reason]
-            names = f"worker{'s' if len(failed) > 1 else ''} {', '.join(map(str, sorted(failed)))}"
-            where = self._log(failed[0]) if len(failed) == 1 else self.logs
-            print(f"lte: {names} ended: {reason}; see {where}", file=sys.stderr)
-
-    def _last_words(self, k: int, code: int) -> str:
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        lines = self._log(k).read_text(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("lte: ") if lines else f"exit code {code}"
-
-    def _log(self, k: int) -> Path:
-        return self.logs / f"worker-{k}.log"
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Pass the first signal on to the server, and to the workers when it is gone: if they left
         before, it would merge rounds without them. A second Ctrl-C ends all at once."""
         if self.signal and number == signal.SIGINT:
             for child in self._children():
-                _send(child, signal.SIGKILL)
+                send(child, signal.SIGKILL)
         elif not self.signal:
             self.signal = number
             if self.server is not None:
-                _send(self.server, number)
+                send(self.server, number)
 
-    def _children(self) -> list[subprocess.Popen[bytes]]:
+    def _children(self) -> list[Child]:
         return [*self.workers.values(), *([self.server] if self.server else [])]
 
     def _end_children(self) -> None:
@@ -213,30 +161,12 @@ class _Processes:
         the server do not."""
         if self.server is not None and self.server.poll() is None:  # this process failed
             self.server.terminate()
-        left = self._ended(self._children(), 0.0 if self.signal else _LEAVE_S)
+        left = ended(self._children(), 0.0 if self.signal else _LEAVE_S)
         for child in left:
-            _send(child, self.signal or signal.SIGTERM)
-        for child in self._ended(left, _KILL_S):
+            send(child, self.signal or signal.SIGTERM)
+        for child in ended(left, _KILL_S):
             child.kill()
             child.wait()
-
-    def _ended(
-        self, children: list[subprocess.Popen[bytes]], within_s: float
-    ) -> list[subprocess.Popen[bytes]]:
-        """Wait for children to end; returns those who did not."""
-        left, deadline = [], time.monotonic() + within_s
-        for child in children:
-            try:
-                child.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                left.append(child)
-        return left
-
-
-def _send(process: subprocess.Popen[bytes], number: int) -> None:
-    """Popen.send_signal would reap a process that has ended, and `_supervise` wait for another."""
-    if process.returncode is None:
-        os.kill(process.pid, number)
 
 
 def train_in_threads(recipe: Recipe) -> int:

@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from launch import local
+from launch import children, local
 from lte import __version__, config, cost, export, inventory, recipes, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals.raised():
             try:
-                local.end_with_parent()
+                children.end_with_parent()
                 arguments = _parser().parse_args(argv)
                 return int(arguments.run(arguments))
             finally:

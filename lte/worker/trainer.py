@@ -27,7 +27,7 @@ from lte.compress import (
     tensors_of,
 )
 from lte.config import Codec, Recipe
-from lte.errors import DigestError, DivergedError, WireError
+from lte.errors import ConfigError, DigestError, DivergedError, WireError
 from lte.nn import (
     Adapted,
     adapted_modules,
