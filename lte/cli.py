@@ -16,8 +16,8 @@ from typing import NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from launch import children, local
-from lte import __version__, config, cost, export, inventory, recipes, report, signals, status
+from launch import children, data_parallel, local
+from lte import __version__, config, cost, ddp, export, inventory, recipes, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack, pack_images
@@ -128,7 +128,9 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         "examples:\n"
         "  lte train configs/quickstart.yaml\n"
         "  lte train configs/quickstart.yaml train.rounds=20 lora.rank=16 run.dir=runs/short\n"
-        "  lte train configs/quickstart.yaml run.resume=never     start anew, old run moved aside\n\n"
+        "  lte train configs/quickstart.yaml run.resume=never     start anew, old run moved aside\n"
+        "  lte train configs/quickstart.yaml train.method=ddp run.dir=runs/ddp     torch's DDP, to compare\n"
+        "  torchrun --nproc-per-node 4 -m lte train configs/methods/ddp.yaml       the same by torchrun\n\n"
         "settings, as section.name=value (type, default):\n" + _settings_help(),
     )
     _add_recipe(command)
@@ -137,6 +139,8 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     recipe = config.load(arguments.config, arguments.overrides)
+    if recipe.train.method == "ddp":
+        return _train_data_parallel(recipe, [arguments.config, *arguments.overrides])
     if is_complete(recipe):
         return _say_complete(recipe)
     if recipe.server.key:
@@ -150,6 +154,20 @@ def _train(arguments: argparse.Namespace) -> int:
         return code
     task_of(recipe).check_run()
     return local.train_in_processes(recipe, [arguments.config, *arguments.overrides])
+
+
+def _train_data_parallel(recipe: Recipe, arguments: Sequence[str]) -> int:
+    """Start the workers, or be the one that the environment says (torchrun's)."""
+    place = ddp.place_of(recipe, os.environ)
+    if is_complete(recipe):
+        return _say_complete(recipe) if place is None or place.is_first else 0
+    if place is None:
+        ddp.check(recipe)
+        return data_parallel.train_in_processes(recipe, arguments)
+    stopped_by = ddp.train(recipe, place, claimed=bool(place.meeting))
+    if place.is_first:
+        _conclude(recipe, not stopped_by, in_haste=stopped_by in (signal.SIGTERM, signal.SIGUSR1))
+    return 128 + stopped_by if stopped_by else 0
 
 
 def _add_server(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -32,8 +32,11 @@ def make_server(
     """A server that trains the recipe's model; see `lte.Server`.
 
     Raises:
-        DataError: the data are missing or too few. ConfigError: they do not fit the model.
+        DataError: the data are missing or too few. ConfigError: they do not fit the model, or
+        `train.method` has no server.
     """
+    if recipe.train.method == "ddp":
+        raise ConfigError(["train.method: ddp has no server; use 'lte train', or set train.method=lte"])
     task = task_of(recipe)
     task.check_run()
     return Server(
@@ -228,6 +231,8 @@ def recipe_of(folder: Path) -> Recipe:
 
 def roll_back(folder: Path, version: int) -> rollback.RolledBack:
     """Bring a recipe's run back to a version; see `rollback.roll_back`."""
+    if recipe_of(folder).train.method == "ddp":
+        raise RunError(f"{folder}: a data-parallel run keeps no journal, by which to go back")
     return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
 
 

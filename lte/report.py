@@ -158,6 +158,7 @@ def summary(folder: Path) -> RenderableType:
     """
     recipe, run = load(folder / "config.yaml"), outcome(folder)
     train, heads = recipe.train, recipe.lora.heads
+    is_ddp = train.method == "ddp"
     of = f"round {run.rounds:,} of {recipe.train.rounds:,}"
     state = f"finished at {of}" if run.finished else f"stopped at {of}, or still running"
     rows = {
@@ -167,14 +168,15 @@ def summary(folder: Path) -> RenderableType:
         recipe.data.counted: f"{run.tokens:,}"
         + (f" ({run.tokens / run.time_s:,.0f}/s)" if run.time_s else ""),
         "time": clock_text(run.time_s),
-        "workers": f"{run.workers} of {_count(heads, 'head')}, lora_rank {recipe.lora.rank},"
-        f" {recipe.lora.merge}",
-        "parameters": _parameters(run),
+        "workers": f"{run.workers}, data-parallel, {_gradients(recipe)}"
+        if is_ddp
+        else f"{run.workers} of {_count(heads, 'head')}, lora_rank {recipe.lora.rank}, {recipe.lora.merge}",
+        "parameters": _parameters(run, is_ddp),
         "loss": _losses(run, recipe),
         **_accuracies(run),
         "up": _bytes(run, run.uplink_bytes),
         "down": _bytes(run, run.downlink_bytes),
-        "data-parallel": _against_ddp(run, recipe.steps_before(run.rounds)),
+        **({} if is_ddp else {"data-parallel": _against_ddp(run, recipe.steps_before(run.rounds))}),
         "files": "\n".join(str(folder / name) for name in _ARTEFACTS if (folder / name).exists()),
     }
     grid = Table.grid(padding=(0, 2))
@@ -205,9 +207,19 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
-def _parameters(run: Outcome) -> str:
+def _gradients(recipe: Recipe) -> str:
+    """How gradients travelled."""
+    ddp = recipe.ddp
+    if ddp.hook == "powersgd":
+        return f"gradients by PowerSGD of rank {ddp.powersgd_rank} from step {ddp.powersgd_start:,}"
+    return f"gradients in {'bf16' if ddp.hook == 'bf16' else 'fp32'}"
+
+
+def _parameters(run: Outcome, is_ddp: bool) -> str:
     if not run.num_parameters:
         return "not recorded yet"
+    if is_ddp:
+        return f"{run.num_parameters:,}, trained at full rank"
     share = (run.num_adapted_parameters or 0) / run.num_parameters
     return f"{run.num_parameters:,}, {share:.1%} adapted by LoRA heads"
 
@@ -288,6 +300,9 @@ def plot(folder: Path) -> Path:
 
 
 def _subtitle(recipe: Recipe) -> str:
+    if recipe.train.method == "ddp":
+        workers = _count(recipe.train.workers, "data-parallel worker")
+        return f"{workers}, {_gradients(recipe)}, published as {recipe.base.quant}"
     parts = [
         f"T = {_count(recipe.train.local_steps, 'local step')}",
         _count(recipe.train.workers, "worker"),

@@ -15,7 +15,8 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
             on arrival: contributions (of the run so far), staleness_mean and staleness_max (of these,
             versions); the
             server's merge_s (of it requantize_s), journal_s and pack_s; step_s, encode_s and apply_s of the
-            median worker
+            median worker. With train.method = ddp, also payload_bytes (that one worker handed to
+            all-reduce), and of the others those that docs/ddp.md names
     eval    version, tokens, loss (published model), loss_master and, with outer.ema, loss_ema (of the
             master's average), and what else a task measures of these, such as accuracy, accuracy_master
     diagnostics

@@ -296,7 +296,10 @@ def test_replace_makes_a_copy(changes: dict[str, Any], key: str) -> None:
         ("rounds=5", "rounds: unknown setting, did you mean train.rounds?"),
         ("data.dir=x", "data.dir: unknown setting, did you mean run.dir?"),
         ("train.lr=1", "train.lr: unknown setting, did you mean optimizer.lr or outer.lr?"),
-        ("train.xyz=1", "train.xyz: unknown setting; known here: rounds, local_steps, workers, batch_size"),
+        (
+            "train.xyz=1",
+            "train.xyz: unknown setting; known here: method, rounds, local_steps, workers, batch_size",
+        ),
         ("xyz.rounds=1", "xyz: unknown setting; known here: run, model, data, train, lora, base,"),
         (
             "lora.overrides=[{rnak: 3}]",
@@ -377,7 +380,7 @@ def test_faults_of_file_and_overrides_are_reported_together(recipe_file: Any) ->
         ({"train": "rounds"}, "train: must be a section with settings of its own, not 'rounds'"),
         ({"train": {"rounds": {"more": 1}}}, "train.rounds: must be a whole number, not {'more': 1}"),
         ({5: {}}, "5: unknown setting; known here: run,"),
-        ({"train": {5: 1}}, "train.5: unknown setting; known here: rounds,"),
+        ({"train": {5: 1}}, "train.5: unknown setting; known here: method,"),
         ({"train": {None: 1}}, "train.None: unknown setting"),
     ],
 )

@@ -38,6 +38,7 @@ FLOORS = [
     "tasks",
     "recipes",
     "export",
+    "ddp",
     "cost",
     "inventory",
     "report",

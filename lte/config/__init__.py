@@ -6,6 +6,7 @@ Unknown keys and impossible values are reported together.
 from lte.config.describe import describe
 from lte.config.read import checked, differences, from_dict, load, replace, to_dict, to_yaml
 from lte.config.recipe import (
+    DDP,
     Base,
     Codec,
     Compress,
@@ -28,6 +29,7 @@ from lte.config.recipe import (
 from lte.config.rules import check
 
 __all__ = [
+    "DDP",
     "Base",
     "Codec",
     "Compress",

@@ -160,9 +160,15 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, how often merged, by how many."""
+    """By which method, how long, how often merged, by how many."""
 
     __pydantic_config__ = _STRICT
+    method: Literal["lte", "ddp"] = _doc(
+        "lte",
+        "lte: heads, and what else the recipe says; ddp: torch's DistributedDataParallel, for comparison,"
+        " which ignores what is of heads and merges. With it rounds only record, base.quant is what the"
+        " published weights are rounded to, and optimizer.dense_lr the rate of all (see docs/ddp.md)",
+    )
     rounds: Count = _doc(
         50, "merges in the run; with outer.when = arrival so many contributions for each of the workers"
     )
@@ -430,6 +436,25 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DDP:
+    """How gradients travel with train.method = ddp."""
+
+    __pydantic_config__ = _STRICT
+    hook: Literal["none", "bf16", "powersgd"] = _doc(
+        "none",
+        "what is sent of gradients, by torch's communication hooks: all, in fp32; rounded to bf16; or"
+        " factors of a low rank, PowerSGD's, with compress.error_feedback",
+    )
+    powersgd_rank: Count = _doc(4, "columns of PowerSGD's factors")
+    powersgd_start: Annotated[Count, Field(ge=2)] = _doc(
+        50, "local steps at the run's start with whole gradients, before PowerSGD"
+    )
+    find_unused: bool = _doc(
+        False, "allow steps that use only some parameters, such as experts; costs a small message a step"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outer:
     """The outer optimizer: how the server moves the master by the mean delta."""
 
@@ -568,6 +593,7 @@ class Recipe:
     compress: Compress = field(default_factory=Compress)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    ddp: DDP = field(default_factory=DDP)
     outer: Outer = field(default_factory=Outer)
     server: Server = field(default_factory=Server)
     worker: WorkerSettings = field(default_factory=WorkerSettings)

@@ -152,6 +152,14 @@ def _faults(recipe: Recipe) -> list[str]:
             " through another A)",
         ),
         (
+            train.method == "lte" or lora.merge != "never",
+            f"lora.merge: never has no weights to quantize, as train.method = {train.method} has",
+        ),
+        (
+            train.method == "lte" or not train.phases,
+            f"train.phases: are of heads and merges, which train.method = {train.method} has none of",
+        ),
+        (
             not train.full_rank or lora.merge == "reset-b",
             f"train.full_rank: needs lora.merge = reset-b, not {lora.merge} (a phase may set both)",
         ),

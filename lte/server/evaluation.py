@@ -62,6 +62,7 @@ class Evaluation:
             return Losses(None, None)
         measured = {}
         weights = ("published", "master", "ema") if self._master.ema.tensors else ("published", "master")
+        others = torch.get_num_threads()
         torch.set_num_threads(self._num_threads)
         try:
             with self._given_up_when_stopped(), torch.no_grad():
@@ -72,7 +73,7 @@ class Evaluation:
         except StoppedError:
             return None
         finally:
-            torch.set_num_threads(1)
+            torch.set_num_threads(others)
         extras = {
             name if which == "published" else f"{name}_{which}": value
             for which, found in measured.items()

@@ -38,7 +38,9 @@ def is_complete(recipe: Recipe) -> bool:
 def _check_settings(folder: Path, recipe: Recipe) -> None:
     """Refuse to go on with a run of other settings."""
     differences = config.differences(
-        config.load(folder / "config.yaml"), recipe, ("model", "lora", "base", "train", "run", "outer.when")
+        config.load(folder / "config.yaml"),
+        recipe,
+        ("model", "lora", "base", "train", "ddp", "run", "outer.when"),
     )
     free = ("train.rounds", "run.resume", "run.dir")
     if fixed := sorted(line for line in differences if not line.startswith(free)):
@@ -59,6 +61,11 @@ class Claim:
         """From here on another server may take the folder over: generation, records and journal are
         this one's, and tell it if one does."""
         self._starting.close()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a child must inherit to hold the folder as long as it lives."""
+        return (self._lock.fileno(),)
 
     def close(self) -> None:
         self._starting.close()

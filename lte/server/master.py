@@ -315,11 +315,7 @@ class Master:
             return float(torch.dist(self.weights[name], before)), float(steps.norm()) * quantize.BLOCK**0.5
 
         measured = list(self._of_each(merge_into))
-        if outer.ema is None:
-            self.ema = Average()
-        else:
-            trained = {name: self.dense[name] for name in self.plan.dense}
-            self.ema.include(self.weights | trained, outer.ema**of_round)
+        self._include_in_average(of_round)
         self.merged |= {owner: held for owner, held in rebuilt.items() if held}
         change, step = (math.hypot(*sizes) for sizes in zip((0.0, 0.0), *measured, strict=True))
         who = [contribution.worker_id for contribution in contributions]
@@ -329,6 +325,31 @@ class Master:
             trimmed=tuple(w for k, w in enumerate(who) if robust and k in robust.trimmed),
             heads=kept,
         )
+
+    @torch.no_grad()
+    def take(self, model: nn.Module, *, as_version: bool) -> None:
+        """Have the weights of a plain model, which was trained as it is, in place of a merge. What is
+        published stays.
+
+        Args:
+            as_version: they are a version's, and belong into the average over versions.
+        """
+        tensors = _named_tensors(model)
+        self.weights = {
+            name: to_matrix(tensors[spec.parameter].detach().cpu(), spec).clone()
+            for name, spec in self.plan.adapted.items()
+        }
+        self.dense = {name: tensors[name].detach().cpu().clone() for name in self.plan.averaged}
+        if as_version:
+            self._include_in_average(1.0)
+
+    def _include_in_average(self, of_round: float) -> None:
+        """Args: of_round: see `merge`."""
+        if self.recipe.outer.ema is None:
+            self.ema = Average()
+        else:
+            trained = {name: self.dense[name] for name in self.plan.dense}
+            self.ema.include(self.weights | trained, self.recipe.outer.ema**of_round)
 
     def _heads(
         self, name: str, contributions: Sequence[Received], shares: Sequence[float]
@@ -516,6 +537,14 @@ class Master:
 
         self.base = dict(zip(before, self._of_each(requantize), strict=True))
         return before
+
+    @torch.no_grad()
+    def publish_nearest(self, *, last: bool = False) -> None:
+        """Publish what is `to_publish` as nearly as the base's format can: without history, and without
+        codecs."""
+        weights, quant = self.to_publish(last=last), self.recipe.base.quant
+        self.base = {name: quantize.quantize(weights[name], quant) for name in self.base}
+        self.published_dense = {name: weights[name].clone() for name in self.dense}
 
     @torch.no_grad()
     def publish_dense(self, *, last: bool = False) -> dict[str, Tensor]:

@@ -1,0 +1,131 @@
+"""The workers of a run, as each sees the others: torch.distributed, over Gloo or NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from lte import recipes
+from lte.config import Recipe
+from lte.ddp import traffic
+from lte.ddp.place import Place
+from lte.ddp.traffic import Moved
+from lte.errors import RunEnded
+
+_OF_GLOO = "gloo"
+"""What the words of its errors hold, which are plain RuntimeErrors."""
+
+
+class Group:
+    """This process among all workers, from entering to leaving; a context manager. All methods are called
+    by all workers, in the same order.
+
+    Leaving it by an error of the others' connections raises RunEnded: one of them is gone, or was silent
+    for `worker.patience_s`.
+
+    Attributes:
+        place: this worker's. device: where it computes. backend: `nccl` where every worker of this
+            machine has a GPU of its own, else `gloo`.
+    """
+
+    def __init__(self, recipe: Recipe, place: Place) -> None:
+        """Raise ConfigError where `worker.device` is not on this machine."""
+        self.place, self._patience_s = place, recipe.worker.patience_s
+        self.device, self.backend = recipes.device_of(recipe), "gloo"
+        if self.device.type == "cuda" and self.device.index is None:
+            num_gpus = torch.cuda.device_count()
+            self.device = torch.device("cuda", place.local_number % num_gpus)
+            self.backend = "nccl" if place.local_size <= num_gpus and dist.is_nccl_available() else "gloo"
+        self._sockets: list[int] = []
+        self._asked: dist.Work | None = None  # what `largest` has begun
+        self._before = Moved(0, 0)
+
+    def __enter__(self) -> Self:
+        place, patience = self.place, timedelta(seconds=self._patience_s)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        before = set(traffic.sockets().values())
+        store: Store
+        if place.meeting:
+            store = FileStore(place.meeting, place.size)
+        else:
+            store, _, _ = next(rendezvous("env://", place.number, place.size, timeout=patience))
+        # Of their own for each attempt: torchrun keeps its store, and with it addresses of those gone.
+        store = PrefixStore(f"lte-{place.attempt}", store)
+        dist.init_process_group(
+            self.backend, store=store, rank=place.number, world_size=place.size, timeout=patience
+        )
+        self._sockets = [number for number, name in traffic.sockets().items() if name not in before]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        is_theirs = isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and _OF_GLOO in str(error).lower()
+        )
+        # Torch frees what is under way only with Python's lock held, and may hold it while it ends.
+        if self._asked is not None and not is_theirs:
+            self._asked.wait()
+        dist.destroy_process_group()
+        if is_theirs:
+            reason = str(error).strip().splitlines()[-1]
+            raise RunEnded(f"another worker is gone ({reason})", finished=False) from error
+
+    def largest(self, number: int) -> Callable[[], int]:
+        """Begin to find the largest of the workers' numbers; calling the result waits for it."""
+        told = torch.tensor(number, device=self.device)
+        self._asked = work = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True)
+
+        def wait() -> int:
+            assert work is not None
+            work.wait()
+            self._asked = None
+            return int(told)
+
+        return wait
+
+    def gathered(self, *numbers: float) -> Tensor:
+        """The numbers of all workers, (workers, numbers) in fp64 on the CPU."""
+        row = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(row) for _ in range(self.place.size)]
+        dist.all_gather(rows, row)
+        return torch.stack(rows).cpu()
+
+    def wait_for_all(self) -> None:
+        """Return once all have called this."""
+        self.gathered(0.0)
+
+    @torch.no_grad()
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Set tensors, fp32, to their means over the workers, in place."""
+        tensors = list(tensors)
+        if tensors:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.all_reduce(flat)
+            sizes = [tensor.numel() for tensor in tensors]
+            for tensor, mean in zip(tensors, torch.split(flat / self.place.size, sizes), strict=True):
+                tensor.copy_(mean.view(tensor.shape))
+
+    def moved(self, payload_bytes: int) -> Moved:
+        """Bytes that this worker has sent and received since this was asked last: as the kernel counted
+        them on the group's TCP connections (Gloo's); or, where they go by other ways, what a ring moves of
+        the payload, 2 (N - 1) / N times as much.
+
+        Args:
+            payload_bytes: that this worker has handed to all-reduce since then.
+        """
+        now = traffic.counted(self._sockets)
+        if now is None or self.backend != "gloo":
+            by_ring = round(2 * (self.place.size - 1) / self.place.size * payload_bytes)
+            return Moved(by_ring, by_ring)
+        moved, self._before = now.since(self._before), now
+        return moved
