@@ -71,12 +71,12 @@ class _ForkedPopen(subprocess.Popen[bytes]):
     """A `python WORDS` of this process, forked from it."""
 
     def __init__(
-        self, command: Sequence[str], *, env: Mapping[str, str], pass_fds: Sequence[int] = (), **options: Any
+        self, args: Sequence[str], *, env: Mapping[str, str], pass_fds: Sequence[int] = (), **options: Any
     ) -> None:
-        assert command[0] == sys.executable
+        assert args[0] == sys.executable
         # Popen calls this where it would execute Python next, with streams, session and mask as ordered.
-        options["preexec_fn"] = lambda: _be_python(command[1:], env, keep=pass_fds)
-        super().__init__(command, env=env, pass_fds=pass_fds, **options)
+        options["preexec_fn"] = lambda: _be_python(args[1:], env, keep=pass_fds)
+        super().__init__(args, env=env, pass_fds=pass_fds, **options)
 
 
 def _be_python(words: Sequence[str], environment: Mapping[str, str], keep: Sequence[int]) -> NoReturn:
