@@ -278,6 +278,11 @@ def _faults(recipe: Recipe) -> list[str]:
             "outer.lr, outer.momentum: need outer.name = sgd (average has neither)",
         ),
         (
+            outer.name == "average" or outer.dense or bool(lora.modules),
+            f"outer.name: {outer.name} acts on adapted weights, and lora.modules = [] adapts none; set"
+            " outer.dense=true",
+        ),
+        (
             outer.name != "adam" or outer.lr < 1,
             f"outer.lr: with outer.name = adam a merge would move every weight by {outer.lr:g}; try 1e-3",
         ),
