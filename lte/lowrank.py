@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -123,6 +124,22 @@ def _orthonormal_rows(normal: Tensor) -> Tensor:
     q = q * torch.sign(torch.diagonal(r))  # makes the distribution uniform (Mezzadri 2007)
     rows: Tensor = q.T if wide else q
     return rows.contiguous().float()
+
+
+def draw_rank(ranks: Sequence[int], *, seed: int, head: int, step: int) -> int:
+    """One of these ranks, each place as likely as any other: the rank of a head in a local step.
+
+    Args:
+        seed: the run's. head: index of the head among all heads of all workers. step: local steps since the
+            run's start.
+    """
+    generator = generator_of(seed, "nested", head, step)
+    return ranks[int(torch.randint(len(ranks), (), generator=generator))]
+
+
+def tail(lora_A: Tensor, lora_B: Tensor, scale: float, gates: Tensor) -> Tensor:
+    """What gates (r,) on the columns of B take away of a head, s B A - s (B gates) A: (out, in)."""
+    return scale * ((lora_B * (1 - gates)) @ lora_A)
 
 
 def delta(

@@ -274,6 +274,26 @@ class LoRA:
         (), "patterns of parameters that are not trained at all, such as '*.bias'; they are sent once"
     )
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
+    nested: Literal["none", "unfrozen", "frozen"] = _doc(
+        "none",
+        "DyLoRA: each local step draws a rank b and uses b rows of A and columns of B, the first, at alpha /"
+        " b; unfrozen: it trains all of these; frozen: those alone that b adds to the next smaller rank",
+    )
+    nested_min_rank: Count = _doc(1, "least rank that is drawn with lora.nested")
+    nested_ranks: tuple[Count, ...] = _doc(
+        (),
+        "ranks that are drawn with lora.nested, one that stands here twice being twice as likely; none: all"
+        " from lora.nested_min_rank to lora.rank",
+    )
+
+    def drawn_ranks(self, rank: int) -> tuple[int, ...]:
+        """The ranks that local steps of heads of this lora_rank draw from with `nested`."""
+        ranks = self.nested_ranks or range(self.nested_min_rank, rank + 1)
+        return tuple(b for b in ranks if b <= rank) or (rank,)
+
+    def nested_scale(self, rank: int, used: int) -> float:
+        """Factor on lora_scale where so many of a head's `rank` rows are used: lora_alpha stays."""
+        return rank / used if self.scaling == "given" else math.sqrt(rank / used)
 
     @property
     def keeps_factors(self) -> bool:

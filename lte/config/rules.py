@@ -77,6 +77,10 @@ def _faults(recipe: Recipe) -> list[str]:
     twice = next((name for name in _OF_BOTH if name in model.config), None)
     inits = [lora.init, *(override.init for override in lora.overrides)]
     other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
+    nests = lora.nested != "none"
+    cuts = nests and lora.merge == "reset-less"
+    most_rank = max([lora.rank, *(override.rank or 0 for override in lora.overrides)])
+    most_drawn = max([lora.nested_min_rank, *lora.nested_ranks])
     rules = [
         (
             recipe.data.kind in _READS[model.name],
@@ -235,6 +239,39 @@ def _faults(recipe: Recipe) -> list[str]:
             lora.subspace == "random" or other_init is None,
             f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {other_init} (in"
             " lora.overrides, too)",
+        ),
+        (
+            nests or (lora.nested_min_rank == 1 and not lora.nested_ranks),
+            "lora.nested_min_rank, lora.nested_ranks: need lora.nested = unfrozen or frozen",
+        ),
+        (
+            lora.nested_min_rank == 1 or not lora.nested_ranks,
+            "lora.nested_min_rank: contradicts lora.nested_ranks, which names every rank that is drawn",
+        ),
+        (
+            most_drawn <= most_rank,
+            f"lora.nested_min_rank, lora.nested_ranks: {most_drawn} is more than the largest lora_rank"
+            f" ({most_rank})",
+        ),
+        (
+            not lora.nested_ranks or max(lora.nested_ranks) >= most_rank,
+            f"lora.nested_ranks: must hold the largest lora_rank ({most_rank}), or no step trains what is"
+            " beyond the others",
+        ),
+        (
+            not nests or recipe.optimizer.name in ("adamw", "sgd"),
+            f"lora.nested: needs an optimizer that steps each number by itself, adamw or sgd, not"
+            f" {recipe.optimizer.name}",
+        ),
+        (
+            not cuts or (train.workers == 1 and lora.heads == 1),
+            "lora.nested: with lora.merge = reset-less it needs train.workers = 1 and lora.heads = 1, as what"
+            " is merged of others cannot be cut to a rank; use reset-b",
+        ),
+        (
+            not cuts or (outer.name == "average" and not outer.weight_decay),
+            "lora.nested: with lora.merge = reset-less it needs outer.name = average and no"
+            " outer.weight_decay, or ranks could not be taken out of the master",
         ),
         (
             not train.overlap or (lora.A != "rotating" and lora.merge != "reset"),

@@ -51,12 +51,14 @@ class Adapted(nn.Module):
         spec: of its site, by the name that it had when it was converted.
         is_full: heads are of full rank: A is the identity, and lora_A has no rows. s is 1.
         dropout_seeds: of each slice's masks of dropout; None: these come from torch's own generator.
+        gates: (H, 1, r), what each column of B counts for in training (see `lora.nested`); None: all for 1.
     """
 
     codes: Tensor
     scales: Tensor
     merged_A: Tensor | None
     merged_B: Tensor | None
+    gates: Tensor | None
 
     def __init__(self, plain: Tensor, spec: HeadSpec, lora: LoRA, quant: Quant) -> None:
         """Take over a plain parameter, which may be on the meta device.
@@ -74,6 +76,7 @@ class Adapted(nn.Module):
         self.is_full = False
         self.evaluates_heads = lora.merge == "never"
         self.dropout_seeds: list[int] | None = None
+        self.gates = None
         if plain.is_meta:
             device = torch.device("cpu")
             base = quantize.empty(spec.shape, quant, device)
@@ -181,12 +184,16 @@ class Adapted(nn.Module):
         Args:
             lora_A: (H, r, in). lora_B, merged_B: (H, ..., r), rows of B and of B' that are the same.
         """
-        right, left = self.alone(lora_A), self.alone(lora_B)
+        right, left = self.alone(lora_A), self.alone(self._gated(lora_B))
         if self.merged_A is not None and merged_B is not None:
             left, right = lowrank.stacked(right, left, self.merged_A, merged_B)
         if self.num_slices < self.heads:
             left, right = (factor.unsqueeze(0) for factor in lowrank.side_by_side(right, left))
         return right, left
+
+    def _gated(self, B: Tensor) -> Tensor:
+        """Columns of B (H, ..., r), as they count in training."""
+        return B if self.gates is None or not self.training else B * self.gates
 
     def alone(self, factor: Tensor) -> Tensor:
         """The same tensor, through which each head gets the gradient that it would have had alone."""

@@ -100,6 +100,7 @@ class Plan:
                 f" {spec.scale:g}, {spec.init}, A {lora.A}, {lora.merge}"
                 f"{f', dropout {lora.dropout:g}' if lora.dropout else ''}"
                 f"{', whole batch' if lora.batch == 'whole' else ''}"
+                f"{f', nested {lora.nested}' if lora.nested != 'none' else ''}"
             )
         for name, shape in self.dense.items():
             described[name] = f"dense {_by(shape)}"

@@ -3,6 +3,7 @@
     groups      learning rates and decays of a converted model's parameters
     muon        orthogonalized momentum for matrices, AdamW for the rest
     clip        bounds on gradients
+    partial     steps that move chosen elements alone
     state       what is remembered, for a file
 
 All of it acts on models with heads, dense ones among them; the outer optimizer is in `lte.merge`.
@@ -18,9 +19,10 @@ from lte.errors import ConfigError
 from lte.optim.clip import clip
 from lte.optim.groups import Group, check_patterns, groups
 from lte.optim.muon import Muon
+from lte.optim.partial import moving_only
 from lte.optim.state import flat, load_flat
 
-__all__ = ["check_patterns", "clip", "flat", "load_flat", "make_optimizer"]
+__all__ = ["check_patterns", "clip", "flat", "load_flat", "make_optimizer", "moving_only"]
 
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:

@@ -149,6 +149,8 @@ class Trainer:
             recompute_activations(model, recipe.train.checkpoint_modules)
         if recipe.lora.dropout:
             model.register_forward_pre_hook(lambda *_: self._seed_dropout())
+        if recipe.lora.nested != "none":
+            model.register_forward_pre_hook(lambda *_: self._gate())
         # Forward passes since the last local step: micro-batches have masks of their own.
         self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -171,8 +173,13 @@ class Trainer:
         factor = self._factor()
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
+        moving = self._moving()
+        for parameter, elements in moving.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(elements)
         optim.clip(self.model, self.recipe.optimizer)
-        self.optimizer.step()
+        with optim.moving_only(self.optimizer, moving):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.local_step, self._num_forwards = self.local_step + 1, 0
         if self._own_steps is not None:
@@ -181,13 +188,62 @@ class Trainer:
     def _seed_dropout(self) -> None:
         """Choose the masks of the next forward pass: a function of run, head, local step and how many there
         were in it, so that neither a restart nor threads of other workers change them."""
-        step = self.recipe.steps_before(self.round) + self.local_step
+        step = self._step_of_run
         for name, module in self.modules.items():
             module.dropout_seeds = [
                 lowrank.seed_of(self.recipe.run.seed, "dropout", name, head, step, self._num_forwards)
                 for head in range(self.first_head, self.first_head + module.num_slices)
             ]
         self._num_forwards += 1
+
+    # Nested ranks
+
+    def _ranks(self) -> list[int]:
+        """Rank b of each head in this local step: a function of run, head and step, so that a restart changes
+        none. Modules of a smaller lora_rank are used whole."""
+        ranks, seed = self.recipe.lora.drawn_ranks(self.rank), self.recipe.run.seed
+        return [
+            lowrank.draw_rank(ranks, seed=seed, head=self.first_head + h, step=self._step_of_run)
+            for h in range(self.heads)
+        ]
+
+    def _gate(self) -> None:
+        """Have the next forward pass use the first b columns of each B, at lora_alpha / b."""
+        used, lora = self._ranks(), self.recipe.lora
+        for module in self.modules.values():
+            gates = torch.zeros(module.heads, 1, module.rank)
+            for of_head, b in zip(gates, used, strict=True):
+                of_head[:, :b] = lora.nested_scale(module.rank, min(b, module.rank))
+            module.gates = gates.to(module.lora_B.device)
+
+    def _moving(self) -> dict[nn.Parameter, Tensor]:
+        """The elements of factors that this local step trains; empty where it trains all.
+
+        With b = 8, of ranks 4 and 8: rows and columns 0 to 7 unfrozen, 4 to 7 frozen. Nothing else moves, nor
+        do its moments: see `optim.moving_only`. The published DyLoRA leaves that to the optimizer, which has
+        zeros for gradients there, and moves it on by its momentum.
+        """
+        lora = self.recipe.lora
+        if lora.nested == "none":
+            return {}
+        last = torch.tensor(self._ranks())
+        first = torch.zeros_like(last)
+        if lora.nested == "frozen":
+            ranks = lora.drawn_ranks(self.rank)
+            first = torch.tensor([max((rank for rank in ranks if rank < b), default=0) for b in last])
+        moving = dict[nn.Parameter, Tensor]()
+        for module in self.modules.values():
+            rows = torch.arange(module.rank)
+            moves = ((first[:, None] <= rows) & (rows < last[:, None])).to(module.lora_B.device)
+            moving[module.lora_B] = moves[:, None, :]
+            if module.lora_A.requires_grad:
+                moving[module.lora_A] = moves[:, :, None]
+        return moving
+
+    @property
+    def _step_of_run(self) -> int:
+        """Local steps of this worker before the one at hand."""
+        return self.recipe.steps_before(self.round) + self.local_step
 
     def _factor(self) -> float:
         """Factor on the rates of the next local step, by how far the run is and how old these heads are."""
