@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from launch import children, data_parallel, local
-from lte import __version__, config, cost, ddp, export, inventory, recipes, report, signals, status
+from lte import __version__, config, cost, ddp, export, inventory, ranks, recipes, report, signals, status
 from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack, pack_images
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_generate(commands)
     _add_export(commands)
+    _add_ranks(commands)
     _add_plan(commands)
     _add_convert(commands)
     _add_data(commands)
@@ -424,28 +425,40 @@ def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
         commands,
         "eval",
         "measure a trained model on its validation data",
-        "example:\n  lte eval runs/quickstart\n  lte eval runs/quickstart --data data/other --tokens 100000",
+        "examples:\n"
+        "  lte eval runs/quickstart\n"
+        "  lte eval runs/quickstart --data data/other --tokens 100000 --json\n"
+        "  lte eval runs/dylora --rank 4          with its nested heads cut to rank 4",
     )
     command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
     command.add_argument("--data", metavar="FOLDER", help="other shards than the run's")
     command.add_argument(
         "--tokens", type=_whole, default=0, metavar="N", help="at most so many, or images (default: all)"
     )
+    _add_rank(command)
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
     command.set_defaults(run=_eval)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    average = [] if recipes.recipe_of(arguments.folder).outer.ema is None else ["ema"]
-    for which in ("published", "master", *average):
-        model, recipe, version = recipes.load_run(arguments.folder, which)
+    has_average = recipes.recipe_of(arguments.folder).outer.ema is not None and arguments.rank is None
+    lines = []
+    for which in ("published", "master", *(["ema"] if has_average else [])):
+        model, recipe, version = recipes.load_run(arguments.folder, which, arguments.rank)
         if arguments.data:
             recipe = config.replace(recipe, **{"data.shards": arguments.data})
         task = task_of(recipe)
         task.check()
         with torch.no_grad():
             measured = task.evaluate(model, arguments.tokens)
+        if arguments.json:
+            found = {"loss": measured.loss, "unit": task.unit, **measured.extras}
+            lines.append({"weights": which, "version": version, "rank": arguments.rank, **found})
+            continue
         extras = "".join(f"  {name} {value:.4f}" for name, value in measured.extras.items())
         print(f"{which:<9}  version {version}  validation loss {measured.loss:.4f} {task.unit}{extras}")
+    if arguments.json:
+        print(json.dumps(lines, indent=2))
     return 0
 
 
@@ -468,11 +481,12 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument(
         "--weights", choices=("published", "master", "ema"), default="published", help="default: published"
     )
+    _add_rank(command)
     command.set_defaults(run=_generate)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    model, recipe, _ = recipes.load_run(arguments.folder, arguments.weights)
+    model, recipe, _ = recipes.load_run(arguments.folder, arguments.weights, arguments.rank)
     task = task_of(recipe)
     if not isinstance(task, Text):
         raise UserError(
@@ -540,6 +554,67 @@ def _export(arguments: argparse.Namespace) -> int:
     else:
         export.to_safetensors(folder, out, which)
     print(out)
+    return 0
+
+
+# ranks
+
+
+def _add_ranks(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "ranks",
+        "find the smallest rank of each module's head in a run with nested ranks (lora.nested)",
+        "examples:\n"
+        "  lte ranks runs/dylora --max-loss-increase 0.01\n"
+        "  lte ranks runs/dylora --budget-parameters 50000 --out ranks.yaml\n\n"
+        "Each lower rank of each module is measured alone; the cuts that cost least for what they save come\n"
+        "first, and where to stop is measured again. What --out writes is a section lora of a recipe.",
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
+    bound = command.add_mutually_exclusive_group(required=True)
+    bound.add_argument(
+        "--budget-parameters", type=_count, metavar="P", help="most numbers in all heads together"
+    )
+    bound.add_argument(
+        "--max-loss-increase", type=_number, metavar="X", help="most nats above the loss of the whole heads"
+    )
+    command.add_argument(
+        "--weights", choices=("published", "master"), default="published", help="default: published"
+    )
+    command.add_argument("--data", metavar="FOLDER", help="other shards than the run's")
+    command.add_argument(
+        "--tokens",
+        type=_whole,
+        metavar="N",
+        help="of validation in an evaluation (default: eval.tokens; 0: all)",
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="write lora.overrides as YAML")
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
+    command.set_defaults(run=_ranks)
+
+
+def _ranks(arguments: argparse.Namespace) -> int:
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise UserError(f"--out: {arguments.out.parent} is no folder")
+    found, overrides = recipes.find_ranks(
+        arguments.folder,
+        arguments.weights,
+        tokens=arguments.tokens,
+        shards=arguments.data,
+        most_parameters=arguments.budget_parameters,
+        most_increase=arguments.max_loss_increase,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    section = ranks.to_yaml(overrides)
+    if arguments.json:
+        print(json.dumps(ranks.to_dict(found), indent=2))
+    else:
+        Console().print(ranks.to_text(found))
+        if not arguments.out:
+            print(f"\n{section}", end="")
+    if arguments.out:
+        arguments.out.write_text(section, encoding="utf-8")
     return 0
 
 
@@ -811,6 +886,15 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+
+
+def _add_rank(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rank",
+        type=_count,
+        metavar="B",
+        help="cut its heads to this lora_rank, in a run with lora.nested (default: whole)",
     )
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lte import config, signals
-from lte.config import Recipe
+from lte import config, ranks, signals
+from lte.config import Override, Recipe
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
 from lte.lowrank import seed_of
 from lte.models import weights
+from lte.nested import Cuts
 from lte.nn import convert, describe
 from lte.server import Server, checkpoint, rollback
 from lte.server.master import Master
@@ -193,29 +194,92 @@ def starting_model(recipe: Recipe) -> nn.Module:
     return model
 
 
-def load_run(folder: Path, which: str = "published") -> tuple[nn.Module, Recipe, int]:
+def load_run(
+    folder: Path, which: str = "published", rank: int | None = None
+) -> tuple[nn.Module, Recipe, int]:
     """A trained model from a run folder.
 
     Args:
         which: `published` (what the workers hold), `master` (fp32) or `ema` (its average over versions).
+        rank: cut nested heads to it, see `nested.Cuts`; None: leave them whole.
 
     Returns:
         The model in eval mode, the run's recipe and the version.
 
     Raises:
-        RunError: the folder holds no run, a damaged one, or one without the average.
+        RunError: the folder holds no run, a damaged one, one without the average, or without such ranks.
     """
     recipe = recipe_of(folder)
+    model, master, version = _loaded(folder, recipe)
+    if which == "ema" and rank is not None:
+        raise RunError(f"{folder}: of the average over versions no head is known that could be cut to a rank")
+    if which == "ema" and not master.ema.tensors:
+        raise RunError(f"{folder}: keeps no average of its master; train with outer.ema=0.98, say")
+    if rank is None:
+        master.fill(model, which)
+    else:
+        cuts = Cuts(master)
+        cuts.fill(model, which, cuts.at(rank))
+    return model, recipe, version
+
+
+def find_ranks(
+    folder: Path,
+    which: str,
+    *,
+    tokens: int | None = None,
+    shards: str | None = None,
+    most_parameters: int | None = None,
+    most_increase: float | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[ranks.Found, tuple[Override, ...]]:
+    """The least ranks of a run's nested heads within a bound, and `lora.overrides` that say them.
+
+    Args:
+        which: `published` or `master` weights. tokens: of validation data in each evaluation; None:
+            eval.tokens, 0: all. shards: folder of data, where they are not the run's.
+        most_parameters, most_increase: see `ranks.search`.
+        say: prints a line for a person.
+
+    Raises:
+        RunError: see `load_run`. DataError: no validation data.
+    """
+    recipe = recipe_of(folder)
+    model, master, _ = _loaded(folder, recipe)
+    if shards:
+        recipe = config.replace(recipe, **{"data.shards": shards})
+    task, cuts = task_of(recipe), Cuts(master)
+    task.check()
+    rungs = {name: cuts.rungs(name) for name in cuts.ranks}
+    most_tokens = recipe.eval.tokens if tokens is None else tokens
+    say(f"{folder}: {ranks.most_evaluations(rungs)} evaluations at most, of {len(rungs)} modules")
+
+    def loss(chosen: ranks.Ranks) -> float:
+        cuts.fill(model, which, chosen)
+        with torch.no_grad():
+            measured = task.evaluate(model, most_tokens).loss
+        assert measured is not None
+        return measured
+
+    found = ranks.search(
+        rungs, cuts.features, loss, most_parameters=most_parameters, most_increase=most_increase
+    )
+    return found, cuts.overrides(found.ranks)
+
+
+def _loaded(folder: Path, recipe: Recipe) -> tuple[nn.Module, Master, int]:
+    """A plain model in eval mode with its initial weights, and the master at the version of a run's newest
+    checkpoint.
+
+    Raises:
+        RunError: the folder holds no checkpoint, or a damaged one.
+    """
     progress, state = checkpoint.load(checkpoint.newest(folder))
     model = initial_model(recipe)
     master = Master(model, recipe)
     master.enter(progress.version)
     master.load_state(state)
-    if which == "ema" and not master.ema.tensors:
-        raise RunError(f"{folder}: keeps no average of its master; train with outer.ema=0.98, say")
-    master.fill(model, which)
-    model.eval()
-    return model, recipe, progress.version
+    return model.eval(), master, progress.version
 
 
 def recipe_of(folder: Path) -> Recipe:

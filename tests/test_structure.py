@@ -36,6 +36,8 @@ FLOORS = [
     "server",
     "worker",
     "tasks",
+    "nested",
+    "ranks",
     "recipes",
     "export",
     "ddp",
