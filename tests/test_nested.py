@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lte
-from lte import lowrank
-from lte.config import LoRA
+from lte import cost, lowrank
+from lte.config import LoRA, Recipe
 from lte.errors import ConfigError
 from lte.server.master import Master
 
-R, S, LR, DENSE_LR = 4, 2.0, 0.01, 0.003
+R, S, LR, DENSE_LR, CLIP = 4, 2.0, 0.01, 0.003, 0.3
 NESTED = {
     "lora.rank": R,
     "lora.scale": S,
@@ -31,6 +31,7 @@ NESTED = {
     "optimizer.name": "adamw",
     "optimizer.lr": LR,
     "optimizer.dense_lr": DENSE_LR,
+    "optimizer.clip_norm": CLIP,
 }
 
 
@@ -69,6 +70,10 @@ class Naive:
         self.adamw.zero_grad()
         gradients = torch.autograd.grad(loss, self.factors, retain_graph=True)
         loss.backward(inputs=self.dense)
+        every = [*gradients, *(p.grad for p in self.dense if p.grad is not None)]
+        norm = torch.cat([gradient.flatten() for gradient in every]).norm()
+        for gradient in every:
+            gradient.mul_((CLIP / (norm + 1e-6)).clamp(max=1))
         self.adamw.step()
         self.num_steps += 1
         for parameter, gradient in zip(self.factors, gradients, strict=True):
@@ -281,6 +286,18 @@ def test_workers_merge_their_whole_heads(A: str) -> None:
         for name, weight in simulation.master.weights.items():
             assert (weight.double() - expected[name]).abs().max() < 1e-6
             assert (weight - before[name]).abs().max() > 1e-3, "nothing was merged"
+
+
+def test_a_step_keeps_heads_and_moments_of_before() -> None:
+    """Which a plan counts: weights and two moments of AdamW, 12 bytes of the 16 with the gradients."""
+    link = cost.Link(up_bps=1e7, down_bps=1e7, rtt_s=0.05, loss=0.0)
+    site = cost.Site(name="worker", link=link, count=1)
+    plain, nested = (
+        cost.lte_round(own, cost.plan_of(own), [site], cost.assumed(own)).worker_bytes
+        for own in (Recipe(), Recipe(lora=LoRA(nested="unfrozen")))
+    )
+    (kept,) = (size for name, size in nested.items() if name not in plain)
+    assert kept == plain["heads, gradients, moments"] * 12 / 16
 
 
 # Settings
