@@ -137,11 +137,6 @@ def draw_rank(ranks: Sequence[int], *, seed: int, head: int, step: int) -> int:
     return ranks[int(torch.randint(len(ranks), (), generator=generator))]
 
 
-def tail(lora_A: Tensor, lora_B: Tensor, scale: float, gates: Tensor) -> Tensor:
-    """What gates (r,) on the columns of B take away of a head, s B A - s (B gates) A: (out, in)."""
-    return scale * ((lora_B * (1 - gates)) @ lora_A)
-
-
 def delta(
     lora_A: Tensor,
     lora_B: Tensor,

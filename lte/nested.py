@@ -1,7 +1,8 @@
 """Smaller models out of one run: heads of nested ranks (DyLoRA), cut to any rank after training.
 
-A run with `lora.nested` trains the first b rows of A and columns of B so that each b is a model. Where its
-one head was never reset (reset-less), the weights hold s B A of it whole, and the server knows A and B.
+A run with `lora.nested` trains the first b rows of A and columns of B so that each b is a model. Where the
+heads of its worker were never reset (reset-less, never), the weights hold s B A of them whole, and the server
+knows A and B.
 """
 
 from __future__ import annotations
@@ -21,43 +22,43 @@ from lte.server.master import Master
 
 
 class Cuts:
-    """Weights of a run, with each module's head cut to a rank of its own.
+    """Weights of a run, with each module's heads cut to a rank of its own.
 
     Attributes:
-        ranks: lora_rank of each module's head, by `MODULE`.
-        features: in + out of each module: numbers of its head a rank.
+        ranks: lora_rank of each module's heads, by `MODULE`.
+        features: numbers of each module's heads a rank: in + out, of each.
     """
 
     def __init__(self, master: Master) -> None:
-        """Find the head in a master that has been loaded.
+        """Find the heads in a master that has been loaded.
 
         Raises:
             RunError: the run has no nested ranks, has merged them beyond recall, or has had several workers.
         """
         lora = master.recipe.lora
-        if lora.nested == "none" or lora.merge != "reset-less":
+        if lora.nested == "none" or not lora.keeps_factors:
             raise RunError(
                 f"ranks cannot be taken out of a run with lora.nested = {lora.nested}, lora.merge ="
-                f" {lora.merge}: its heads must be nested, and never reset (unfrozen or frozen, reset-less)"
+                f" {lora.merge}: its heads must be nested (unfrozen, frozen) and kept (reset-less, never)"
             )
         if len(master.merged) > 1:
             raise RunError(
                 f"the master holds heads of {len(master.merged)} workers"
-                f" ({', '.join(sorted(master.merged))}): ranks can be taken out of one worker's alone"
+                f" ({', '.join(sorted(master.merged))}): ranks can be taken out of those of one alone"
             )
         self._master, self._lora = master, lora
-        self._head = next(iter(master.merged.values()), {})
+        self._heads = next(iter(master.merged.values()), {})
         self.ranks = {name: self._rank_of(name) for name in master.plan.adapted}
-        self.features = {name: sum(spec.shape) for name, spec in master.plan.adapted.items()}
+        self.features = {n: lora.heads * sum(spec.shape) for n, spec in master.plan.adapted.items()}
 
     def _rank_of(self, name: str) -> int:
-        """That of the worker's head, which may be smaller than the recipe's."""
-        if not self._head:
+        """That of the worker's heads, which may be smaller than the recipe's."""
+        if not self._heads:
             return self._master.plan.adapted[name].rank
-        return int(self._head[name + A].shape[1])
+        return int(self._heads[name + A].shape[1])
 
     def at(self, rank: int) -> dict[str, int]:
-        """Every head cut to a rank; those that have no more of it stay whole.
+        """All heads cut to a rank; those that have no more of it stay whole.
 
         Raises:
             RunError: none has as much.
@@ -68,7 +69,7 @@ class Cuts:
         return {name: min(rank, whole) for name, whole in self.ranks.items()}
 
     def rungs(self, name: str) -> tuple[int, ...]:
-        """The ranks that a module's head may be cut to in a search, ascending: those that were drawn in
+        """The ranks that a module's heads may be cut to in a search, ascending: those that were drawn in
         training; without `lora.nested_ranks` the least of them, powers of two, and the whole."""
         rank = self.ranks[name]
         drawn = sorted(set(self._lora.drawn_ranks(rank)))
@@ -77,21 +78,22 @@ class Cuts:
         return tuple(b for b in drawn if b in (drawn[0], rank) or b.bit_count() == 1)
 
     def scale(self, name: str, rank: int) -> float:
-        """lora_scale s of a head that is cut to this rank: lora_alpha stays."""
+        """lora_scale s of heads that are cut to this rank: lora_alpha stays."""
         return self._master.plan.adapted[name].scale * self._lora.nested_scale(self.ranks[name], rank)
 
     def weight(self, name: str, whole: Tensor, rank: int) -> Tensor:
-        """A module's weight with its head cut to a rank.
+        """A module's weight with its heads cut to a rank.
 
         Args:
-            whole: the plain parameter with all of the head.
+            whole: the plain parameter with all of the heads.
         """
-        if not self._head or rank >= self.ranks[name]:
+        if not self._heads or rank >= self.ranks[name]:
             return whole
-        spec, of_head = self._master.plan.adapted[name], (self._head[name + A][0], self._head[name + B][0])
+        spec, lora_A, lora_B = self._master.plan.adapted[name], self._heads[name + A], self._heads[name + B]
         gates = torch.zeros(self.ranks[name])
         gates[:rank] = self._lora.nested_scale(self.ranks[name], rank)
-        return whole - from_matrix(lowrank.tail(*of_head, spec.scale, gates), spec)
+        tail = lowrank.sum_of_heads(lora_A, lora_B * (1 - gates), spec.scale / len(lora_A))
+        return whole - from_matrix(tail, spec)
 
     def overrides(self, ranks: Mapping[str, int]) -> tuple[Override, ...]:
         """`lora.overrides` of a recipe whose heads have these ranks from the start, and this lora_alpha."""

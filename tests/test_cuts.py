@@ -34,23 +34,38 @@ def trained(**settings: Any) -> Simulation:
     return simulation
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"lora.merge": "reset-less"},
+        {"lora.merge": "never"},
+        {"lora.merge": "never", "lora.heads": 2, "lora.batch": "whole"},
+        {"lora.merge": "reset-less", "lora.heads": 2, "lora.batch": "whole"},
+    ],
+    ids=["reset-less", "never", "never, two heads", "reset-less, two heads"],
+)
 @pytest.mark.parametrize("scaling", ["given", "rank-stabilized"])
 @pytest.mark.parametrize("b", [1, 3, 4])
-def test_a_rank_taken_out_is_the_model_that_was_trained_with_it(scaling: str, b: int) -> None:
+def test_a_rank_taken_out_is_the_model_that_was_trained_with_it(
+    kept: dict[str, Any], scaling: str, b: int
+) -> None:
     alpha = {"lora.scaling": scaling, "lora.alpha": 4.0} if scaling == "rank-stabilized" else {}
-    simulation = trained(**alpha)
+    simulation = trained(**kept, **alpha)
     (trainer,) = simulation.trainers
     cuts, model, start = Cuts(simulation.master), seeded(Net), seeded(Net)
     cuts.fill(model, "master", cuts.at(b))
     s = 4.0 / b**0.5 if alpha else S * R / b
     for name, module in trainer.modules.items():
-        delta = s * module.lora_B[0, :, :b] @ module.lora_A[0, :b]
+        delta = s * (module.lora_B[..., :b] @ module.lora_A[:, :b]).mean(0)
         expected = start.get_parameter(f"{name}.weight") + delta
         assert torch.allclose(model.get_parameter(f"{name}.weight"), expected, atol=1e-5)
         assert delta.abs().max() > 1e-2
-    trainer._ranks = lambda: [b]  # type: ignore[method-assign]
+    trainer._ranks = lambda: [b] * trainer.heads  # type: ignore[method-assign]
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(5))
     assert torch.allclose(model(x), trainer.model(x), atol=1e-5)
+    if kept["lora.merge"] == "never":  # with its heads, all of each
+        cuts.fill(model, "published", cuts.ranks)
+        assert torch.allclose(model(x), trainer.model.eval()(x), atol=1e-5)
 
 
 def test_overrides_of_ranks_are_heads_of_the_same_product() -> None:
@@ -69,6 +84,7 @@ def test_overrides_of_ranks_are_heads_of_the_same_product() -> None:
     [
         ({"lora.nested": "none"}, "lora.nested = none"),
         ({"lora.merge": "reset-b"}, "lora.merge = reset-b"),
+        ({"lora.nested": "none", "lora.merge": "never"}, "lora.nested = none"),
     ],
 )
 def test_runs_without_nested_heads_are_refused(settings: dict[str, Any], fault: str) -> None:

@@ -78,7 +78,7 @@ def _faults(recipe: Recipe) -> list[str]:
     inits = [lora.init, *(override.init for override in lora.overrides)]
     other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
     nests = lora.nested != "none"
-    cuts = nests and lora.merge == "reset-less"
+    cuts = nests and lora.keeps_factors
     most_rank = max([lora.rank, *(override.rank or 0 for override in lora.overrides)])
     most_drawn = max([lora.nested_min_rank, *lora.nested_ranks])
     rules = [
@@ -264,13 +264,13 @@ def _faults(recipe: Recipe) -> list[str]:
             f" {recipe.optimizer.name}",
         ),
         (
-            not cuts or (train.workers == 1 and lora.heads == 1),
-            "lora.nested: with lora.merge = reset-less it needs train.workers = 1 and lora.heads = 1, as what"
-            " is merged of others cannot be cut to a rank; use reset-b",
+            not cuts or (train.workers == 1 and lora.num_slices == 1),
+            f"lora.nested: with lora.merge = {lora.merge} it needs train.workers = 1, and lora.heads = 1 or"
+            " lora.batch = whole, as what is merged of others cannot be cut to a rank; use reset-b",
         ),
         (
             not cuts or (outer.name == "average" and not outer.weight_decay),
-            "lora.nested: with lora.merge = reset-less it needs outer.name = average and no"
+            f"lora.nested: with lora.merge = {lora.merge} it needs outer.name = average and no"
             " outer.weight_decay, or ranks could not be taken out of the master",
         ),
         (
