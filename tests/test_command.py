@@ -956,6 +956,7 @@ def test_mistakes_in_processes_of_their_own(family: Family, folder: Path) -> Non
         "eval",
         "generate",
         "export",
+        "ranks",
         "convert",
         "data",
         "data pack",
