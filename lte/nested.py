@@ -33,7 +33,8 @@ class Cuts:
         """Find the heads in a master that has been loaded.
 
         Raises:
-            RunError: the run has no nested ranks, has merged them beyond recall, or has had several workers.
+            RunError: the run has no nested ranks, has merged them beyond recall, or the server knows the
+                heads of no worker, or of several.
         """
         lora = master.recipe.lora
         if lora.nested == "none" or not lora.keeps_factors:
@@ -41,21 +42,17 @@ class Cuts:
                 f"ranks cannot be taken out of a run with lora.nested = {lora.nested}, lora.merge ="
                 f" {lora.merge}: its heads must be nested (unfrozen, frozen) and kept (reset-less, never)"
             )
-        if len(master.merged) > 1:
+        if len(master.merged) != 1:
+            names = f" ({', '.join(sorted(master.merged))})" if master.merged else ""
             raise RunError(
-                f"the master holds heads of {len(master.merged)} workers"
-                f" ({', '.join(sorted(master.merged))}): ranks can be taken out of those of one alone"
+                f"the master holds heads of {len(master.merged)} workers{names}: ranks can be taken out of"
+                " those of one alone"
             )
         self._master, self._lora = master, lora
-        self._heads = next(iter(master.merged.values()), {})
-        self.ranks = {name: self._rank_of(name) for name in master.plan.adapted}
+        (self._heads,) = master.merged.values()
+        # The worker's, which may be smaller than the recipe's.
+        self.ranks = {name: self._heads[name + A].shape[1] for name in master.plan.adapted}
         self.features = {n: lora.heads * sum(spec.shape) for n, spec in master.plan.adapted.items()}
-
-    def _rank_of(self, name: str) -> int:
-        """That of the worker's heads, which may be smaller than the recipe's."""
-        if not self._heads:
-            return self._master.plan.adapted[name].rank
-        return int(self._heads[name + A].shape[1])
 
     def at(self, rank: int) -> dict[str, int]:
         """All heads cut to a rank; those that have no more of it stay whole.
@@ -87,7 +84,7 @@ class Cuts:
         Args:
             whole: the plain parameter with all of the heads.
         """
-        if not self._heads or rank >= self.ranks[name]:
+        if rank >= self.ranks[name]:
             return whole
         spec, lora_A, lora_B = self._master.plan.adapted[name], self._heads[name + A], self._heads[name + B]
         gates = torch.zeros(self.ranks[name])

@@ -99,6 +99,9 @@ def test_heads_of_two_workers_and_ranks_that_are_not_there_are_refused() -> None
     master.merged["another"] = master.merged["w0"]
     with pytest.raises(RunError, match=r"heads of 2 workers \(another, w0\)"):
         Cuts(master)
+    master.merged.clear()
+    with pytest.raises(RunError, match="heads of 0 workers: "):
+        Cuts(master)
 
 
 # The search

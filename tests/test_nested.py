@@ -314,6 +314,10 @@ def test_a_step_keeps_heads_and_moments_of_before() -> None:
         ({"train.workers": 2}, "lora.nested: with lora.merge = reset-less it needs train.workers = 1"),
         ({"lora.heads": 2}, "lora.nested: with lora.merge = reset-less it needs train.workers = 1"),
         ({"lora.merge": "never", "train.workers": 2}, "lora.nested: with lora.merge = never it needs"),
+        (
+            {"lora.merge": "never", "outer.combine": "factors"},
+            "lora.nested: with lora.merge = never it needs",
+        ),
         ({"outer.name": "sgd"}, "lora.nested: with lora.merge = reset-less it needs outer.name = average"),
         ({"outer.weight_decay": 0.1}, "lora.nested: with lora.merge = reset-less it needs outer.name"),
     ],

@@ -269,9 +269,9 @@ def _faults(recipe: Recipe) -> list[str]:
             " lora.batch = whole, as what is merged of others cannot be cut to a rank; use reset-b",
         ),
         (
-            not cuts or (outer.name == "average" and not outer.weight_decay),
-            f"lora.nested: with lora.merge = {lora.merge} it needs outer.name = average and no"
-            " outer.weight_decay, or ranks could not be taken out of the master",
+            not cuts or (outer.name == "average" and not outer.weight_decay and outer.combine == "products"),
+            f"lora.nested: with lora.merge = {lora.merge} it needs outer.name = average, outer.combine ="
+            " products and no outer.weight_decay, or ranks could not be taken out of the master",
         ),
         (
             not train.overlap or (lora.A != "rotating" and lora.merge != "reset"),
