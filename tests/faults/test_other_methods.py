@@ -36,6 +36,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "schedule.restart_warmup_steps": 1,
     },
     "fedlora": {"lora.merge": "never", "outer.combine": "factors"},
+    "dylora": {"train.workers": 1, "lora.merge": "never", "lora.nested": "unfrozen", "lora.scale": 4.0},
+    "diloco": {
+        "lora.modules": [],
+        "base.quant": "none",
+        "outer.name": "sgd",
+        "outer.lr": 0.7,
+        "outer.momentum": 0.9,
+        "outer.dense": True,
+    },
 }
 KILLED = {
     "server, between journal and publishing": Fault("lte.server.publisher:Publisher.publish", call=3),
