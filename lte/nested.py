@@ -2,7 +2,7 @@
 
 A run with `lora.nested` trains the first b rows of A and columns of B so that each b is a model. Where the
 heads of its worker were never reset (reset-less, never), the weights hold s B A of them whole, and the server
-knows A and B.
+knows A and B. What came before these heads, such as those of an earlier phase, stays whole.
 """
 
 from __future__ import annotations

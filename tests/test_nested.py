@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -192,7 +193,7 @@ def test_a_rank_that_stands_twice_is_twice_as_likely() -> None:
         ({"nested_min_rank": 3}, 4, (3, 4)),
         ({"nested_min_rank": 3}, 2, (2,)),
         ({"nested_ranks": (2, 8, 8)}, 8, (2, 8, 8)),
-        ({"nested_ranks": (2, 8, 8)}, 4, (2,)),
+        ({"nested_ranks": (2, 8, 8)}, 4, (2, 4, 4)),
     ],
 )
 def test_ranks_that_are_drawn_from(settings: Any, rank: int, expected: tuple[int, ...]) -> None:
@@ -270,6 +271,55 @@ def test_each_head_has_a_rank_of_its_own_and_small_modules_are_used_whole() -> N
     assert down[:, 0].tolist() == [[1, 1], [2, 0]]
 
 
+def test_a_worker_of_a_smaller_rank_uses_its_heads_whole_where_more_is_drawn() -> None:
+    own = recipe(**(NESTED | {"lora.merge": "reset-b", "lora.nested_ranks": [1, 2, 4], "train.workers": 2}))
+    simulation = Simulation(seeded(Net), own, 2, caps=[(3, 0), (0, 0)])
+    capped, _ = simulation.trainers
+    drawn = set()
+    for batch in batches(1, 12, 8)[0]:
+        drawn |= set(capped._ranks())
+        mse(capped.model, batch).backward()
+        capped.step()
+    assert drawn == {1, 2, 3}
+    for module in capped.modules.values():
+        assert module.lora_B.shape[-1] == 3
+        assert bool(module.lora_B.any(dim=1).all()), "a column that no step trains"
+
+
+@pytest.mark.parametrize(("mode", "of_last"), [("unfrozen", slice(0, 4)), ("frozen", slice(2, 4))])
+def test_ranks_are_drawn_from_those_of_the_phase(mode: str, of_last: slice) -> None:
+    """Of heads of rank 2, of none, as weights of full rank are trained, and of rank 4."""
+    phases = [
+        {"from_round": 1, "full_rank": True},
+        {"from_round": 2, "full_rank": False, "rank": 4},
+    ]
+    changed = {"lora.rank": 2, "lora.merge": "reset-b", "lora.nested": mode, "lora.nested_ranks": [1, 2, 4]}
+    own = recipe(**(NESTED | changed), **{"train.rounds": 3, "train.phases": phases})
+    simulation = Simulation(seeded(Net), own, 1)
+    (trainer,) = simulation.trainers
+    drawn = list[set[int]]()
+    for round_ in range(3):
+        whole, drawn_now = trainer.recipe.train.full_rank, set()
+        for batch in batches(1, 10, 8, seed=round_)[0]:
+            before = {name: module.lora_B.detach().clone() for name, module in trainer.modules.items()}
+            (b,) = trainer._ranks()
+            drawn_now.add(b)
+            mse(trainer.model, batch).backward()
+            trainer.step()
+            for name, module in trainer.modules.items():
+                moved = (module.lora_B != before[name]).any(dim=1)[0]
+                if whole:
+                    assert module.gates is None
+                    assert bool(moved.all())
+                elif b == 4:
+                    assert moved.nonzero().flatten().tolist() == list(range(4))[of_last]
+                else:
+                    assert not bool(moved[b:].any())
+        drawn.append(drawn_now)
+        simulation.merge()
+    assert (drawn[0], drawn[2]) == ({1, 2}, {1, 2, 4})
+
+
 @pytest.mark.parametrize("A", ["trained", "frozen"])
 def test_workers_merge_their_whole_heads(A: str) -> None:
     """Nested ranks are a matter of local steps: the master gets the mean of s B A at full rank."""
@@ -308,7 +358,8 @@ def test_a_step_keeps_heads_and_moments_of_before() -> None:
     [
         ({"lora.nested": "none", "lora.nested_min_rank": 2}, "lora.nested_min_rank, lora.nested_ranks: need"),
         ({"lora.nested_min_rank": 2, "lora.nested_ranks": [2, 4]}, "lora.nested_min_rank: contradicts"),
-        ({"lora.nested_ranks": [2, 8]}, "lora.nested_min_rank, lora.nested_ranks: 8 is more than"),
+        ({"lora.nested_min_rank": 8}, r"lora.nested_min_rank: 8 is more than the largest lora_rank \(4\)"),
+        ({"lora.nested_ranks": [2, 8]}, r"lora.nested_ranks: 8 is more than the largest lora_rank \(4\)"),
         ({"lora.nested_ranks": [1, 2]}, r"lora.nested_ranks: must hold the largest lora_rank \(4\)"),
         ({"optimizer.name": "muon"}, "lora.nested: needs an optimizer that steps each number by itself"),
         ({"train.workers": 2}, "lora.nested: with lora.merge = reset-less it needs train.workers = 1"),
@@ -320,6 +371,10 @@ def test_a_step_keeps_heads_and_moments_of_before() -> None:
         ),
         ({"outer.name": "sgd"}, "lora.nested: with lora.merge = reset-less it needs outer.name = average"),
         ({"outer.weight_decay": 0.1}, "lora.nested: with lora.merge = reset-less it needs outer.name"),
+        (
+            {"outer.when": "arrival"},
+            "lora.nested: with lora.merge = reset-less it needs .* outer.when = round",
+        ),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, Any], fault: str) -> None:
@@ -327,6 +382,28 @@ def test_contradictions_are_refused(settings: dict[str, Any], fault: str) -> Non
     with pytest.raises(ConfigError, match=fault) as raised:
         recipe(**(NESTED | settings))
     assert len([line for line in raised.value.faults if line.startswith("lora.nested")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("drawn", "later_rank", "line"),
+    [
+        ({"lora.nested_ranks": [2, 4]}, 8, "from round 2 on: lora.nested_ranks: must hold the largest"),
+        ({"lora.nested_ranks": [2, 9]}, 8, "lora.nested_ranks: 9 is more than the largest lora_rank (8)"),
+        ({"lora.nested_ranks": [2, 4, 8]}, 8, None),
+        ({"lora.nested_min_rank": 3}, 2, "from round 2 on: lora.nested_min_rank: 3 is more than"),
+        ({"lora.nested_min_rank": 2}, 2, None),
+    ],
+)
+def test_ranks_that_are_drawn_fit_the_ranks_of_every_phase(
+    drawn: dict[str, Any], later_rank: int, line: str | None
+) -> None:
+    settings = NESTED | drawn | {"train.phases": [{"from_round": 2, "rank": later_rank}]}
+    if line is None:
+        recipe(**settings)
+        return
+    with pytest.raises(ConfigError, match=re.escape(line)) as raised:
+        recipe(**settings)
+    assert len(raised.value.faults) == 1
 
 
 def test_a_worker_with_other_nesting_trains_another_model() -> None:

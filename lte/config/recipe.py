@@ -287,9 +287,10 @@ class LoRA:
     )
 
     def drawn_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks that local steps of heads of this lora_rank draw from with `nested`."""
-        ranks = self.nested_ranks or range(self.nested_min_rank, rank + 1)
-        return tuple(b for b in ranks if b <= rank) or (rank,)
+        """The ranks that local steps of heads of this lora_rank draw from with `nested`. Where a larger one
+        would be drawn, heads of a worker or a phase with less are used whole."""
+        ranks = self.nested_ranks or range(min(self.nested_min_rank, rank), rank + 1)
+        return tuple(min(b, rank) for b in ranks)
 
     def nested_scale(self, rank: int, used: int) -> float:
         """Factor on lora_scale where so many of a head's `rank` rows are used: lora_alpha stays."""
@@ -337,6 +338,8 @@ class LoRA:
             scaling="given",
             alpha=None,
             overrides=overrides,
+            nested_min_rank=least(self.nested_min_rank),
+            nested_ranks=tuple(map(least, self.nested_ranks)),
         )
 
 
@@ -690,6 +693,11 @@ class Recipe:
     def is_A_sent(self) -> bool:
         """Whether heads have an A that they train."""
         return self.lora.A == "trained" and not self.train.full_rank
+
+    @property
+    def draws_ranks(self) -> bool:
+        """Whether each local step draws the ranks that it uses and trains; of full rank it uses all."""
+        return self.lora.nested != "none" and not self.train.full_rank
 
     def has_heads_of(self, other: Recipe) -> bool:
         """Whether heads by this recipe are as by another, so that what is merged of them stays known."""

@@ -79,8 +79,10 @@ def _faults(recipe: Recipe) -> list[str]:
     other_init = next((init for init in inits if init not in (None, "semi-orthogonal")), None)
     nests = lora.nested != "none"
     cuts = nests and lora.keeps_factors
+    is_plain = (outer.name, outer.combine, outer.when) == ("average", "products", "round")
     most_rank = max([lora.rank, *(override.rank or 0 for override in lora.overrides)])
-    most_drawn = max([lora.nested_min_rank, *lora.nested_ranks])
+    most_of_run = max(most_rank, recipe.as_built.lora.rank)
+    most_drawn = max(lora.nested_ranks, default=most_rank)
     rules = [
         (
             recipe.data.kind in _READS[model.name],
@@ -249,12 +251,15 @@ def _faults(recipe: Recipe) -> list[str]:
             "lora.nested_min_rank: contradicts lora.nested_ranks, which names every rank that is drawn",
         ),
         (
-            most_drawn <= most_rank,
-            f"lora.nested_min_rank, lora.nested_ranks: {most_drawn} is more than the largest lora_rank"
-            f" ({most_rank})",
+            lora.nested_min_rank <= most_rank,
+            f"lora.nested_min_rank: {lora.nested_min_rank} is more than the largest lora_rank ({most_rank})",
         ),
         (
-            not lora.nested_ranks or max(lora.nested_ranks) >= most_rank,
+            most_drawn <= most_of_run,
+            f"lora.nested_ranks: {most_drawn} is more than the largest lora_rank ({most_of_run})",
+        ),
+        (
+            most_drawn >= most_rank,
             f"lora.nested_ranks: must hold the largest lora_rank ({most_rank}), or no step trains what is"
             " beyond the others",
         ),
@@ -269,9 +274,10 @@ def _faults(recipe: Recipe) -> list[str]:
             " lora.batch = whole, as what is merged of others cannot be cut to a rank; use reset-b",
         ),
         (
-            not cuts or (outer.name == "average" and not outer.weight_decay and outer.combine == "products"),
+            not cuts or (is_plain and not outer.weight_decay),
             f"lora.nested: with lora.merge = {lora.merge} it needs outer.name = average, outer.combine ="
-            " products and no outer.weight_decay, or ranks could not be taken out of the master",
+            " products, outer.when = round and no outer.weight_decay, or ranks could not be taken out of the"
+            " master",
         ),
         (
             not train.overlap or (lora.A != "rotating" and lora.merge != "reset"),

@@ -346,7 +346,7 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     worker = {
         "base": size.base_bytes,
         "heads, gradients, moments": states_bytes * trained + 4 * given_A,
-        "heads and moments before a nested step": (states_bytes - 4) * trained * (lora.nested != "none"),
+        "heads and moments before a nested step": (states_bytes - 4) * trained * recipe.draws_ranks,
         "factors the server knows": 4 * merged,
         "dense, gradients, moments": states_bytes * size.dense,
         "published dense": 4 * size.dense,

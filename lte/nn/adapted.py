@@ -130,7 +130,7 @@ class Adapted(nn.Module):
 
     def _replace_heads(self, rank: int, rows: int, scale: float) -> None:
         """New parameters: a graph that is still held remembers the shapes of those before."""
-        self.rank, self.scale = rank, self._scale_of(scale)
+        self.rank, self.scale, self.gates = rank, self._scale_of(scale), None
         A, B = self.lora_A, self.lora_B
         is_trained = self.lora.A == "trained" and rows > 0
         self.lora_A = nn.Parameter(A.new_zeros(self.heads, rows, self.in_features), is_trained)

@@ -201,14 +201,20 @@ class Trainer:
     def _ranks(self) -> list[int]:
         """Rank b of each head in this local step: a function of run, head and step, so that a restart changes
         none. Modules of a smaller lora_rank are used whole."""
-        ranks, seed = self.recipe.lora.drawn_ranks(self.rank), self.recipe.run.seed
+        ranks, seed = self._drawn_ranks(), self.recipe.run.seed
         return [
             lowrank.draw_rank(ranks, seed=seed, head=self.first_head + h, step=self._step_of_run)
             for h in range(self.heads)
         ]
 
+    def _drawn_ranks(self) -> tuple[int, ...]:
+        """The ranks that heads as they are now draw from."""
+        return self.recipe.lora.drawn_ranks(max((m.rank for m in self.modules.values()), default=1))
+
     def _gate(self) -> None:
         """Have the next forward pass use the first b columns of each B, at lora_alpha / b."""
+        if not self.recipe.draws_ranks:
+            return
         used, lora = self._ranks(), self.recipe.lora
         for module in self.modules.values():
             gates = torch.zeros(module.heads, 1, module.rank)
@@ -223,13 +229,12 @@ class Trainer:
         do its moments: see `optim.moving_only`. The published DyLoRA leaves that to the optimizer, which has
         zeros for gradients there, and moves it on by its momentum.
         """
-        lora = self.recipe.lora
-        if lora.nested == "none":
+        if not self.recipe.draws_ranks:
             return {}
         last = torch.tensor(self._ranks())
         first = torch.zeros_like(last)
-        if lora.nested == "frozen":
-            ranks = lora.drawn_ranks(self.rank)
+        if self.recipe.lora.nested == "frozen":
+            ranks = self._drawn_ranks()
             first = torch.tensor([max((rank for rank in ranks if rank < b), default=0) for b in last])
         moving = dict[nn.Parameter, Tensor]()
         for module in self.modules.values():
