@@ -68,6 +68,31 @@ def test_a_rank_taken_out_is_the_model_that_was_trained_with_it(
         assert torch.allclose(model(x), trainer.model.eval()(x), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "before", [{"rank": 2}, {"merge": "reset-b"}, {"merge": "reset-b", "full_rank": True}]
+)
+def test_what_came_before_the_phase_of_the_heads_stays_whole(before: dict[str, Any]) -> None:
+    """Ranks are taken out of the last phase's heads, as it trained them on what was there."""
+    now = {"rank": R, "merge": "reset-less", "full_rank": False}
+    phases = [{"from_round": 0, **before}, {"from_round": 2, **now}]
+    simulation = trained(**{"train.phases": phases})
+    (trainer,) = simulation.trainers
+    cuts, model = Cuts(simulation.master), seeded(Net)
+    cuts.fill(model, "master", cuts.at(1))
+    trainer._ranks = lambda: [1]  # type: ignore[method-assign]
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(model(x), trainer.model(x), atol=1e-5)
+    cut = model(x)
+    cuts.fill(model, "master", cuts.ranks)
+    assert (model(x) - cut).abs().max() > 1e-3
+
+
+def test_modules_of_less_than_is_drawn_are_whole_at_the_last_rung() -> None:
+    small = [{"modules": "down", "rank": 3}]
+    cuts = Cuts(trained(**{"lora.nested_ranks": [2, 4, 4], "lora.overrides": small}).master)
+    assert {name: cuts.rungs(name) for name in cuts.ranks} == {"up": (2, 4), "down": (2, 3)}
+
+
 def test_overrides_of_ranks_are_heads_of_the_same_product() -> None:
     simulation = trained()
     cuts = Cuts(simulation.master)
@@ -178,7 +203,7 @@ def test_where_to_stop_is_measured_where_increases_do_not_add_up() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GPT trained with nested ranks."""
+    """A tiny GPT trained with nested ranks, which its last phase keeps."""
     folder = tmp_path_factory.mktemp("nested")
     (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
     pack([folder / "text.txt"], folder / "shards", num_shards=2)
@@ -194,9 +219,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.local_steps": 4,
         "train.workers": 1,
         "train.batch_size": 8,
-        "lora.rank": 8,
+        "train.phases": [{"from_round": 2, "rank": 8, "merge": "reset-less"}],
+        "lora.rank": 4,
         "lora.nested": "unfrozen",
-        "lora.merge": "reset-less",
+        "lora.merge": "reset-b",
         "base.quant": "none",
         "schedule.warmup_steps": 2,
         "server.address": "inprocess://nested",
