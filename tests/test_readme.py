@@ -76,6 +76,12 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
         ["lte", "data"],
         ["lte", "train"],
         ["lte", "report"],
+        ["lte", "train"],
+        ["lte", "train"],
+        ["lte", "export"],
+        ["lte", "export"],
+        ["lte", "export"],
+        ["lte", "train"],
         ["lte", "server"],
         ["lte", "worker"],
         ["lte", "keys"],
@@ -133,9 +139,24 @@ def test_other_models_and_images(folder: Path, family: Family) -> None:
     assert (folder / "heads.png").stat().st_size > 10_000
 
 
+def test_other_methods_and_exports(folder: Path, family: Family) -> None:
+    pytest.importorskip("peft")
+    pack, train, _, _ = blocks("sh")[2].splitlines()
+    run(pack, family)
+    for method in blocks("sh")[4].splitlines():
+        assert "finished at round 2 of 2" in run(method, family, *SMALL)
+    run(train, family, *SMALL)
+    *exports, again = blocks("sh")[5].splitlines()
+    for export in exports:
+        run(export, family)
+    assert (folder / "exports" / "model" / "config.json").exists()
+    assert len(list((folder / "exports" / "heads").glob("*-head-0"))) == 4
+    assert "finished at round 2 of 2" in run(again, family, *SMALL)
+
+
 def test_server_and_workers_by_hand(family: Family) -> None:
     run(blocks("sh")[2].splitlines()[0], family)
-    server, worker = blocks("sh")[4].strip(), blocks("sh")[5].strip()
+    server, worker = blocks("sh")[6].strip(), blocks("sh")[7].strip()
     serving = start(server.replace(ADDRESS, ANY_PORT), family, *SMALL, "data.shards=data/book")
     address = serving.until_said(r"tcp://127\.0\.0\.1:\d+")[0]
     workers = [start(worker.replace(ADDRESS, address), family) for _ in range(4)]
@@ -146,8 +167,8 @@ def test_server_and_workers_by_hand(family: Family) -> None:
 def test_keys(folder: Path, family: Family) -> None:
     """As alice's run alone, with a second worker whose key is not on the list."""
     run(blocks("sh")[2].splitlines()[0], family)
-    new_server, new_alice, allow, server = blocks("sh")[6].splitlines()
-    worker = blocks("sh")[7].strip()
+    new_server, new_alice, allow, server = blocks("sh")[8].splitlines()
+    worker = blocks("sh")[9].strip()
     for command in (new_server, new_alice, new_alice.replace("alice", "mallory")):
         run(command, family)
     subprocess.run(allow, shell=True, cwd=folder, check=True)
@@ -164,7 +185,7 @@ def test_keys(folder: Path, family: Family) -> None:
 
 
 def test_plans(family: Family) -> None:
-    for command in blocks("sh")[8].splitlines():
+    for command in blocks("sh")[10].splitlines():
         planned = run(command, family)
         assert "DDP" in planned
         assert "DiLoCo" in planned

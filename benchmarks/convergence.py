@@ -1,0 +1,271 @@
+"""Parity: what LTE and its competitors lose at equal tokens, each at the best rate that it has.
+
+    python benchmarks/convergence.py TEXT [--only WORDS] [--trials 4] [--seeds 3] [--minutes 120]
+    python benchmarks/convergence.py TEXT --minutes 0           # no more runs, the table alone
+
+A GPT of 0.85M parameters on bytes, 4.1M tokens: 1,000 optimizer steps, rates that end at 0, and the whole
+validation split. Workers read 8 sequences of 128 tokens a step, or 4 where there are 8 workers; data-parallel
+training takes the same steps with the same total batch, and, at a quarter of the batch, four times as many.
+Every case has as many trials of its rate: from a first guess by factors of 2 until the best lies between two
+others, then between the best and its better neighbour. The winner of each method is run again with other
+seeds, which are paired: initial weights and data are the same for all cases.
+
+Finished runs are not repeated, so a benchmark that takes days goes on where it was; `--minutes` says for how
+long runs are begun. Loss, bytes and time of a row are of the same runs. The published model (NF4)
+is compared with the fp32 weights of data-parallel training; their NF4 is beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from runs import header, records, row, shards_of, train
+
+RUNS = Path("runs/convergence")
+STEPS = 1000
+COMMON = ["schedule.final=0", "train.precision=bf16", "eval.every=0", "server.num_threads=1"]
+STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Two-sided 95 % quantiles of Student's t, by the number of paired seeds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with all of its settings but the rate.
+
+    Attributes:
+        method: cases of one method compete for its place in the final comparison.
+        key: the setting that is swept. guess: the first value tried.
+    """
+
+    method: str
+    recipe: str
+    settings: tuple[str, ...]
+    key: str
+    guess: float
+
+
+def steps(local_steps: int, total: int = STEPS) -> tuple[str, ...]:
+    return f"train.local_steps={local_steps}", f"train.rounds={total // local_steps}"
+
+
+def workers(num: int) -> tuple[str, ...]:
+    """The batch of all workers is 32 sequences."""
+    return f"train.workers={num}", f"train.batch_size={32 // num}"
+
+
+def lte(local_steps: int, *more: str, num: int = 4, guess: float = 1e-3, method: str = "") -> Case:
+    settings = ("lora.rank=32", "lora.embeddings=true", *steps(local_steps), *workers(num), *more)
+    name = method or f"LTE T={local_steps}"
+    return Case(name, "configs/quickstart.yaml", settings, "optimizer.lr", guess)
+
+
+def outer(lr: float, momentum: float, local_steps: int, guess: float) -> Case:
+    settings = (*steps(local_steps), f"outer.lr={lr:g}", f"outer.momentum={momentum:g}")
+    return Case(
+        f"DiLoCo T={local_steps}", "configs/methods/diloco.yaml", settings, "optimizer.dense_lr", guess
+    )
+
+
+def ddp(
+    *more: str, guess: float = 4e-3, method: str = "DDP", recipe: str = "ddp", total: int = STEPS
+) -> Case:
+    settings = (*steps(10, total), *more)
+    return Case(method, f"configs/methods/{recipe}.yaml", settings, "optimizer.dense_lr", guess)
+
+
+MUON = "optimizer.name=muon"
+CASES: dict[str, Case] = {
+    "DDP AdamW": ddp(),
+    "LTE T=10 AdamW": lte(10),
+    "LTE T=10 Muon": lte(10, MUON),
+    "DDP Muon": ddp(MUON, method="DDP Muon", guess=8e-3),
+    "LTE T=10 Muon r=64": lte(10, MUON, "lora.rank=64"),
+    "LTE T=10 Muon rotating r=64": lte(10, MUON, "lora.rank=64", "lora.A=rotating", "lora.moments=transport"),
+    "LTE T=10 AdamW int8 base": lte(10, "base.quant=int8", method="LTE T=10 int8"),
+    "DDP AdamW, batch / 4": ddp("train.batch_size=2", method="DDP batch / 4", total=4 * STEPS, guess=2e-3),
+    "DiLoCo T=10 0.7/0.9": outer(0.7, 0.9, 10, 1e-3),
+    "DiLoCo T=10 0.7/0.5": outer(0.7, 0.5, 10, 2e-3),
+    "local SGD T=10": outer(1.0, 0.0, 10, 4e-3),
+    "DiLoCo T=50 0.7/0.9": outer(0.7, 0.9, 50, 2e-3),
+    "LTE T=5 Muon": lte(5, MUON),
+    "LTE T=50 Muon": lte(50, MUON, guess=5e-4),
+    "LTE T=10 Muon N=8": lte(10, MUON, num=8, method="LTE T=10 N=8"),
+    "ReLoRA": Case("ReLoRA", "configs/methods/relora.yaml", ("train.rounds=20",), "optimizer.lr", 1e-3),
+    "PowerSGD r=4": ddp(method="PowerSGD", recipe="powersgd"),
+}
+
+
+class OutOfTimeError(Exception):
+    """No more runs are to be begun."""
+
+
+class Runs:
+    """Runs of the cases, begun as long as there is time."""
+
+    def __init__(self, shards: Path, minutes: float) -> None:
+        self.shards, self._until = shards, time.monotonic() + 60 * minutes
+
+    def done(self, name: str, rate: float, seed: int = 0) -> dict[str, Any]:
+        """The last record of a case at a rate.
+
+        Raises:
+            OutOfTimeError: it is not finished, and there is no time.
+        """
+        folder = folder_of(name, rate, seed)
+        if found := finished(folder):
+            return found
+        if time.monotonic() > self._until:
+            raise OutOfTimeError
+        case = CASES[name]
+        own = [
+            *COMMON,
+            *case.settings,
+            f"{case.key}={rate:g}",
+            f"run.seed={seed}",
+            f"data.shards={self.shards}",
+        ]
+        return train(folder, case.recipe, own)[-1]
+
+    def search(self, name: str, num_trials: int) -> None:
+        """Try rates until the best is bracketed, and then between."""
+        guess = CASES[name].guess
+        for _ in range(num_trials):
+            tried = trials(name)
+            self.done(name, next_rate({rate: done["loss"] for rate, done in tried.items()}, guess))
+
+
+def next_rate(losses: dict[float, float], guess: float) -> float:
+    """The rate to try next: the guess, then by factors of 2 downhill until the best has a worse one on each
+    side, then the geometric mean of the best and its better neighbour."""
+    if not losses:
+        return guess
+    rates = sorted(losses)
+    k = rates.index(min(losses, key=losses.__getitem__))
+    if k == len(rates) - 1:
+        return rates[k] * 2
+    if k == 0:
+        return rates[k] / 2
+    neighbour = min(rates[k - 1], rates[k + 1], key=losses.__getitem__)
+    return float(f"{math.sqrt(rates[k] * neighbour):.3g}")
+
+
+def folder_of(name: str, rate: float, seed: int) -> Path:
+    return RUNS / f"{name.replace(' ', '_').replace('/', '-').replace(',', '')}-{rate:g}-seed{seed}"
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    lines = records(folder)
+    return lines[-1] if lines and lines[-1]["kind"] == "done" else None
+
+
+def trials(name: str) -> dict[float, dict[str, Any]]:
+    """Last records of a case's finished runs with seed 0, by rate."""
+    prefix = folder_of(name, 1.0, 0).name.rsplit("-1-", 1)[0] + "-"
+    found = {}
+    for folder in RUNS.glob(f"{prefix}*-seed0"):
+        rate = folder.name.removeprefix(prefix).removesuffix("-seed0")
+        if rate.replace(".", "").replace("e-", "").isdigit() and (done := finished(folder)):
+            found[float(rate)] = done
+    return found
+
+
+def best(name: str) -> float | None:
+    """The best rate tried."""
+    tried = trials(name)
+    return min(tried, key=lambda rate: tried[rate]["loss"]) if tried else None
+
+
+def winners(names: list[str]) -> list[str]:
+    """Of each method the case with the least loss."""
+    first: dict[str, str] = {}
+    for name in names:
+        rate = best(name)
+        held = first.get(CASES[name].method)
+        if rate is not None and (held is None or loss_of(name) < loss_of(held)):
+            first[CASES[name].method] = name
+    return list(first.values())
+
+
+def loss_of(name: str) -> float:
+    return min(done["loss"] for done in trials(name).values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--trials", type=int, default=4, help="rates tried of each case")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for how long runs are begun")
+    arguments = parser.parse_args()
+    runs = Runs(shards_of(arguments.text, RUNS), arguments.minutes)
+    names = [name for name in CASES if arguments.only in name]
+    try:
+        for num in range(1, arguments.trials + 1):
+            for name in names:
+                if len(trials(name)) < num:
+                    runs.search(name, 1)
+        for seed in range(1, arguments.seeds):
+            for name in winners(names):
+                rate = best(name)
+                assert rate is not None
+                runs.done(name, rate, seed)
+    except OutOfTimeError:
+        pass
+    report(arguments.seeds)
+
+
+def report(num_seeds: int) -> None:
+    reference = best("DDP AdamW")
+    header(
+        [
+            "case",
+            "rates tried",
+            "best",
+            "published",
+            "master",
+            "seeds",
+            "against DDP's fp32",
+            "95 %",
+            "MB",
+            "s",
+        ]
+    )
+    for name in CASES:
+        rate = best(name)
+        if rate is None:
+            continue
+        tried = trials(name)
+        seeds = range(num_seeds)
+        same = {seed: done for seed in seeds if (done := finished(folder_of(name, rate, seed)))}
+        losses = [mean(done[key] for done in same.values()) for key in ("loss", "loss_master")]
+        done = same[0]
+        megabytes = (done["uplink_bytes"] + done["downlink_bytes"]) / 1e6
+        cells = [name, len(tried), f"{rate:g}", *(f"{loss:.4f}" for loss in losses), len(same)]
+        cells += [*against(same, reference), f"{megabytes:,.0f}", f"{done['time_s']:.0f}"]
+        row(cells)
+
+
+def against(same: dict[int, dict[str, Any]], reference: float | None) -> tuple[str, str]:
+    """The published loss over that of data-parallel AdamW's fp32 weights, by pairs of seeds; its interval."""
+    if reference is None:
+        return "", ""
+    excess = [
+        100 * (done["loss"] / other["loss_master"] - 1)
+        for seed, done in same.items()
+        if (other := finished(folder_of("DDP AdamW", reference, seed)))
+    ]
+    if len(excess) < 2:
+        return (f"{excess[0]:+.2f} %" if excess else ""), ""
+    half = STUDENT_95[len(excess)] * stdev(excess) / math.sqrt(len(excess))
+    return f"{mean(excess):+.2f} %", f"± {half:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The parity benchmark: which rate it tries next, and what it makes of finished runs."""
+
+import json
+from pathlib import Path
+
+import convergence
+import pytest
+
+from lte import config
+
+
+def searched(best: float, num_trials: int, guess: float = 1e-3) -> dict[float, float]:
+    """Losses of the rates that a search tries where the loss is least at a rate."""
+    losses: dict[float, float] = {}
+    for _ in range(num_trials):
+        rate = convergence.next_rate(losses, guess)
+        assert rate not in losses
+        losses[rate] = abs(rate / best - 1) + abs(best / rate - 1)
+    return losses
+
+
+@pytest.mark.parametrize("best", [1e-3, 2.2e-4, 6e-3])
+def test_a_search_brackets_the_best_rate_and_then_narrows(best: float) -> None:
+    tried = searched(best, 8)
+    rates = sorted(tried)
+    k = rates.index(min(tried, key=tried.__getitem__))
+    assert 0 < k < len(rates) - 1
+    assert rates[k - 1] < best < rates[k + 1]
+    assert rates[k + 1] / rates[k - 1] < 2.9
+
+
+def test_the_table_pairs_seeds_and_gives_an_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(convergence, "RUNS", tmp_path)
+    other = {"uplink_bytes": 2e6, "downlink_bytes": 1e6, "time_s": 60.0, "kind": "done"}
+    losses = {0: (1.60, 1.50), 1: (1.70, 1.55), 2: (1.65, 1.60)}
+    for name, shift in (("DDP AdamW", 0.0), ("LTE T=10 Muon", 0.03)):
+        for seed, (published, master) in losses.items():
+            folder = convergence.folder_of(name, 4e-3, seed)
+            folder.mkdir()
+            done = {"loss": published + shift, "loss_master": master, **other}
+            (folder / "metrics.jsonl").write_text(json.dumps(done) + "\n")
+    convergence.report(3)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "LTE T=10 Muon |" in line]
+    excess = [100 * ((p + 0.03) / m - 1) for p, m in losses.values()]
+    mean = sum(excess) / 3
+    half = 4.30 * (sum((x - mean) ** 2 for x in excess) / 2) ** 0.5 / 3**0.5
+    assert len(rows) == 1
+    assert f"{mean:+.2f} %" in rows[0]
+    assert f"± {half:.2f}" in rows[0]
+    assert "| 3 |" in rows[0]
+
+
+@pytest.mark.parametrize("name", convergence.CASES)
+def test_every_case_is_a_valid_recipe(name: str) -> None:
+    case = convergence.CASES[name]
+    overrides = [*convergence.COMMON, *case.settings, f"{case.key}={case.guess:g}"]
+    recipe = config.load(Path(__file__).parent.parent / case.recipe, overrides)
+    tokens = recipe.total_steps * recipe.train.workers * recipe.train.batch_size
+    assert tokens == 32 * convergence.STEPS
