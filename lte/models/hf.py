@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lte.config import Model
@@ -176,12 +177,36 @@ def read(config: Model, kind: Kind, folder: Path) -> Read:
     except ConfigError:
         raise
     except Exception as error:  # of files that are missing or damaged, in many classes
+        # The library compares tied tensors and fails where one of them has another shape.
+        if (seen := _seen(auto, made, folder)) is not None and seen.misshapen:
+            return seen
         raise ConfigError([f"model.init_from: {folder} cannot be read ({in_a_line(error)})"]) from None
     return Read(
         tensors=dict(model.named_parameters()) | dict(model.named_buffers()),
         missing=set(found["missing_keys"]),
         unknown=set(found["unexpected_keys"]),
         misshapen={(name, tuple(one), tuple(other)) for name, one, other in found["mismatched_keys"]},
+    )
+
+
+def _seen(auto: Any, made: Any, folder: Path) -> Read | None:
+    """What the heads of a folder's files tell, without tensors; None where they cannot be read."""
+    with quiet(), torch.device("meta"):
+        here = {name: tuple(tensor.shape) for name, tensor in auto.from_config(made).state_dict().items()}
+    there: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                there |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return Read(
+        tensors={},
+        missing=here.keys() - there.keys(),
+        unknown=there.keys() - here.keys(),
+        misshapen={
+            (name, there[name], here[name]) for name in here if name in there and there[name] != here[name]
+        },
     )
 
 
