@@ -60,6 +60,8 @@ OF_HEADS = {
     "reset-b": {"lora.merge": "reset-b"},
     "reset-less": {"lora.merge": "reset-less"},
     "given": {"lora.merge": "reset-b", "lora.A": "rotating"},
+    "one": {"lora.merge": "reset-less", "lora.batch": "whole"},
+    "lora": {"lora.merge": "never", "lora.batch": "whole", "train.workers": 1},
 }
 
 
@@ -215,7 +217,14 @@ def of_worker(run: Path, recipe: Recipe, name: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "heads"),
-    [*((name, "reset-less") for name in RUNS), ("gpt", "reset-b"), ("resnet", "reset-b"), ("gpt2", "given")],
+    [
+        *((name, "reset-less") for name in RUNS),
+        ("gpt", "reset-b"),
+        ("resnet", "reset-b"),
+        ("gpt2", "given"),
+        ("vit", "one"),
+        ("llama", "lora"),
+    ],
 )
 @torch.no_grad()
 def test_peft_computes_what_workers_do(
@@ -225,15 +234,17 @@ def test_peft_computes_what_workers_do(
     overrides = [{"modules": SOME[name], "rank": 2, "scale": 5.0}]
     run, recipe = trained(name, **{"lora.heads": 2, "lora.overrides": overrides, **OF_HEADS[heads]})
     printed = lte("export", run, "--format", "peft", "--out", tmp_path / "out").splitlines()
-    assert printed[:2] == ["w0: 2 of version 1, on base-0", "w1: 2 of version 1, on base-1"]
+    num_heads = recipe.lora.num_slices  # those that all see the whole batch are one
+    workers = range(recipe.train.workers)
+    assert printed[:-1] == [f"w{k}: {num_heads} of version 1, on base-{k}" for k in workers]
     x = inputs(recipe)
-    for worker in range(2):
+    for worker in workers:
         expected, _ = models.outputs(of_worker(run, recipe, f"w{worker}"), x)
-        for head in range(2):
+        for head in range(num_heads):
             folder = tmp_path / "out" / f"w{worker}-head-{head}"
             described = json.loads((folder / "adapter_config.json").read_text())
             base = from_pretrained(recipe, Path(described["base_model_name_or_path"]))
-            own = slice(2 * head, 2 * head + 2)
+            own = slice(head * 4 // num_heads, (head + 1) * 4 // num_heads)
             alone = base(x[own]).logits
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of PEFT's, on tied and transposed weights

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,8 @@ def _fill(model: nn.Module, saved: Saved, master: Master) -> None:
         named[name].copy_(saved.tensors[f"buffer/{name}"])
 
 
-def _heads(saved: Saved, master: Master) -> Iterator[dict[HeadSpec, Factors]]:
-    """What each head of a worker adds to the base, by site."""
+def _heads(saved: Saved, master: Master) -> list[dict[HeadSpec, Factors]]:
+    """What each head of a worker adds to the base, by site. Heads that all see the whole batch are one."""
     adapted, lora, tensors = master.plan.adapted, master.recipe.lora, saved.tensors
     own_B = {site: tensors[f"parameter/{site}.lora_B"] for site in adapted}
     num_heads = max((len(factor) for factor in own_B.values()), default=0)
@@ -168,17 +168,21 @@ def _heads(saved: Saved, master: Master) -> Iterator[dict[HeadSpec, Factors]]:
         own_A = {site: tensors[f"parameter/{site}.lora_A"] for site in adapted}
     else:
         rank = max((factor.shape[-1] for factor in own_B.values()), default=0)
-        given = master.given_A(saved.slot * lora.heads, num_heads, rank, int(saved.numbers["draw"]))
+        given = master.given_A(lora.first_head(saved.slot), num_heads, rank, int(saved.numbers["draw"]))
         own_A = {site: given[site + A] for site in adapted}
-    for k in range(num_heads):
-        found = {}
-        for site, spec in adapted.items():
-            left, right = own_B[site][k], own_A[site][k]
-            merged_A, merged_B = (tensors.get(f"merged/{site}{factor}") for factor in (A, B))
-            if merged_A is not None and merged_B is not None and merged_B[k].any():
-                left, right = lowrank.stacked(right, left, merged_A[k], merged_B[k])
-            found[spec] = Factors(left, right, spec.scale)
-        yield found
+    is_one = lora.batch == "whole" and num_heads > 1
+    heads: list[dict[HeadSpec, Factors]] = [{} for _ in range(1 if is_one else num_heads)]
+    for site, spec in adapted.items():
+        left, right, scale = own_B[site], own_A[site], spec.scale
+        merged_A, merged_B = (tensors.get(f"merged/{site}{factor}") for factor in (A, B))
+        if merged_A is not None and merged_B is not None and merged_B.any():
+            left, right = lowrank.stacked(right, left, merged_A, merged_B)
+        if is_one:
+            left, right = (factor.unsqueeze(0) for factor in lowrank.side_by_side(right, left))
+            scale = scale / num_heads
+        for k, head in enumerate(heads):
+            head[spec] = Factors(left[k], right[k], scale)
+    return heads
 
 
 def _of_modules(theirs: nn.Module, factors: Mapping[HeadSpec, Factors], recipe: Recipe) -> dict[str, Factors]:
