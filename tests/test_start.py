@@ -93,6 +93,7 @@ def test_a_master_keeps_the_weights_that_it_is_given(data: Data, tmp_path: Path)
         (True, given),
         (True, config.replace(recipe, **{"base.keep_initial": True})),
         (False, config.replace(given, **{"base.keep_initial": False})),
+        (False, config.replace(given, **{"lora.merge": "never", "train.workers": 1})),
     ):
         master = Master(model, settings)
         for name, spec in master.plan.adapted.items():
@@ -232,12 +233,14 @@ def test_other_weights_are_refused_in_a_line_of_each_kind(
     [
         ("model.init_weights=ema", "model.init_weights: ema is of a run"),
         ("model.init_from=runs/default", "model.init_from: runs/default is run.dir itself"),
+        ("base.keep_initial=true", "base.keep_initial: is for a master that merges"),
     ],
 )
 def test_settings_that_contradict_each_other(override: str, line: str) -> None:
     key, _, value = override.partition("=")
+    lora = {"lora.merge": "never", "train.workers": 1}
     with pytest.raises(ConfigError, match=line):
-        config.replace(Recipe(), **{key: value})
+        config.replace(Recipe(), **lora, **{key: value == "true" or value})
 
 
 def test_a_model_of_from_pretrained_is_converted_and_trained(data: Data, tmp_path: Path) -> None:
