@@ -255,6 +255,7 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         "examples:\n"
         "  lte worker --server tcp://127.0.0.1:5555\n"
         "  lte worker --server tcp://127.0.0.1:5555 --rank 8       a small device, or a thin link\n"
+        "  lte worker --server tcp://127.0.0.1:5555 --rank 8 --scale 8\n"
         "  lte worker --server tcp://10.0.0.1:5555 --key alice.secret --server-key server.public\n\n"
         "Workers may join and leave at any time, more of them than train.workers, too. Everything but the\n"
         "address comes from the server. A CONFIG makes the worker refuse a server of another model.\n"
@@ -290,6 +291,13 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="H",
         help="heads, the recipe's or fewer (default: the recipe's)",
     )
+    command.add_argument(
+        "--scale",
+        type=_positive,
+        default=0.0,
+        metavar="S",
+        help="lora_scale of its heads, in every module (default: the recipe's)",
+    )
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML recipe to insist on")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of that recipe")
     command.set_defaults(run=_worker)
@@ -309,6 +317,7 @@ def _worker(arguments: argparse.Namespace) -> int:
         shards=arguments.data,
         rank=arguments.rank,
         heads=arguments.heads,
+        scale=arguments.scale,
         recipe=recipe,
         say=lambda line: print(line, flush=True),
     )
@@ -954,6 +963,12 @@ def _unit(read: Callable[[str], Read]) -> Callable[[str], Read]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read_or_complain
+
+
+def _positive(text: str) -> float:
+    if not (value := _number(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _number(text: str) -> float:

@@ -61,6 +61,7 @@ def work(
     shards: str | None = None,
     rank: int = 0,
     heads: int = 0,
+    scale: float = 0.0,
     recipe: Recipe | None = None,
     say: Callable[[str], None] = print,
     began: Callable[[Worker], object] = lambda worker: None,
@@ -73,7 +74,8 @@ def work(
         folder: of this worker's state; see `lte.Worker`.
         key, server_key: files of keys, for a server that has some; see `lte.Worker`.
         shards: folder of the training data, where it is not at the recipe's path on this machine.
-        rank, heads: train heads of this lora_rank, and so many, at most; 0: the recipe's.
+        rank, heads: train heads of this lora_rank, and so many, at most. scale: of this lora_scale in every
+            module. 0: the recipe's.
         recipe: refuse a server that trains another model than this one's.
         say: prints a line for a person. began: called with the worker before its first step.
 
@@ -81,7 +83,7 @@ def work(
         ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here. Ended: by a
         signal; what is to be saved is.
     """
-    described = describe(_with_heads(recipe, rank, heads)) if recipe else None
+    described = describe(_with_heads(recipe, rank, heads, scale)) if recipe else None
     while True:
         with Session(
             server,
@@ -89,6 +91,7 @@ def work(
             model=described,
             heads=heads,
             rank=rank,
+            scale=scale,
             folder=folder,
             wait_s=wait_s,
             key=key,
@@ -114,7 +117,7 @@ def work(
                 raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
             say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
             try:
-                _train(session, given, rank, heads or given.lora.heads, say, began)
+                _train(session, given, rank, heads or given.lora.heads, scale, say, began)
                 return
             except JoinAnewError as error:
                 say(f"{error.reason}; joining anew")
@@ -125,13 +128,15 @@ def _train(
     recipe: Recipe,
     rank: int,
     heads: int,
+    scale: float,
     say: Callable[[str], None],
     began: Callable[[Worker], object],
 ) -> None:
     """Train for the server that a session has joined, on this worker's part of the data.
 
     Args:
-        recipe: the server's. rank: most that this worker's heads have; 0: as it says. heads: how many.
+        recipe: the server's. rank: most that this worker's heads have. heads: how many. scale: theirs. 0:
+            as it says.
     """
     torch.set_num_threads(recipe.worker.num_threads)
     task, device = task_of(recipe), device_of(recipe)
@@ -139,7 +144,7 @@ def _train(
     # itself where a worker has a process of its own.
     torch.manual_seed(seed_of(recipe.run.seed, "forward", session.welcome.slot))
     stream = task.stream(session.welcome.slot)
-    model = materialize(_with_heads(recipe, rank, heads), device)
+    model = materialize(_with_heads(recipe, rank, heads, scale), device)
     worker, ended_by = Worker(model, session, say=say), list[int]()
     slices = recipe.lora.capped(rank, heads).num_slices
 
@@ -300,14 +305,15 @@ def roll_back(folder: Path, version: int) -> rollback.RolledBack:
     return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
 
 
-def _with_heads(recipe: Recipe, rank: int, heads: int) -> nn.Module:
+def _with_heads(recipe: Recipe, rank: int, heads: int, scale: float) -> nn.Module:
     """The recipe's model with a worker's heads; no weight (out, in) takes memory.
 
     Args:
-        rank: the most that they have. heads: how many there are, at most; 0: as the recipe says.
+        rank: the most that they have. heads: how many there are, at most. scale: theirs in every module. 0:
+            as the recipe says.
     """
     built = recipe.as_built
-    return convert(task_of(recipe).build(), built.lora.capped(rank, heads), built.base.quant)
+    return convert(task_of(recipe).build(), built.lora.capped(rank, heads, scale), built.base.quant)
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -60,6 +60,8 @@ Whole = Annotated[int, msgspec.Meta(ge=0)]
 """A count or an index; what arrives negative is malformed."""
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 """So many that no run's sum of them is too large for a journal."""
+OwnScale = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]
+"""A worker's lora_scale; 0: the recipe's. Finite: a message with another number is malformed."""
 MAX_TEXT = 1024
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 """What workers say of themselves: servers keep and record it."""
@@ -77,9 +79,9 @@ class Hello(Message, frozen=True, kw_only=True):
     `session` is random, one a process: the same session again is a repeated question, not a new
     worker. `model` describes the worker's model (see `nn.Plan.describe`); empty when the worker will
     build the model of the recipe that it is welcomed with. `heads` and `rank` are how many heads it
-    trains, and the largest lora_rank of them; 0: the recipe's. `incarnation`, `version` and
-    `base_digest` are its own and of the base that it holds, where it was welcomed before; else 0 and
-    ''. `attempt` rises where what came of a welcome was not whole.
+    trains, and the largest lora_rank of them, `scale` their lora_scale; 0: the recipe's. `incarnation`,
+    `version` and `base_digest` are its own and of the base that it holds, where it was welcomed before;
+    else 0 and ''. `attempt` rises where what came of a welcome was not whole.
     """
 
     schema: Text
@@ -88,6 +90,7 @@ class Hello(Message, frozen=True, kw_only=True):
     model: dict[str, str]
     heads: Whole
     rank: Whole = 0
+    scale: OwnScale = 0.0
     incarnation: Whole = 0
     version: Whole = 0
     base_digest: Text = ""
@@ -99,8 +102,8 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     `settings` is the whole recipe: it is authoritative. `slot` is the worker's place among all
     workers; it decides its part of the data and its heads. `run_id` names the run, whichever server
-    serves it; `model` describes the model with heads of this worker's rank; `merged_digest` is of the
-    factors that the server remembers of them.
+    serves it; `model` describes the model with heads of this worker's rank and scale;
+    `merged_digest` is of the factors that the server remembers of them.
     """
 
     run_id: str

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,14 @@ from lte.server.master import Master, Received
 from lte.worker.trainer import Trainer
 
 Loss = Callable[[nn.Module, object], torch.Tensor]
+
+
+class Cap(NamedTuple):
+    """Most lora_rank and number of a worker's heads, and their lora_scale; 0: the recipe's."""
+
+    rank: int = 0
+    heads: int = 0
+    scale: float = 0.0
 
 
 def recipe(**settings: object) -> Recipe:
@@ -37,9 +46,13 @@ class Simulation:
     """N workers and a server, stepped by hand."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, num_workers: int, caps: Sequence[tuple[int, int]] = ()
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        num_workers: int,
+        caps: Sequence[Cap | tuple[int, int]] = (),
     ) -> None:
-        """Args: caps: most lora_rank and number of heads of each worker; by default the recipe's."""
+        """Args: caps: of the heads of each worker; by default the recipe's."""
         self.recipe = recipe
         self.master = Master(model, recipe)
         self.trainers = [
@@ -52,8 +65,9 @@ class Simulation:
                 version=0,
                 base=self.master.snapshot(),
                 base_digest=self.master.base_digest(),
+                scale=cap.scale,
             )
-            for slot, cap in enumerate(caps or [(0, 0)] * num_workers)
+            for slot, cap in enumerate(Cap(*cap) for cap in caps or [Cap()] * num_workers)
         ]
 
     def local_steps(self, loss: Loss, batches: Sequence[Sequence[object]]) -> None:
@@ -94,6 +108,7 @@ class Simulation:
                         worker_id=f"w{slot}",
                         heads=trainer.heads,
                         rank=trainer.rank,
+                        scale=trainer.scale,
                         first_head=trainer.first_head,
                         draw=trainer.draw,
                         tokens=tokens[slot] if tokens else 1,

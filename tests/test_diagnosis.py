@@ -270,8 +270,17 @@ def test_lines_of_a_future_that_is_no_more_are_measured_anew(run: Run) -> None:
 def test_a_lines_numbers_are_those_of_whole_matrices(
     run: Run, monkeypatch: pytest.MonkeyPatch, merge: str
 ) -> None:
-    """Workers' deltas in full, in float64: each is the mean of its heads', with the dense ones beside it."""
-    measure = Diagnosis.measure
+    """Workers' deltas in full, in float64: each is the mean of its heads', at its lora_scale, with the dense
+    ones beside it."""
+    measure, work = Diagnosis.measure, recipes.work
+    own = {"w0": 16.0, "w1": 3.0}
+    monkeypatch.setattr(
+        recipes,
+        "work",
+        lambda address, *, worker_id, **named: work(
+            address, worker_id=worker_id, scale=own[worker_id], **named
+        ),
+    )
     naive: list[dict[str, float]] = []
 
     def measured(
@@ -285,8 +294,8 @@ def test_a_lines_numbers_are_those_of_whole_matrices(
     ) -> dict[str, Any] | None:
         workers: list[list[np.ndarray]] = [[] for _ in contributions]
         for name, of_module in heads.items():
-            scale = diagnosis._master.plan.adapted[name].scale
-            deltas = [scale * whole(head).numpy() for head in of_module]
+            scales = [own[contribution.worker_id] for contribution in contributions for _ in range(2)]
+            deltas = [s * whole(head).numpy() for s, head in zip(scales, of_module, strict=True)]
             if name == "output":
                 flat = np.stack([delta.ravel() / np.linalg.norm(delta) for delta in deltas])
                 cosines = (flat @ flat.T)[np.triu_indices(len(flat), 1)]

@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ OF_HEADS = {
     "reset-less": {"lora.merge": "reset-less"},
     "given": {"lora.merge": "reset-b", "lora.A": "rotating"},
     "one": {"lora.merge": "reset-less", "lora.batch": "whole"},
+    "scaled": {"lora.merge": "reset-less", "train.workers": 1},
     "lora": {"lora.merge": "never", "lora.batch": "whole", "train.workers": 1},
 }
 
@@ -198,13 +200,15 @@ def of_worker(run: Path, recipe: Recipe, name: str) -> nn.Module:
     master = Master(recipes.initial_model(recipe), recipe)
     assert recovery.recover(run, master, until=saved.version).progress.version == saved.version
     plain = task_of(recipe).build()
+    scale = saved.numbers["scale"]
     trainer = Trainer(
-        convert(plain, recipe.lora, recipe.base.quant),
+        convert(plain, recipe.lora.capped(0, 0, scale), recipe.base.quant),
         recipe,
         slot=saved.slot,
         version=saved.version,
         base=master.snapshot(),
         base_digest=master.base_digest(),
+        scale=scale,
     )
     before = torch.get_rng_state()
     trainer.resume(saved.tensors, saved.numbers, merged=False)
@@ -223,13 +227,21 @@ def of_worker(run: Path, recipe: Recipe, name: str) -> nn.Module:
         ("resnet", "reset-b"),
         ("gpt2", "given"),
         ("vit", "one"),
+        ("gpt2", "scaled"),
         ("llama", "lora"),
     ],
 )
 @torch.no_grad()
 def test_peft_computes_what_workers_do(
-    name: str, heads: str, trained: Callable[..., Trained], lte: Callable[..., str], tmp_path: Path
+    name: str,
+    heads: str,
+    trained: Callable[..., Trained],
+    lte: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if heads == "scaled":  # by its worker
+        monkeypatch.setattr(recipes, "work", partial(recipes.work, scale=3.0))
     peft = pytest.importorskip("peft", reason="peft is not installed")
     overrides = [{"modules": SOME[name], "rank": 2, "scale": 5.0}]
     run, recipe = trained(name, **{"lora.heads": 2, "lora.overrides": overrides, **OF_HEADS[heads]})

@@ -237,12 +237,18 @@ def test_who_may_train_heads_that_are_never_merged() -> None:
     as many as come."""
     lora, fedlora = recipe(**LORA), recipe(**FEDLORA)
     master = Master(net(), lora)
-    for heads, rank, may in ((0, 0, True), (1, 4, True), (1, 2, False)):
-        hello = wire.Hello(
-            schema=wire.SCHEMA, worker_id="w", session="s", model={}, heads=heads, rank=rank, version=0
-        )
-        refusal = intake.objection(hello, master.plan, lora.lora)
-        assert refusal is None if may else "it trains 1 head of lora_rank 2" in refusal[0]
+    for settings in (lora, fedlora):
+        for heads, rank, scale, reason in (
+            (0, 0, 0.0, ""),
+            (1, 4, 0.0, ""),
+            (1, 2, 0.0, "it trains 1 head of lora_rank 2, the run's own"),
+            (0, 0, 3.0, "it trains 1 head of lora_rank 4 and lora_scale 3, the run's own"),
+        ):
+            hello = wire.Hello(
+                schema=wire.SCHEMA, worker_id="w", session="s", model={}, heads=heads, rank=rank, scale=scale
+            )
+            refusal = intake.objection(hello, master.plan, settings.lora)
+            assert refusal is None if not reason else refusal is not None and reason in refusal[0]
     assert service._rules(lora).most_workers == 1
     assert service._rules(fedlora).most_workers == fedlora.server.max_workers
     assert lora.lora.first_head(3) == fedlora.lora.first_head(3) == 0

@@ -1,4 +1,4 @@
-"""Workers whose heads differ: in rank, in number, and from those that they had before."""
+"""Workers whose heads differ: in rank, in scale, in number, and from those that they had before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from simulation import Simulation, recipe
+from simulation import Cap, Simulation, recipe
 from test_algorithm import Net, Regression, batches, mse, seeded
 from test_compress import whole
 
@@ -73,6 +73,75 @@ def test_heads_of_different_rank_and_number_weigh_the_same(merge: str, A: str) -
         assert (simulation.master.dense["norm.weight"].double() - dense).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("merge", "A"), MODES)
+def test_heads_of_different_rank_and_scale_add_what_they_compute(merge: str, A: str) -> None:
+    """W += 1 / N * the sum of s_n (B_n A_n - B_n' A_n'), naively in float64, in every module; and what a
+    worker computes is W with N times its part of that."""
+    settings = recipe(
+        **{
+            "lora.merge": merge,
+            "lora.A": A,
+            "lora.overrides": [{"modules": "down", "rank": 3, "scale": 5.0}],
+            "optimizer.name": "adamw",
+        }
+    )
+    caps = [Cap(), Cap(rank=2, scale=3.0), Cap(rank=1, scale=0.5)]
+    scales = [{"up": 2.0, "down": 5.0}, {"up": 3.0, "down": 3.0}, {"up": 0.5, "down": 0.5}]
+    simulation = Simulation(seeded(Net), settings, 3, caps=caps)
+    x, _ = batches(1, 1, 8, seed=99)[0][0]
+    for round_ in range(3):
+        before = dict(simulation.master.weights)
+        changes = {name: torch.zeros_like(W).double() for name, W in before.items()}
+        simulation.local_steps(mse, batches(3, 4, 8, seed=round_))
+        for trainer, of_modules in zip(simulation.trainers, scales, strict=True):
+            weights = {}
+            for name, module in trainer.modules.items():
+                D = module.lora_B[0].double() @ module.lora_A[0].double()
+                if module.merged_A is not None:
+                    D = D - module.merged_B[0].double() @ module.merged_A[0].double()
+                D = of_modules[name] * D.detach()
+                changes[name] += D / 3
+                weights[f"{name}.weight"] = (before[name].double() + D).float()
+            plain = seeded(Net)
+            plain.load_state_dict({n: p.detach() for n, p in trainer.dense.items()} | weights, strict=False)
+            assert torch.allclose(trainer.model(x), plain(x), atol=1e-5)
+        simulation.merge()
+        for name, W in simulation.master.weights.items():
+            assert (W.double() - before[name].double() - changes[name]).abs().max() < 1e-6
+            assert changes[name].abs().max() > 1e-3, "nothing was merged"
+
+
+def test_a_scale_of_a_worker_is_its_own_in_every_phase() -> None:
+    """Whatever lora_rank says, which rank-stabilized scales follow; at full rank there is none."""
+    phases = [
+        {"from_round": 1, "rank": 2},
+        {"from_round": 2, "full_rank": True},
+        {"from_round": 3, "full_rank": False},
+    ]
+    settings = recipe(
+        **{
+            "lora.scaling": "rank-stabilized",
+            "lora.alpha": 8.0,
+            "train.rounds": 4,
+            "train.phases": phases,
+            "optimizer.name": "adamw",
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 2, caps=[Cap(), Cap(scale=3.0)])
+    for round_, usual in enumerate((4.0, 8 / 2**0.5, 1.0, 8 / 2**0.5)):
+        own = 1.0 if round_ == 2 else 3.0
+        before, expected = simulation.master.weights["up"], 0.0
+        simulation.local_steps(mse, batches(2, 3, 8, seed=round_))
+        for trainer, scale in zip(simulation.trainers, (usual, own), strict=True):
+            module = trainer.modules["up"]
+            assert module.scale == pytest.approx(scale)
+            right = torch.eye(module.in_features) if module.is_full else module.lora_A[0].detach()
+            expected = expected + scale / 2 * module.lora_B[0].detach().double() @ right.double()
+        simulation.merge()
+        moved = simulation.master.weights["up"].double() - before.double()
+        assert (moved - expected).abs().max() < 1e-6 < 1e-4 < moved.abs().max()
+
+
 @pytest.mark.parametrize(("merge", "A"), [(m, A) for m, A in MODES if m != "reset"])
 @pytest.mark.parametrize("truncate_rank", [None, 2])
 def test_both_ends_know_the_same_bits_of_heads_of_different_rank(
@@ -94,7 +163,7 @@ def test_both_ends_know_the_same_bits_of_heads_of_different_rank(
             "lora.rotate_every": 100,
         }
     )
-    simulation = Simulation(seeded(Net), settings, 3, caps=[(4, 0), (2, 0), (1, 0)])
+    simulation = Simulation(seeded(Net), settings, 3, caps=[Cap(4), Cap(2, scale=3.0), Cap(1)])
     for round_ in range(5):
         simulation.local_steps(mse, batches(3, 3, 8, seed=round_))
         before, _ = whole(simulation)
@@ -250,9 +319,10 @@ def serving(folder: Path, **settings: object) -> Iterator[lte.Server]:
             thread.join(30)
 
 
-def train(address: str, lora: lte.LoRA, worker_id: str, failures: list[LTEError]) -> None:
+def train(address: str, lora: lte.LoRA, worker_id: str, failures: list[LTEError], scale: float = 0.0) -> None:
     try:
-        with lte.Worker(lte.convert(seeded(Net), lora), address, worker_id=worker_id) as worker:
+        model = lte.convert(seeded(Net), lora)
+        with lte.Worker(model, address, worker_id=worker_id, scale=scale) as worker:
             while not worker.done:
                 (batch,) = batches(1, 1, 8, seed=worker.step_index)[0]
                 loss = mse(worker._trainer.model, batch)
@@ -263,13 +333,13 @@ def train(address: str, lora: lte.LoRA, worker_id: str, failures: list[LTEError]
 
 
 def test_models_converted_with_a_smaller_rank_are_welcome(tmp_path: Path) -> None:
-    settings = {"lora.heads": 2, "train.batch_size": 8}
+    settings = {"lora.heads": 2, "train.batch_size": 8, "train.workers": 3}
     with serving(tmp_path, **settings) as server:
         failures: list[LTEError] = []
-        small = lte.LoRA(rank=2)
+        small, other = lte.LoRA(rank=2), lte.LoRA(rank=2, scale=3.0)
         threads = [
-            threading.Thread(target=train, args=(server.address, lora, name, failures))
-            for name, lora in (("a", server.recipe.lora), ("b", small))
+            threading.Thread(target=train, args=(server.address, lora, name, failures, scale))
+            for name, lora, scale in (("a", server.recipe.lora, 0.0), ("b", small, 0.0), ("c", other, 3.0))
         ]
         for thread in threads:
             thread.start()
@@ -279,8 +349,12 @@ def test_models_converted_with_a_smaller_rank_are_welcome(tmp_path: Path) -> Non
         assert server.finished
     lines = Records.read(tmp_path / METRICS)
     said = {line["message"] for line in lines if line.get("what") == "joined"}
-    assert said == {"a joined", "b joined with 1 head of lora_rank 2"}
-    assert [line["num_merged"] for line in lines if line["kind"] == "round"] == [2] * 4
+    assert said == {
+        "a joined",
+        "b joined with 1 head of lora_rank 2",
+        "c joined with 1 head of lora_rank 2 and lora_scale 3",
+    }
+    assert [line["num_merged"] for line in lines if line["kind"] == "round"] == [3] * 4
 
 
 @pytest.mark.parametrize(
@@ -304,6 +378,10 @@ def test_other_heads_are_refused_in_one_line(tmp_path: Path, lora: lte.LoRA, rea
         assert "\n" not in str(refused.value)
         with pytest.raises(RefusedError, match="it trains 3 heads of lora_rank 9"):
             Session(server.address, heads=3, rank=9)
+        with pytest.raises(RefusedError, match=r"its lora_scale is 2e\+06; choose one of 1e\+06 at most"):
+            Session(server.address, scale=2e6)
+        with pytest.raises(RefusedError, match=r"scale 16, .* on the server .* scale 3,"):
+            lte.Worker(lte.convert(seeded(Net), lte.LoRA(rank=2)), server.address, scale=3.0)
 
 
 # The recipe's task and the command
@@ -338,23 +416,29 @@ def test_a_worker_of_the_recipes_task_takes_its_own_rank_and_heads(tmp_path: Pat
         ):
             recipes.work(server.address, heads=3)
         said: list[str] = []
-        recipes.work(server.address, rank=2, heads=2, recipe=recipe, say=said.append)
+        recipes.work(server.address, rank=2, heads=2, scale=4.0, recipe=recipe, say=said.append)
         thread.join(30)
         assert said[-1].endswith("finished at version 2")
     joined = [line for line in Records.read(tmp_path / "run" / METRICS) if line.get("what") == "joined"]
-    assert joined[-1]["message"].endswith(" joined with 2 heads of lora_rank 2")
+    assert joined[-1]["message"].endswith(" joined with 2 heads of lora_rank 2 and lora_scale 4")
 
 
-def test_the_command_takes_rank_and_heads(
+def test_the_command_takes_rank_heads_and_scale(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given: dict[str, object] = {}
     monkeypatch.setattr(recipes, "work", lambda address, **named: given.update(named))
-    assert cli.main(["worker", "--server", "tcp://h:1", "--rank", "8", "--heads", "2"]) == 0
-    assert (given["rank"], given["heads"]) == (8, 2)
-    assert cli.main(["worker", "--server", "tcp://h:1"]) == 0
-    assert (given["rank"], given["heads"]) == (0, 0)
-    with pytest.raises(SystemExit):
-        cli.main(["worker", "--server", "tcp://h:1", "--rank", "0"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--rank: '0' is not a whole number of 1 or more" in line
+    join = ["worker", "--server", "tcp://h:1"]
+    assert cli.main([*join, "--rank", "8", "--heads", "2", "--scale", "0.5"]) == 0
+    assert (given["rank"], given["heads"], given["scale"]) == (8, 2, 0.5)
+    assert cli.main(join) == 0
+    assert (given["rank"], given["heads"], given["scale"]) == (0, 0, 0)
+    for option, value, reason in (
+        ("--rank", "0", "is not a whole number of 1 or more"),
+        ("--scale", "0", "is not a number above 0"),
+        ("--scale", "nan", "is not a number of 0 or more"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*join, option, value])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{option}: '{value}' {reason}" in line

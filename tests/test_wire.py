@@ -384,6 +384,13 @@ def test_lists_in_settings_take_no_memory_of_a_server() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+def test_a_scale_that_is_none_is_malformed(scale: float) -> None:
+    hello = wire.Hello(schema=wire.SCHEMA, worker_id="", session="s", model={}, heads=0, scale=scale)
+    with pytest.raises(WireError, match="scale"):
+        wire.decode(wire.encode(hello))
+
+
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [

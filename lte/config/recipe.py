@@ -224,7 +224,9 @@ class LoRA:
 
     __pydantic_config__ = _STRICT
     rank: Count = _doc(32, "lora_rank r; a worker may have a smaller one (lte worker --rank)")
-    scale: Positive = _doc(16.0, "lora_scale s (alpha / r, held fixed when ranks change)")
+    scale: Positive = _doc(
+        16.0, "lora_scale s (alpha / r, held fixed when ranks change); or a worker's own (lte worker --scale)"
+    )
     scaling: Literal["given", "rank-stabilized"] = _doc(
         "given", "lora_scale s is lora.scale; or lora.alpha / sqrt(r), with each module's own lora_rank"
     )
@@ -315,8 +317,9 @@ class LoRA:
         """lora_scale s of a module with this lora_rank, without an override."""
         return self.scale if self.alpha is None else self.alpha / math.sqrt(rank)
 
-    def capped(self, rank: int, heads: int) -> LoRA:
-        """These settings for a worker whose heads are of this lora_rank at most, and so many; 0: as here."""
+    def capped(self, rank: int, heads: int, scale: float = 0.0) -> LoRA:
+        """These settings for a worker whose heads are of this lora_rank at most, so many, and of this
+        lora_scale in every module; 0: as here."""
 
         def least(met: int) -> int:
             return min(met, rank) if rank else met
@@ -325,7 +328,7 @@ class LoRA:
             dataclasses.replace(
                 o,
                 rank=None if o.rank is None else least(o.rank),
-                scale=o.scale if o.rank is None or self.alpha is None else self.scale_of(o.rank),
+                scale=scale or (o.scale if o.rank is None or self.alpha is None else self.scale_of(o.rank)),
             )
             for o in self.overrides
         )
@@ -334,7 +337,7 @@ class LoRA:
             rank=least(self.rank),
             heads=heads or self.heads,
             # What a worker adds is measured by the recipe's ranks, not by its own.
-            scale=self.scale_of(self.rank),
+            scale=scale or self.scale_of(self.rank),
             scaling="given",
             alpha=None,
             overrides=overrides,

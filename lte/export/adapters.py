@@ -162,6 +162,7 @@ def _fill(model: nn.Module, saved: Saved, master: Master) -> None:
 def _heads(saved: Saved, master: Master) -> list[dict[HeadSpec, Factors]]:
     """What each head of a worker adds to the base, by site. Heads that all see the whole batch are one."""
     adapted, lora, tensors = master.plan.adapted, master.recipe.lora, saved.tensors
+    own_scale = float(saved.numbers.get("scale", 0.0))
     own_B = {site: tensors[f"parameter/{site}.lora_B"] for site in adapted}
     num_heads = max((len(factor) for factor in own_B.values()), default=0)
     if not master.recipe.is_A_given:
@@ -173,7 +174,7 @@ def _heads(saved: Saved, master: Master) -> list[dict[HeadSpec, Factors]]:
     is_one = lora.batch == "whole" and num_heads > 1
     heads: list[dict[HeadSpec, Factors]] = [{} for _ in range(1 if is_one else num_heads)]
     for site, spec in adapted.items():
-        left, right, scale = own_B[site], own_A[site], spec.scale
+        left, right, scale = own_B[site], own_A[site], master.plan.scale_at(site, own_scale)
         merged_A, merged_B = (tensors.get(f"merged/{site}{factor}") for factor in (A, B))
         if merged_A is not None and merged_B is not None and merged_B.any():
             left, right = lowrank.stacked(right, left, merged_A, merged_B)

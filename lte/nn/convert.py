@@ -86,11 +86,14 @@ def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw
                 module.merged_B.zero_()
 
 
-def fit_heads(model: nn.Module, lora: LoRA, most_rank: int, *, full_rank: bool) -> None:
+def fit_heads(
+    model: nn.Module, lora: LoRA, most_rank: int, *, own_scale: float = 0.0, full_rank: bool
+) -> None:
     """Give a converted model new heads, of the ranks and scales of other settings, that are zero.
 
     Args:
         lora: the recipe's, whose ranks may be larger. most_rank: largest lora_rank of this model.
+        own_scale: lora_scale of this model's heads; 0: the recipe's.
         full_rank: they are of full rank instead.
     """
     for name, module in adapted_modules(model):
@@ -98,7 +101,8 @@ def fit_heads(model: nn.Module, lora: LoRA, most_rank: int, *, full_rank: bool) 
             module.set_full_heads()
         else:
             rank, scale, _ = settings_of(name, lora)
-            module.set_heads(min(rank, most_rank), scale, are_kept=lora.merge == "reset-less")
+            are_kept = lora.merge == "reset-less"
+            module.set_heads(min(rank, most_rank), own_scale or scale, are_kept=are_kept)
 
 
 def draw_A(name: str, module: Adapted, lora: LoRA, *, seed: int, first_head: int, draw: int) -> Tensor:

@@ -69,12 +69,23 @@ class Plan:
             shapes[f"{name}.lora_B"] = (lora.heads, out_features, spec.rank)
         return shapes
 
-    def capped(self, rank: int) -> Plan:
-        """The plan of a worker whose heads are of this lora_rank at most."""
+    def capped(self, rank: int, scale: float = 0.0) -> Plan:
+        """The plan of a worker whose heads are of this lora_rank at most.
+
+        Args:
+            scale: lora_scale of its heads; 0: as here.
+        """
         if self.full_rank:
             return self
-        adapted = {n: replace(spec, rank=min(spec.rank, rank)) for n, spec in self.adapted.items()}
+        adapted = {
+            name: replace(spec, rank=min(spec.rank, rank), scale=self.scale_at(name, scale))
+            for name, spec in self.adapted.items()
+        }
         return replace(self, adapted=adapted)
+
+    def scale_at(self, site: str, own: float) -> float:
+        """lora_scale at a site of a worker that has its own, or 0. Heads of full rank have none."""
+        return self.adapted[site].scale if self.full_rank or not own else own
 
     def of_settings(self, lora: LoRA, quant: Quant, *, full_rank: bool = False) -> Plan:
         """The plan of the same model where other settings hold for its heads and its base.

@@ -206,8 +206,9 @@ class Diagnosis:
             share[owner, k] = 1 / contributions[owner].heads
         whole, plan = dense.clone(), self._master.plan_in(number)
         for name, of_module in heads.items():
-            scale = plan.adapted[name].scale
-            whole += share @ merge.products([replace(head, weight=scale) for head in of_module]) @ share.T
+            scales = [plan.scale_at(name, contributions[owner].scale) for owner in owners]
+            deltas_of_heads = [replace(h, weight=s) for h, s in zip(of_module, scales, strict=True)]
+            whole += share @ merge.products(deltas_of_heads) @ share.T
         tokens = [contribution.tokens for contribution in contributions]
         return diagnostics.gradient_noise(whole, tokens), diagnostics.gradient_noise(dense, tokens)
 

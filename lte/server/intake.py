@@ -18,6 +18,9 @@ from lte.transport import Frames
 
 _WORKER_ID = re.compile(r"[\w.-]{0,64}", re.ASCII)
 
+MAX_SCALE = 1e6
+"""Largest lora_scale that a worker may have of its own."""
+
 OTHER_VERSION = (
     "it speaks another version of the protocol",
     "install the server's version of lte on every machine",
@@ -35,12 +38,17 @@ def objection(hello: wire.Hello, plan: Plan, lora: LoRA) -> tuple[str, str] | No
             f"it trains {so_many(heads, rank)}, the recipe {so_many(lora.heads, plan.rank)}",
             "choose at most the recipe's rank and heads",
         )
-    if lora.merge == "never" and (rank, heads) != (plan.rank, lora.heads):
+    if hello.scale > MAX_SCALE:
+        return f"its lora_scale is {hello.scale:g}", f"choose one of {MAX_SCALE:g} at most"
+    if lora.merge == "never" and (rank, heads, hello.scale) != (plan.rank, lora.heads, 0):
         return (
-            f"it trains {so_many(heads, rank)}, the run's own are {so_many(lora.heads, plan.rank)}",
-            "leave rank and heads to the recipe: with lora.merge = never whoever comes goes on with them",
+            f"it trains {so_many(heads, rank, hello.scale)}, the run's own are"
+            f" {so_many(lora.heads, plan.rank)}",
+            "leave rank, heads and scale to the recipe: with lora.merge = never whoever comes goes on with"
+            " its heads",
         )
-    if hello.model and (differs := difference(hello.model, plan.capped(rank).describe(lora))):
+    own = plan.capped(rank, hello.scale)
+    if hello.model and (differs := difference(hello.model, own.describe(lora))):
         return (
             f"it trains another model ({differs[:500]})",
             "use the server's recipe, or leave the recipe out to get it from the server",
@@ -53,9 +61,10 @@ def objection(hello: wire.Hello, plan: Plan, lora: LoRA) -> tuple[str, str] | No
     return None
 
 
-def so_many(heads: int, rank: int) -> str:
-    """Heads and their rank, in words."""
-    return f"{heads} head{'s' if heads > 1 else ''} of lora_rank {rank}"
+def so_many(heads: int, rank: int, scale: float = 0.0) -> str:
+    """Heads and their rank, in words, and their scale where it is not the recipe's."""
+    own = f" and lora_scale {scale:g}" if scale else ""
+    return f"{heads} head{'s' if heads > 1 else ''} of lora_rank {rank}{own}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ class Intake:
             worker_id=message.worker_id,
             heads=member.heads,
             rank=member.rank,
+            scale=member.scale,
             first_head=self._recipe.lora.first_head(member.slot),
             draw=message.draw,
             tokens=message.tokens,

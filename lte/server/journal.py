@@ -52,7 +52,8 @@ class Opened(Record, frozen=True, kw_only=True):
 
 
 class Admitted(Record, frozen=True, kw_only=True):
-    """A worker was welcomed. `session` names its process; `rank` is the most that its heads have."""
+    """A worker was welcomed. `session` names its process; `rank` is the most that its heads have, `scale`
+    their lora_scale, or 0 for the recipe's."""
 
     worker_id: str
     session: str
@@ -60,6 +61,7 @@ class Admitted(Record, frozen=True, kw_only=True):
     slot: int
     heads: int
     rank: int
+    scale: float = 0.0
 
 
 class Gone(Record, frozen=True, kw_only=True):
@@ -81,6 +83,7 @@ class Kept(Record, frozen=True, kw_only=True):
     tokens: int
     loss: float | None
     blobs: dict[str, bytes]
+    scale: float = 0.0
 
 
 class Merged(Record, frozen=True, kw_only=True):

@@ -44,6 +44,7 @@ class Received:
 
     Attributes:
         worker_id: of who sent it. heads: how many heads it trains. rank: the most that they have.
+        scale: their lora_scale; 0: the recipe's.
         first_head: index of its first head among all workers'. draw: redraws of its A so far.
         tensors: changes of `MODULE/A` (H, r, in) unless A is given, of `MODULE/B` (H, out, r), and
             of dense parameters and statistics, `NAME/dense`; statistics themselves, not their changes,
@@ -57,6 +58,7 @@ class Received:
     draw: int
     tokens: int
     tensors: dict[str, Tensor]
+    scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Master:
     dense parameters when a codec leaves something out.
 
     Heads may differ between workers: each has so many of them, of a rank that is in every module the
-    recipe's or the worker's own, whichever is smaller.
+    recipe's or the worker's own, whichever is smaller, and of the recipe's scales or one of its own.
 
     Where heads are never merged Q stays Q_0. W, which is published then, is deq(Q_0) with the heads as the
     server knows them. Where factors are averaged these are dense parameters, and what is published of them
@@ -355,9 +357,8 @@ class Master:
         self, name: str, contributions: Sequence[Received], shares: Sequence[float]
     ) -> list[HeadDelta]:
         """The weighted deltas of one module, of each head of each contribution."""
-        scale = self.plan.adapted[name].scale
         return [
-            HeadDelta(*pair, scale * share)
+            HeadDelta(*pair, self.plan.scale_at(name, contribution.scale) * share)
             for contribution, share in zip(contributions, shares, strict=True)
             for pair in self._factors(name, contribution)
         ]

@@ -209,6 +209,7 @@ def received(master: Master, kept: journal.Kept) -> Received:
         worker_id=kept.worker_id,
         heads=kept.heads,
         rank=kept.rank,
+        scale=kept.scale,
         first_head=kept.first_head,
         draw=kept.draw,
         tokens=kept.tokens,

@@ -53,6 +53,7 @@ class Member:
     slot: int
     heads: int
     rank: int
+    scale: float = 0.0
     heard_s: float
 
 
@@ -130,13 +131,14 @@ def resumed(state: State, now_s: float) -> State:
 
 @dataclass(frozen=True)
 class Joined:
-    """A Hello that the service found nothing wrong with; an empty worker_id asks for one. `incarnation`
-    is that of a process that was welcomed before, else 0."""
+    """A Hello that the service found nothing wrong with; an empty worker_id asks for one. `scale` is 0 where
+    it is the recipe's, `incarnation` that of a process that was welcomed before, else 0."""
 
     worker_id: str
     session: str
     heads: int
     rank: int
+    scale: float = 0.0
     incarnation: int = 0
 
 
@@ -370,6 +372,7 @@ def _joined(state: State, event: Joined, now_s: float) -> tuple[State, tuple[Act
         slot=slot,
         heads=event.heads,
         rank=event.rank,
+        scale=event.scale,
         heard_s=now_s,
     )
     state = replace(

@@ -373,12 +373,13 @@ class Server:
             return
         self._hello = hello
         rank, heads = hello.rank or plan.rank, hello.heads or lora.heads
-        joined = rounds.Joined(hello.worker_id, hello.session, heads, rank, hello.incarnation)
+        joined = rounds.Joined(hello.worker_id, hello.session, heads, rank, hello.scale, hello.incarnation)
         self._happened(joined, peer)
 
-    def _described(self, rank: int) -> dict[str, str]:
-        """The model as a worker must have it whose heads are of this lora_rank at most."""
-        return self.master.built.capped(rank).describe(self.recipe.as_built.lora)
+    def _described(self, member: rounds.Member) -> dict[str, str]:
+        """The model as a worker must have it."""
+        own = self.master.built.capped(member.rank, member.scale)
+        return own.describe(self.recipe.as_built.lora)
 
     def _hear_inquiry(self, peer: Peer, inquiry: wire.Inquiry) -> None:
         if not self._inquiries.take(self._endpoint.sender, self._now_s()):
@@ -625,6 +626,7 @@ class Server:
                 incarnation=message.incarnation,
                 heads=received.heads,
                 rank=received.rank,
+                scale=received.scale,
                 first_head=received.first_head,
                 draw=received.draw,
                 tokens=received.tokens,
@@ -774,7 +776,7 @@ class Server:
             slot=member.slot,
             version=self.version,
             settings=config.to_dict(self.recipe),
-            model=self._described(member.rank),
+            model=self._described(member),
             holds=is_known and self._hello.base_digest == self._digests[held],
             merged_digest=self.master.merged_digest(member.worker_id, member.heads, member.rank),
         )
@@ -911,7 +913,7 @@ class Server:
         return f"lte worker --server {self.address}{with_keys}"
 
     def _say_joined(self, member: rounds.Member) -> None:
-        who, own = member.worker_id, so_many(member.heads, member.rank)
+        who, own = member.worker_id, so_many(member.heads, member.rank, member.scale)
         usual = own == so_many(self.recipe.lora.heads, self.master.built.rank)
         said = f"{who} joined" if usual else f"{who} joined with {own}"
         self._event("joined", said, worker_id=who)
@@ -969,6 +971,7 @@ def _member(admitted: Admitted, now_s: float) -> rounds.Member:
         slot=admitted.slot,
         heads=admitted.heads,
         rank=admitted.rank,
+        scale=admitted.scale,
         heard_s=now_s,
     )
 
@@ -981,6 +984,7 @@ def _admitted(member: rounds.Member) -> Admitted:
         slot=member.slot,
         heads=member.heads,
         rank=member.rank,
+        scale=member.scale,
     )
 
 

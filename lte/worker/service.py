@@ -55,6 +55,7 @@ class Worker:
         optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
         *,
         worker_id: str = "",
+        scale: float = 0.0,
         folder: str | Path | None = None,
         wait_s: float = 30.0,
         key: str | Path | None = None,
@@ -70,6 +71,7 @@ class Worker:
             server: its address, or a session that has joined, with a worker_id, folder and keys of its own.
             optimizer: over the model's parameters, or a function that makes one of the model; its
                 learning rates are peaks on which the recipe's schedule acts.
+            scale: lora_scale of the model's heads, where it is to be another than the recipe's.
             worker_id: a name of your choice. wait_s: how long to look for the server.
             folder: where to keep this worker's state, which is written before each contribution is
                 sent, and by `stop` and `save`: a new process with the same name and folder goes on where
@@ -93,6 +95,7 @@ class Worker:
                 model=described,
                 heads=max((module.heads for module in modules), default=0),
                 rank=max((module.rank for module in modules), default=0),
+                scale=scale,
                 folder=folder,
                 wait_s=wait_s,
                 key=key,
@@ -116,6 +119,7 @@ class Worker:
                 base=server.base,
                 base_digest=server.base_digest,
                 step=server.step,
+                scale=server.scale,
                 optimizer=optimizer,
             )
             server.base = {}  # the model holds it now

@@ -89,6 +89,7 @@ class Session:
         step: local steps that the run has come to with that model.
         merged: incarnations of this worker's name whose contribution to the version that it said it
             had pushed to, or a later one, is in that model.
+        scale: lora_scale of this worker's heads; 0: the recipe's.
         folder: of this worker's state, or None. saved: what an earlier process left there, or None.
         num_damaged: messages that could not be read.
     """
@@ -101,6 +102,7 @@ class Session:
         model: Mapping[str, str] | None = None,
         heads: int = 0,
         rank: int = 0,
+        scale: float = 0.0,
         folder: str | Path | None = None,
         wait_s: float = 30.0,
         key: str | Path | None = None,
@@ -112,7 +114,8 @@ class Session:
         Args:
             worker_id: a name to join by, or "" to be given one.
             model: description of a model built before joining (`nn.Plan.describe`). heads, rank: how
-                many heads it trains, and the largest lora_rank of them; 0: the recipe's.
+                many heads it trains, and the largest lora_rank of them; scale: their lora_scale. 0: the
+                recipe's.
             folder: where this worker keeps its state; see `Worker`.
             wait_s: how long to look for a server.
             key, server_key: files of keys, for a server that has some (see `transport.connect`).
@@ -127,7 +130,7 @@ class Session:
         self.saved: state.Saved | None = None
         version = self._read_state()
         self._endpoint = transport.connect(address, key=key, server_key=server_key)
-        self._address, self._say = address, say
+        self._address, self._say, self.scale = address, say, scale
         self._progress = (0, 0)
         # A contribution until a version that follows it: its blobs and the message that closes them;
         # whether its receipt is due, and the last heartbeat that was sent before it.
@@ -154,6 +157,7 @@ class Session:
             model=dict(model or {}),
             heads=heads,
             rank=rank,
+            scale=scale,
             version=version,
         )
         try:

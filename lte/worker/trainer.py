@@ -72,7 +72,7 @@ class Trainer:
             arrival, rounds are this worker's own. local_step: taken in it.
         is_ahead: whether steps are taken ahead of an update.
         heads, rank: how many heads it trains, and the largest lora_rank of them in any round; the
-            recipe's or less.
+            recipe's or less. scale: their lora_scale; 0: the recipe's.
         draw: which draw of A the heads have; see `_draw_now`.
         lost: share of the heads' change that the last contribution, or the merge of the one before,
             left out and no later one owes. Without error feedback it is not measured in reset-less.
@@ -88,6 +88,7 @@ class Trainer:
         base: Mapping[str, Tensor],
         base_digest: str,
         step: int | None = None,
+        scale: float = 0.0,
         optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
     ) -> None:
         """Fill the model from a base and draw its heads.
@@ -97,6 +98,7 @@ class Trainer:
             slot: place among all workers; its heads are the global heads slot * H ..., H the recipe's.
             base, base_digest: the whole model as published with `version`, in bytes.
             step: local steps that the run has come to with it; None: those of as many rounds.
+            scale: lora_scale of the model's heads, where it is not the recipe's; else 0.
             optimizer: over the model's parameters, or what makes one; None: the recipe's.
 
         Raises:
@@ -115,6 +117,7 @@ class Trainer:
         self.modules: dict[str, Adapted] = dict(adapted_modules(model))
         self.heads = next((m.heads for m in self.modules.values()), 1)
         self.rank = max((m.rank for m in self.modules.values()), default=0)
+        self.scale = scale
         self.first_head = recipe.lora.first_head(slot)
         self.dense = dict(dense_parameters(model))
         # Factors that all workers have in common: dense parameters like others.
@@ -486,7 +489,13 @@ class Trainer:
         before, whose state it keeps; where heads become of full rank, or are so no more, it is made anew,
         and the heads have none."""
         olds = [(module.lora_A, module.lora_B, module.is_full) for module in self.modules.values()]
-        fit_heads(self.model, self.recipe.lora, self.rank, full_rank=self.recipe.train.full_rank)
+        fit_heads(
+            self.model,
+            self.recipe.lora,
+            self.rank,
+            own_scale=self.scale,
+            full_rank=self.recipe.train.full_rank,
+        )
         replaced = dict[Tensor, Tensor]()
         for (old_A, old_B, was_full), module in zip(olds, self.modules.values(), strict=True):
             if module.is_full == was_full:
@@ -688,6 +697,7 @@ class Trainer:
             "lost_ahead": list(self._lost_ahead),
             "has_merged": self._has_merged,
             "own_steps": self._own_steps,
+            "scale": self.scale,
         }
         tensors = {f"parameter/{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         tensors |= {f"buffer/{name}": buffer for name, buffer in changing_buffers(self.model)}
@@ -716,6 +726,9 @@ class Trainer:
         Raises:
             KeyError, ValueError: it is not a state of this model.
         """
+        if (scale := numbers.get("scale", 0.0)) != self.scale:
+            had, has = (f"lora_scale {s:g}" if s else "the recipe's lora_scale" for s in (scale, self.scale))
+            raise ValueError(f"they were of {had}, and are of {has}")
         published, version, step = self._published, self.version, self._base_step
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
         self.draw = int(numbers["draw"])

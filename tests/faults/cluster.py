@@ -216,7 +216,7 @@ class Cluster:
         return self._start(_serve, settings, take_over, faults, self.folder / "server.log")
 
     def work(self, worker_id: str, *faults: Script, address: str = "", **own: Any) -> BaseProcess:
-        """Start a worker; `own`: its keys, or rank, as `recipes.work` takes them."""
+        """Start a worker; `own`: its keys, rank or scale, as `recipes.work` takes them."""
         log, state = self.folder / f"{worker_id}.log", self.state_of(worker_id)
         return self._start(_work, address or self.address, worker_id, own, state, faults, log)
 

@@ -43,7 +43,13 @@ def master(run: Path) -> tuple[dict[str, Tensor], list[int]]:
                 expected.append(sum(c.heads for c in taken) + record.num_missing_heads)
                 for contribution in taken:
                     weight = float(record.version - contribution.version) ** -power
-                    _merge(contribution, weight / expected[-1], recipe.lora.scale, weights, merged)
+                    _merge(
+                        contribution,
+                        weight / expected[-1],
+                        contribution.scale or recipe.lora.scale,
+                        weights,
+                        merged,
+                    )
     return weights, expected
 
 

@@ -1,4 +1,5 @@
-"""Workers that come and go, more of them than at the start, with heads of another rank than the recipe's."""
+"""Workers that come and go, more of them than at the start, with heads of another rank or scale than the
+recipe's."""
 
 from __future__ import annotations
 
@@ -157,7 +158,10 @@ def agrees(run: Path, weights: dict[str, torch.Tensor]) -> None:
         assert (weight - first["master"][name]).abs().max() > 1e-4, name
 
 
-# Heads of different rank
+# Heads of different rank and scale
+
+OTHER = {"rank": 2, "scale": 5.0}
+"""The heads of b."""
 
 
 def joined(cluster: Cluster, words: str, times: int = 1) -> None:
@@ -167,13 +171,13 @@ def joined(cluster: Cluster, words: str, times: int = 1) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> str:
-    """Digest of the master of workers of lora_rank 4 and 2 to which nothing happened."""
+    """Digest of the master of workers of lora_rank 4 and 2, and of two scales, to which nothing happened."""
     cluster = Cluster(tmp_path_factory.mktemp("mixed"), settings)
     try:
         cluster.serve()
         cluster.work("a")
         joined(cluster, "a joined")
-        cluster.work("b", rank=2)
+        cluster.work("b", **OTHER)
         cluster.all_ended()
         return cluster.master_digest()
     finally:
@@ -181,21 +185,21 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("call", [3, 4])
-def test_heads_of_different_rank_go_on_bit_for_bit(cluster: Cluster, mixed: str, call: int) -> None:
+def test_heads_of_different_rank_and_scale_go_on_bit_for_bit(cluster: Cluster, mixed: str, call: int) -> None:
     """The worker of the smaller rank is killed when it has pushed, then the server between journal and
     publishing: it goes on from a checkpoint and a replay of one version or of two."""
     server = cluster.serve(Fault("lte.server.publisher:Publisher.publish", call=call))
     a = cluster.work("a")
     joined(cluster, "a joined")
-    cluster.ended(cluster.work("b", Fault(PUSH, call=2, after=True), rank=2), -signal.SIGKILL)
-    b = cluster.work("b", rank=2)
+    cluster.ended(cluster.work("b", Fault(PUSH, call=2, after=True), **OTHER), -signal.SIGKILL)
+    b = cluster.work("b", **OTHER)
     cluster.ended(server, -signal.SIGKILL)
     server = cluster.serve()
     for process in (server, a, b):
         cluster.ended(process, 0)
     assert cluster.master_digest() == mixed
     audit(cluster.run, ROUNDS, {"a", "b"})
-    assert "b joined with 1 head of lora_rank 2" in cluster.events("joined")
+    assert "b joined with 1 head of lora_rank 2 and lora_scale 5" in cluster.events("joined")
     assert cluster.events("refused") == cluster.events("recalled") == cluster.events("reshaped") == []
 
 
@@ -226,7 +230,45 @@ def test_who_comes_back_with_another_rank_has_new_heads(cluster: Cluster) -> Non
     agrees(cluster.run, weights)
 
 
+def test_who_comes_back_with_another_scale_goes_on_from_what_is_merged(cluster: Cluster) -> None:
+    """What b pushed before it was killed counts at its scale of then. Its state, which owes at that scale,
+    is refused; without one b goes on from its merged factors, which are the same at any scale."""
+    server = cluster.serve(server__silence_s=500.0, **EXACT)
+    a = cluster.work("a", Fault(STEP, call=5, number=signal.SIGSTOP))
+    joined(cluster, "a joined")
+    b = cluster.work("b", scale=5.0)
+    cluster.until(lambda: (2, "b") in kept(cluster), "contribution of b to the round of version 2")
+    b.kill()
+    cluster.ended(b, -signal.SIGKILL)
+    cluster.ended(cluster.work("b"), 1)
+    shutil.rmtree(cluster.state_of("b"))
+    again = cluster.work("b", scale=7.0)
+    joined(cluster, "b joined with 1 head of lora_rank 4 and lora_scale 7")
+    assert a.pid is not None
+    os.kill(a.pid, signal.SIGCONT)
+    for process in (server, a, again):
+        cluster.ended(process, 0)
+    assert "they were of lora_scale 5, and are of the recipe's lora_scale" in cluster.logs()
+    assert cluster.events("reshaped") == []
+    # What it begins on is older than the contribution that is kept: it may have trained before it is told.
+    late = (
+        "a contribution of b was refused: it is encoded against merged factors that the server does not hold"
+    )
+    assert set(cluster.events("refused")) <= {late}
+    weights, expected_heads = naive.master(cluster.run)
+    assert expected_heads == [2] * ROUNDS
+    agrees(cluster.run, weights)
+    scales = {(c.version, c.worker_id): c.scale for c in contributions(cluster)}
+    assert [scales[version, "b"] for version in range(ROUNDS)] == [5.0] * 3 + [7.0] * (ROUNDS - 3)
+    assert {scales[version, "a"] for version in range(ROUNDS)} == {0.0}
+
+
 def kept(cluster: Cluster) -> list[tuple[int, str]]:
     """Version and worker of the contributions that the journal holds."""
+    return [(c.version, c.worker_id) for c in contributions(cluster)]
+
+
+def contributions(cluster: Cluster) -> list[journal.Kept]:
+    """The contributions that the journal holds."""
     records = (record for segment in journal.history(cluster.run) for record in segment)
-    return [(r.version, r.worker_id) for r in records if isinstance(r, journal.Kept)]
+    return [record for record in records if isinstance(record, journal.Kept)]
