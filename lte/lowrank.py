@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Init = Literal["semi-orthogonal", "kaiming", "xavier"]
-Subspace = Literal["random", "disjoint"]
+Subspace = Literal["random", "disjoint", "shared"]
 
 
 def seed_of(*parts: int | str) -> int:
@@ -54,29 +54,30 @@ def draw_A(
             rows of one orthogonal (in, in) matrix to the heads in order of `head`, so that their
             row spaces are orthogonal while num_heads * share <= in; with equality, and all heads
             of that rank, the mean of A^T A over the heads is the identity. Heads beyond that use
-            further matrices.
+            further matrices. `shared` gives every head the A of head 0, or the first rows that it was
+            made of: then B alone tells heads apart.
         seed: the run's seed.
         module: name of the adapted module, so that modules differ.
         head: index of the head among all heads of all workers.
         draw: 0 at the start, then one more with each redraw (reset, rotation).
-        share: rows that each head is dealt where they are disjoint, of which it takes the first
-            `rank`: the rank of the largest heads. None: rank.
+        share: rows that are drawn for a head where they are disjoint or shared, of which it takes the
+            first `rank`: the rank of the largest heads. None: rank.
     """
+    share = rank if share is None or subspace == "random" else share
     if subspace == "disjoint":
         assert init == "semi-orthogonal", "the recipe's checks let only this init be disjoint"
         # Block b of a matrix is what its rows add to those of blocks 0 ... b - 1.
-        share = rank if share is None else share
         matrix, block = divmod(head, max(1, in_features // share))
         generators = [generator_of(seed, "A", module, "matrix", matrix, b, draw) for b in range(block + 1)]
         rows = torch.cat([_normal(share, in_features, generator) for generator in generators])
         used = rows[: block * share + rank]
         return _orthonormal_rows(used)[-rank:] * math.sqrt(in_features / rank)
-    generator = generator_of(seed, "A", module, head, draw)
+    generator = generator_of(seed, "A", module, 0 if subspace == "shared" else head, draw)
     if init == "semi-orthogonal":
-        rows_of_one = _normal(rank, in_features, generator)
+        rows_of_one = _normal(share, in_features, generator)[:rank]
         return _orthonormal_rows(rows_of_one) * math.sqrt(in_features / rank)
     bound = 1 / math.sqrt(in_features) if init == "kaiming" else math.sqrt(6 / (in_features + rank))
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return torch.empty(share, in_features).uniform_(-bound, bound, generator=generator)[:rank]
 
 
 def draw_A_of_heads(

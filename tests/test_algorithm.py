@@ -252,7 +252,7 @@ def test_a_contribution_that_came_too_late_is_owed_whole(mode: str) -> None:
 
 
 @pytest.mark.parametrize("moments", ["keep", "transport", "clear"])
-@pytest.mark.parametrize("subspace", ["random", "disjoint"])
+@pytest.mark.parametrize("subspace", ["random", "disjoint", "shared"])
 def test_rotating_A_is_known_to_the_server_and_never_sent(moments: str, subspace: str) -> None:
     settings = recipe(
         **{
@@ -279,6 +279,9 @@ def test_rotating_A_is_known_to_the_server_and_never_sent(moments: str, subspace
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert torch.equal(drawn[2][0], drawn[3][0])
     assert not torch.allclose(drawn[1][0], drawn[2][0])
+    for heads in drawn:
+        are_same = all(torch.equal(head, heads[0]) for head in heads)
+        assert are_same == (subspace == "shared")
     if subspace == "disjoint":  # 3 heads of rank 2 fill the 6 input dimensions
         for A in (drawn[0], drawn[2]):
             mean = sum(head[0].T @ head[0] for head in A) / 3

@@ -460,6 +460,11 @@ RULES = {
         "lora.subspace": "disjoint",
         "lora.overrides": [{"modules": "a", "init": "kaiming"}],
     },
+    "lora.subspace: shared would make lora.heads = 3 that all see the whole batch one and the same": {
+        "lora.subspace": "shared",
+        "lora.batch": "whole",
+        "lora.heads": 3,
+    },
     "train.overlap: needs an A that merges do not redraw": {"train.overlap": True, "lora.A": "rotating"},
     "train.overlap: needs an A": {"train.overlap": True, "lora.merge": "reset"},
     "train.overlap_steps: 11 is more than train.local_steps (10)": {
@@ -512,6 +517,7 @@ def test_settings_that_contradict_each_other_are_one_line(line: str) -> None:
         {"lora.A": "rotating", "lora.moments": "transport"},
         {"lora.A": "frozen", "lora.merge": "reset-less"},
         {"lora.subspace": "disjoint", "lora.overrides": [{"modules": "a", "init": "semi-orthogonal"}]},
+        {"lora.subspace": "shared", "lora.init": "kaiming", "lora.batch": "whole"},
         {"outer.name": "sgd", "outer.lr": 0.5, "outer.momentum": 0.9},
         {"outer.bound_norm": 1.0, "outer.trim": 0.0},
         {"outer.name": "adam", "outer.lr": 0.001},

@@ -199,6 +199,37 @@ def test_subspaces_of_different_rank_are_disjoint() -> None:
             assert (one @ other.T).abs().max() < 1e-5, "two heads share a direction"
 
 
+@pytest.mark.parametrize("init", ["semi-orthogonal", "kaiming", "xavier"])
+def test_a_shared_subspace_is_that_of_the_first_head(init: lowrank.Init) -> None:
+    """Of every draw; a head of a smaller rank has a part of it."""
+
+    def draw(rank: int, head: int, draw: int, subspace: lowrank.Subspace = "shared") -> torch.Tensor:
+        return lowrank.draw_A(
+            rank, 23, init=init, subspace=subspace, seed=0, module="m", head=head, draw=draw, share=5
+        )
+
+    whole = draw(5, 7, 1)
+    assert torch.equal(whole, draw(5, 0, 1)) and torch.equal(whole, draw(5, 0, 1, "random"))
+    assert not torch.allclose(whole, draw(5, 7, 2), atol=0.1)
+    for part in (draw(2, 3, 1), draw(4, 0, 1)):
+        scale = part.norm(dim=1) / whole[: len(part)].norm(dim=1)
+        assert torch.allclose(part, whole[: len(part)] * scale[:, None], atol=1e-5)
+
+
+def test_what_heads_of_one_A_add_is_the_mean_of_B() -> None:
+    """So with a shared A that is given, of workers of equal ranks, a merge has no more than that rank."""
+    settings = recipe(**{"lora.A": "frozen", "lora.subspace": "shared", "lora.heads": 2, "lora.rank": 3})
+    simulation = Simulation(seeded(lambda: Regression(in_features=12)), settings, 3)
+    before = simulation.master.weights["layer"]
+    simulation.local_steps(mse, batches(3, 3, 8, features=12))
+    modules = [trainer.modules["layer"] for trainer in simulation.trainers]
+    mean = torch.cat([module.lora_B.detach() for module in modules]).double().mean(0)
+    simulation.merge()
+    moved = (simulation.master.weights["layer"] - before).double()
+    assert (moved - 2.0 * mean @ modules[0].lora_A[0].double()).abs().max() < 1e-6
+    assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 3
+
+
 def test_a_joiner_that_waited_has_the_subspace_of_the_version_that_it_begins_with() -> None:
     """Each merge turns A. Whoever owes something keeps its A until that is merged; a joiner owes nothing."""
     settings = recipe(**{"lora.A": "rotating", "lora.subspace": "disjoint", "lora.rank": 2})

@@ -251,7 +251,9 @@ class LoRA:
     )
     init: Init = _doc("semi-orthogonal", "initialization of A; semi-orthogonal has factor sqrt(in/r)")
     subspace: Subspace = _doc(
-        "random", "heads draw A independently; or disjoint: they share out one orthogonal matrix"
+        "random",
+        "heads draw A independently; or disjoint: they share out one orthogonal matrix; or shared: all draw"
+        " the same one",
     )
     rotate_every: Count = _doc(1, "merges between rotations of a rotating A")
     moments: Literal["keep", "transport", "clear", "prune-magnitude", "prune-random"] = _doc(

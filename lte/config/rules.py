@@ -238,7 +238,7 @@ def _faults(recipe: Recipe) -> list[str]:
             f" {recipe.optimizer.name}); use clear",
         ),
         (
-            lora.subspace == "random" or other_init is None,
+            lora.subspace != "disjoint" or other_init is None,
             f"lora.subspace: disjoint needs lora.init = semi-orthogonal, not {other_init} (in"
             " lora.overrides, too)",
         ),
@@ -278,6 +278,11 @@ def _faults(recipe: Recipe) -> list[str]:
             f"lora.nested: with lora.merge = {lora.merge} it needs outer.name = average, outer.combine ="
             " products, outer.when = round and no outer.weight_decay, or ranks could not be taken out of the"
             " master",
+        ),
+        (
+            lora.subspace != "shared" or lora.num_slices == lora.heads,
+            f"lora.subspace: shared would make lora.heads = {lora.heads} that all see the whole batch one and"
+            " the same; use lora.batch = sliced",
         ),
         (
             not train.overlap or (lora.A != "rotating" and lora.merge != "reset"),
