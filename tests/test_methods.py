@@ -249,6 +249,9 @@ def test_who_may_train_heads_that_are_never_merged() -> None:
             )
             refusal = intake.objection(hello, master.plan, settings.lora)
             assert refusal is None if not reason else refusal is not None and reason in refusal[0]
+    nested = recipe(**{"lora.nested": "unfrozen", "lora.merge": "reset-less", "train.workers": 1})
+    refusal = intake.objection(hello, master.plan, nested.lora)
+    assert refusal is not None and "at the recipe's" in refusal[0], "a cut would be of another scale"
     assert service._rules(lora).most_workers == 1
     assert service._rules(fedlora).most_workers == fedlora.server.max_workers
     assert lora.lora.first_head(3) == fedlora.lora.first_head(3) == 0

@@ -47,6 +47,11 @@ def objection(hello: wire.Hello, plan: Plan, lora: LoRA) -> tuple[str, str] | No
             "leave rank, heads and scale to the recipe: with lora.merge = never whoever comes goes on with"
             " its heads",
         )
+    if hello.scale and lora.nested != "none" and lora.keeps_factors:
+        return (
+            f"its lora_scale is {hello.scale:g}, and ranks are taken out of the master at the recipe's",
+            "leave the scale to the recipe",
+        )
     own = plan.capped(rank, hello.scale)
     if hello.model and (differs := difference(hello.model, own.describe(lora))):
         return (
