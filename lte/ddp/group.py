@@ -23,6 +23,10 @@ from lte.errors import RunEnded
 _OF_GLOO = "gloo"
 """What the words of its errors hold, which are plain RuntimeErrors."""
 
+_left: list[dist.ProcessGroup] = []
+"""Groups that were left. Who frees one waits, with Python's lock held, for Gloo's threads, of which one may
+be waiting for that lock to free a tensor: so they last as long as the process."""
+
 
 class Group:
     """This process among all workers, from entering to leaving; a context manager. All methods are called
@@ -75,6 +79,8 @@ class Group:
         # Torch frees what is under way only with Python's lock held, and may hold it while it ends.
         if self._asked is not None and not is_theirs:
             self._asked.wait()
+        if dist.group.WORLD is not None:
+            _left.append(dist.group.WORLD)
         dist.destroy_process_group()
         if is_theirs:
             reason = str(error).strip().splitlines()[-1]

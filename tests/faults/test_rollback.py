@@ -199,7 +199,7 @@ def test_mistakes_get_one_line(copied: Cluster, capsys: pytest.CaptureFixture[st
     assert said(run, "--version", 2) == f"lte: {run}: cannot go back to version 2; it can to 4 to 5"
     assert said(run, "--version", 7).endswith("cannot go back to version 7; it can to 4 to 5")
     assert said(run, "--version", 6).endswith("is at version 6 already")
-    assert "holds no checkpoint" in said(tmp_path / "nothing", "--version", 1)
+    assert "not a run folder" in said(tmp_path / "nothing", "--version", 1)
     assert not (tmp_path / "nothing").exists()
     with lock(run):
         assert said(run, "--version", 4).endswith("in use by another server; stop it first")
