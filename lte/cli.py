@@ -369,13 +369,21 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
         "tell what a run came to, or how far it is, and draw its losses",
         "examples:\n"
         "  lte report runs/quickstart                                  a summary, and loss.png in the run\n"
-        "  lte report runs/quickstart --diagnostics heads.png\n\n"
+        "  lte report runs/quickstart --diagnostics heads.png\n"
+        "  lte report runs/rank8 --overlap runs/rank64\n\n"
         "Diagnostics are recorded by runs with log.diagnostics_every: cosine and Grassmann distance between\n"
         "heads, ranks of the update, its amplification of W, quantization error, gradient noise.",
     )
     command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run, also of one that goes")
     command.add_argument(
         "--diagnostics", type=_figure, metavar="FILE", help="draw its diagnostics into a .png, .pdf or .svg"
+    )
+    command.add_argument(
+        "--overlap",
+        type=Path,
+        metavar="RUN",
+        help="with which another run, of another rank or seed, say: the subspaces of both updates, and how far\n"
+        "one holds the other (LoRA, section 7.2)",
     )
     command.set_defaults(run=_report)
 
@@ -385,6 +393,10 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.diagnostics:
         report.plot_diagnostics(folder, arguments.diagnostics)
         print(arguments.diagnostics)
+        return 0
+    if arguments.overlap:
+        found = recipes.compare_updates(folder, arguments.overlap)
+        Console().print(report.overlap(folder, arguments.overlap, found))
         return 0
     if report.outcome(folder).rounds:
         report.plot(folder)

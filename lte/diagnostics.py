@@ -5,7 +5,7 @@ in float64. What is not defined, such as the direction of a delta of zeros, is N
 
 The LTE paper (Huh et al. 2024, arXiv 2402.16828) looks at `cosines` and `grassmann_distance` between heads
 and at the `effective_rank` of updates; the LoRA paper (Hu et al. 2021, arXiv 2106.09685, section 7) at
-`subspace_similarity` and `amplification`.
+`subspace_similarities` and `amplification`.
 """
 
 from __future__ import annotations
@@ -74,16 +74,20 @@ def grassmann_distance(one: Tensor, other: Tensor) -> float:
     return float(cosine.acos().norm())
 
 
-def subspace_similarity(one_A: Tensor, other_A: Tensor, i: int, j: int) -> float:
-    """The LoRA paper's equation 4: ||U_i^T V_j||_F^2 / min(i, j), from 0 (orthogonal) to 1 (contained).
+def subspace_similarities(one: Tensor, other: Tensor) -> Tensor:
+    """The LoRA paper's equation 4 at all i and j: ||U_i^T V_j||_F^2 / min(i, j), from 0 (orthogonal) to 1
+    (one contains the other). U_i, V_j are the leading i and j columns.
 
     Args:
-        one_A, other_A: A of two ranks or two runs, (r, in), (q, in). i, j: how many of their leading right
-            singular vectors U, V are compared, at most r and q.
+        one, other: orthonormal U (d, k), V (d, l), by descending singular value: right singular vectors of
+            A of two ranks or runs, or of their updates.
+
+    Returns:
+        (k, l): of i = 1 ... k and j = 1 ... l.
     """
-    _, _, one = torch.linalg.svd(one_A.double(), full_matrices=False)
-    _, _, other = torch.linalg.svd(other_A.double(), full_matrices=False)
-    return float((one[:i] @ other[:j].T).square().sum()) / min(i, j)
+    shared = (one.double().T @ other.double()).square().cumsum(0).cumsum(1)
+    i, j = torch.arange(1, one.shape[1] + 1), torch.arange(1, other.shape[1] + 1)
+    return shared / torch.minimum(i[:, None], j)
 
 
 # An update by itself, and beside the weight

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lte import config, ranks, signals
+from lte import config, diagnostics, ranks, signals
 from lte.config import Override, Recipe
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
 from lte.lowrank import seed_of
@@ -270,6 +270,43 @@ def find_ranks(
         rungs, cuts.features, loss, most_parameters=most_parameters, most_increase=most_increase
     )
     return found, cuts.overrides(found.ranks)
+
+
+def compare_updates(folder: Path, other: Path) -> dict[str, Tensor]:
+    """How far the subspaces of two runs' updates W - W_0 overlap, module by module: the LoRA paper's section
+    7.2, where two runs with heads of different rank are compared.
+
+    Returns:
+        By module that both adapt, `diagnostics.subspace_similarities` of the leading right singular vectors,
+        (i, j): as many as the ranks of the two runs' heads. NaN where a run has not moved the module.
+
+    Raises:
+        RunError: see `load_run`; or no module is adapted by both in one shape.
+    """
+    (one, ranks_one), (two, ranks_two) = _updates(folder), _updates(other)
+    common = [name for name in one if name in two and one[name].shape == two[name].shape]
+    if not common:
+        raise RunError(f"{folder}, {other}: no module is adapted in both and has the same shape")
+    found = {}
+    for name in common:
+        (u, i), (v, j) = (
+            (diagnostics.singular(update), rank)
+            for update, rank in ((one[name], ranks_one[name]), (two[name], ranks_two[name]))
+        )
+        similarity = diagnostics.subspace_similarities(u.right[:, :i], v.right[:, :j])
+        has_moved = bool(u.values[0] > 0) and bool(v.values[0] > 0)
+        found[name] = similarity if has_moved else torch.full_like(similarity, torch.nan)
+    return found
+
+
+def _updates(folder: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """W - W_0 of every adapted module of a run, (out, in), and the ranks of its heads, at most min(out, in)."""
+    recipe = recipe_of(folder)
+    _, master, _ = _loaded(folder, recipe)
+    start = Master(starting_model(recipe), recipe)
+    updates = {name: weight - start.weights[name] for name, weight in master.weights.items()}
+    ranks = {name: min(spec.rank, *updates[name].shape) for name, spec in master.plan.adapted.items()}
+    return updates, ranks
 
 
 def _loaded(folder: Path, recipe: Recipe) -> tuple[nn.Module, Master, int]:

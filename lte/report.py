@@ -27,6 +27,7 @@ from lte.track import METRICS, Records, clock_text, loss_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 PLOT = "loss.png"
 """Name of the plot in a run's folder."""
@@ -340,6 +341,33 @@ def _draw(
 
 
 # Diagnostics
+
+
+def overlap(folder: Path, other: Path, found: Mapping[str, Tensor]) -> RenderableType:
+    """How far two runs' updates overlap, as a table for people: a row an i, a column a j, which are powers of
+    2 up to the ranks, and the mean over modules in each cell.
+
+    Args:
+        found: of `recipes.compare_updates`.
+    """
+    known = [similarity for similarity in found.values() if not similarity.isnan().any()]
+    rows, columns = (min((s.shape[d] for s in known), default=0) for d in (0, 1))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for title in ("i", *(f"j = {j}" for j in _powers_of_2(columns))):
+        table.add_column(title, justify="right")
+    for i in _powers_of_2(rows):
+        cells = [statistics.fmean(float(s[i - 1, j - 1]) for s in known) for j in _powers_of_2(columns)]
+        table.add_row(str(i), *(f"{cell:.3f}" for cell in cells))
+    return Group(
+        Text(f"leading i directions of {folder}'s update in the leading j of {other}'s,"),
+        Text(f"from 0 (orthogonal) to 1 (one holds the other), mean of {_count(len(known), 'module')}"),
+        table,
+    )
+
+
+def _powers_of_2(most: int) -> list[int]:
+    """1, 2, 4 ... and at last the most."""
+    return sorted({2**k for k in range(most.bit_length())} | {most} - {0})
 
 
 def plot_diagnostics(folder: Path, path: Path) -> None:

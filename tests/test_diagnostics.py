@@ -104,15 +104,17 @@ def test_heads_dealt_rows_of_one_orthogonal_matrix_are_as_far_apart_as_can_be() 
     assert diagnostics.of_pairs(diagnostics.cosines(heads)).abs().max() < 1e-5
 
 
-def test_subspace_similarity_is_equation_4() -> None:
+def test_subspace_similarities_are_equation_4() -> None:
     one, other = normal(3, IN, seed=1), normal(8, IN, seed=2)
-    u = np.linalg.svd(one.double().numpy())[2].T[:, :2]
-    v = np.linalg.svd(other.double().numpy())[2].T[:, :5]
-    naive = np.linalg.norm(u.T @ v) ** 2 / 2
-    assert diagnostics.subspace_similarity(one, other, 2, 5) == pytest.approx(naive)
-    assert diagnostics.subspace_similarity(one, torch.cat([one, other]), 3, 11) == pytest.approx(1)
-    apart = torch.eye(6)
-    assert diagnostics.subspace_similarity(apart[:2], apart[2:], 2, 4) == pytest.approx(0)
+    u, v = (np.linalg.svd(A.double().numpy(), full_matrices=False)[2].T for A in (one, other))
+    found = diagnostics.subspace_similarities(torch.from_numpy(u), torch.from_numpy(v))
+    naive = [
+        [np.linalg.norm(u[:, :i].T @ v[:, :j]) ** 2 / min(i, j) for j in range(1, 9)] for i in range(1, 4)
+    ]
+    assert found.numpy() == pytest.approx(np.array(naive))
+    contained = torch.eye(IN)[:, :3]
+    assert diagnostics.subspace_similarities(contained, torch.eye(IN))[2, -1] == 1
+    assert not diagnostics.subspace_similarities(contained, torch.eye(IN)[:, 3:5]).any()
 
 
 # Updates

@@ -107,3 +107,38 @@ def test_the_recipe_as_it_is_shipped(tmp_path: Path, capsys: pytest.CaptureFixtu
     export = ["export", str(tmp_path / "run"), "--format", "hf", "--out", str(tmp_path / "hf")]
     assert cli.main(export) == 2
     assert capsys.readouterr().err.startswith("lte: model.name: linear is no model of transformers")
+
+
+def test_updates_of_two_ranks_overlap_as_their_weights_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`lte report --overlap`, of heads that stay and of heads that are merged, against numpy on the models."""
+    updates = []
+    for rank, merge in ((1, "never"), (3, "reset")):
+        folder = tmp_path / f"rank{rank}"
+        own = {"run.dir": str(folder), "server.address": f"inprocess://{folder}", "train.rounds": 12}
+        recipe = recipe_of(**own, **{"lora.rank": rank, "lora.merge": merge})
+        assert local.train_in_threads(recipe) == 0
+        weights = [
+            model.get_parameter("map.weight").detach().double().numpy()
+            for model in (recipes.load_run(folder, "master")[0], recipes.initial_model(recipe))
+        ]
+        updates.append(weights[0] - weights[1])
+    u, v = (np.linalg.svd(update)[2].T for update in updates)
+    found = recipes.compare_updates(tmp_path / "rank1", tmp_path / "rank3")["map"].numpy()
+    naive = [np.linalg.norm(u[:, :1].T @ v[:, :j]) ** 2 for j in (1, 2, 3)]
+    assert found == pytest.approx(np.array([naive]), abs=1e-4)
+    assert cli.main(["report", str(tmp_path / "rank1"), "--overlap", str(tmp_path / "rank3")]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.split() == ["1", *(f"{number:.3f}" for number in naive)]
+
+
+def test_runs_with_nothing_in_common_have_no_overlap(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for width in (4, 8):
+        folder = tmp_path / str(width)
+        own = {"run.dir": str(folder), "server.address": f"inprocess://{folder}", "train.rounds": 1}
+        assert local.train_in_threads(recipe_of(**own, **{"model.width": width})) == 0
+    assert cli.main(["report", str(tmp_path / "4"), "--overlap", str(tmp_path / "8")]) == 2
+    assert "no module is adapted in both and has the same shape" in capsys.readouterr().err
