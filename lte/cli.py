@@ -382,8 +382,8 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--overlap",
         type=Path,
         metavar="RUN",
-        help="with which another run, of another rank or seed, say: the subspaces of both updates, and how far\n"
-        "one holds the other (LoRA, section 7.2)",
+        help="another run, of another rank or seed, say: how far the subspaces of both updates\n"
+        "hold each other (LoRA, section 7.2)",
     )
     command.set_defaults(run=_report)
 

@@ -300,7 +300,7 @@ def compare_updates(folder: Path, other: Path) -> dict[str, Tensor]:
 
 
 def _updates(folder: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """W - W_0 of every adapted module of a run, (out, in), and the ranks of its heads, at most min(out, in)."""
+    """W - W_0 of every adapted module of a run, (out, in); and ranks of heads, at most min(out, in)."""
     recipe = recipe_of(folder)
     _, master, _ = _loaded(folder, recipe)
     start = Master(starting_model(recipe), recipe)

@@ -112,7 +112,7 @@ def test_the_recipe_as_it_is_shipped(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_updates_of_two_ranks_overlap_as_their_weights_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`lte report --overlap`, of heads that stay and of heads that are merged, against numpy on the models."""
+    """`lte report --overlap`, of heads that stay and of merged ones, against numpy on the models."""
     updates = []
     for rank, merge in ((1, "never"), (3, "reset")):
         folder = tmp_path / f"rank{rank}"

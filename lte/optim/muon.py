@@ -36,8 +36,8 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     wide = matrices.mT if is_tall else matrices
     x: Tensor = (wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=_EPS)).to(dtype)
     rows, columns = x.shape[-2:]
-    # By multiplications of (rows, rows): 17 + 4 columns / rows against 10 + 20 columns / rows. What is rounded in
-    # the Gram matrix is the square of a singular value, which bf16 would not carry.
+    # In multiplications of (rows, rows): 17 + 4 columns / rows against 10 + 20 columns / rows. What is
+    # rounded in the Gram matrix is the square of a singular value, which bf16 would not carry.
     by_gram = 2 * columns > 3 * rows and torch.finfo(dtype).bits >= 32
     x = _iterated_on_gram(x) if by_gram else _iterated(x)
     return (x.mT if is_tall else x).to(matrices.dtype)
