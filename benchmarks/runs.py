@@ -24,11 +24,11 @@ def lte(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "lte", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def shards_of(text: str, folder: Path) -> Path:
-    """The text, packed once."""
+def shards_of(text: str, folder: Path, valid: str | None = None) -> Path:
+    """The text, packed once; without a validation text of its own its last tenth is that."""
     shards = folder / "shards" / Path(text).name
     if not (shards / "index.json").exists():
-        lte("data", "pack", text, "--out", str(shards))
+        lte("data", "pack", text, "--out", str(shards), *(["--valid", valid] if valid else []))
     return shards
 
 

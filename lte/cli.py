@@ -535,6 +535,7 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
         "examples:\n"
         "  lte export runs/quickstart --format hf --out exports/model       for transformers\n"
         "  lte export runs/quickstart --format safetensors --weights master --out exports/weights\n"
+        "  lte export runs/dylora --format hf --rank 4 --out exports/rank4   its nested heads cut to rank 4\n"
         "  lte export runs/quickstart --format peft --out exports/heads     a folder a head, and their base\n"
         "  lte train configs/quickstart.yaml run.dir=runs/more model.init_from=exports/weights\n\n"
         "hf: AutoModelForCausalLM (or ...ForImageClassification).from_pretrained(DIR) loads the merged\n"
@@ -557,6 +558,7 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="FOLDER",
         help="of peft: of a worker's state, where it is not in the run's folder; may be given often",
     )
+    _add_rank(command)
     command.set_defaults(run=_export)
 
 
@@ -565,15 +567,17 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.format == "peft":
         if arguments.weights:
             raise UserError("--weights: is of merged models; adapters are on the base that workers held")
+        if arguments.rank is not None:
+            raise UserError("--rank: is of merged models; adapters are heads as workers hold them, whole")
         for line in export.to_peft(folder, out, arguments.state):
             print(line)
     elif arguments.state:
         raise UserError("--state: is of --format peft; merged models are the server's")
     elif arguments.format == "hf":
-        if left_out := export.to_transformers(folder, out, which):
+        if left_out := export.to_transformers(folder, out, which, arguments.rank):
             print(left_out)
     else:
-        export.to_safetensors(folder, out, which)
+        export.to_safetensors(folder, out, which, arguments.rank)
     print(out)
     return 0
 

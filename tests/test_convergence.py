@@ -35,14 +35,14 @@ def test_the_table_pairs_seeds_and_gives_an_interval(
     monkeypatch.setattr(convergence, "RUNS", tmp_path)
     other = {"uplink_bytes": 2e6, "downlink_bytes": 1e6, "time_s": 60.0, "kind": "done"}
     losses = {0: (1.60, 1.50), 1: (1.70, 1.55), 2: (1.65, 1.60)}
-    for name, shift in (("DDP AdamW", 0.0), ("LTE T=10 Muon", 0.03)):
+    for name, shift in (("DDP AdamW", 0.0), ("LTE T=10 Muon r=128", 0.03)):
         for seed, (published, master) in losses.items():
             folder = convergence.folder_of(name, 4e-3, seed)
             folder.mkdir()
             done = {"loss": published + shift, "loss_master": master, **other}
             (folder / "metrics.jsonl").write_text(json.dumps(done) + "\n")
     convergence.report(3)
-    rows = [line for line in capsys.readouterr().out.splitlines() if "LTE T=10 Muon |" in line]
+    rows = [line for line in capsys.readouterr().out.splitlines() if "LTE T=10 Muon r=128 |" in line]
     excess = [100 * ((p + 0.03) / m - 1) for p, m in losses.values()]
     mean = sum(excess) / 3
     half = 4.30 * (sum((x - mean) ** 2 for x in excess) / 2) ** 0.5 / 3**0.5

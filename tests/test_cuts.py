@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from simulation import Simulation, recipe
 from test_algorithm import Net, batches, mse, seeded
 from test_nested import NESTED, R, S
 
 from launch import local
-from lte import config, ranks
+from lte import config, ranks, recipes
 from lte.cli import main
 from lte.config import Recipe
 from lte.data import pack
@@ -301,3 +302,28 @@ def test_mistakes_are_one_line(
     code, _, err = told(*(run if argument == "RUN" else argument for argument in arguments))
     assert code == 2
     assert err.endswith(line)
+
+
+@pytest.mark.parametrize("format_", ["safetensors", "hf"])
+def test_an_export_of_a_rank_is_the_model_cut_to_it(
+    run: Path, told: Callable[..., Answer], tmp_path: Path, format_: str
+) -> None:
+    x = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    model, _, _ = recipes.load_run(run, "master", 1)
+    whole, _, _ = recipes.load_run(run, "master")
+    out = tmp_path / "out"
+    code, _, err = told("export", run, "--format", format_, "--weights", "master", "--rank", 1, "--out", out)
+    assert (code, err) == (0, "")
+    if format_ == "hf":
+        transformers = pytest.importorskip("transformers", reason="transformers is of the extra hf")
+        logits = transformers.AutoModelForCausalLM.from_pretrained(out)(x).logits
+        assert torch.allclose(logits, model(x), atol=1e-5)
+    else:
+        for name, tensor in load_file(out / "model.safetensors").items():
+            assert torch.equal(tensor, model.get_parameter(name))
+    assert (model(x) - whole(x)).abs().max() > 1e-3
+
+
+def test_an_adapter_of_a_rank_is_refused(run: Path, told: Callable[..., Answer], tmp_path: Path) -> None:
+    code, _, err = told("export", run, "--format", "peft", "--rank", 1, "--out", tmp_path / "out")
+    assert (code, "--rank: is of merged models" in err) == (2, True)

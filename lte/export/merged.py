@@ -22,20 +22,21 @@ from lte.models.counterparts import counterpart_of
 from lte.worker.trainer import materialize
 
 
-def to_transformers(run: Path, out: Path, which: str) -> str:
+def to_transformers(run: Path, out: Path, which: str, rank: int | None = None) -> str:
     """Write a run's model as a folder that transformers' `from_pretrained` loads: config, weights, and for
     text the generation config and tokenizer. A reference model becomes its counterpart there.
 
     Args:
         which: weights, `published`, `master` or `ema`. out: a folder that is not there, or empty.
+        rank: cut nested heads to it, see `recipes.load_run`.
 
     Returns:
         What was left out, in words, or ''.
 
     Raises:
-        RunError: no such run. UserError: `out` holds something, or transformers is not installed.
+        RunError: no such run, or rank. UserError: `out` holds something, or transformers is not installed.
     """
-    model, recipe, _ = recipes.load_run(run, which)
+    model, recipe, _ = recipes.load_run(run, which, rank)
     theirs = in_transformers(model, recipe)
     with written_whole(out) as folder, hf.quiet():
         theirs.save_pretrained(folder)
@@ -73,23 +74,24 @@ def _save_tokenizer(recipe: Recipe, folder: Path) -> str:
     return ""
 
 
-def to_safetensors(run: Path, out: Path, which: str) -> None:
+def to_safetensors(run: Path, out: Path, which: str, rank: int | None = None) -> None:
     """Write a run's model as `out/model.safetensors`: its state dict, what is tied by its first name. At the
     file's head: the recipe as JSON, version, which weights, and a digest of the tensors.
 
     Args:
         which: weights, `published`, `master` or `ema`. out: a folder that is not there, or empty.
+        rank: cut nested heads to it, see `recipes.load_run`.
 
     Raises:
-        RunError: no such run. UserError: `out` holds something.
+        RunError: no such run, or rank. UserError: `out` holds something.
     """
-    model, recipe, version = recipes.load_run(run, which)
+    model, recipe, version = recipes.load_run(run, which, rank)
     tensors = {names[0]: tensor.detach() for names, tensor in weights.held(model)}
     described = {
         "format": "pt",  # transformers' files say so, and it asks for it
         "lte.version": lte.__version__,
         "lte.recipe": json.dumps(config.to_dict(recipe)),
-        "lte.weights": f"{which} of version {version}",
+        "lte.weights": f"{which} of version {version}" + (f", heads cut to rank {rank}" if rank else ""),
         weights.DIGEST: quantize.digest(sorted(tensors.items())),
     }
     with written_whole(out) as folder:
