@@ -85,11 +85,14 @@ def ddp(
 MUON = "optimizer.name=muon"
 DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
 """The rate that is swept is of the matrices; embedding, output and norms have what they have in LTE."""
+INT8_AT_THE_END = "train.phases=[{from_round: 80, base_quant: int8}]"
 CASES: dict[str, Case] = {
     "DDP AdamW": ddp(),
     "LTE T=10 Muon r=128": lte(10, MUON),
     "LTE T=10 Muon r=64": lte(10, MUON, rank=64, method="LTE T=10 r=64"),
     "DDP Muon": ddp(*DENSE_MUON, method="DDP Muon", guess=1.6e-2),
+    "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, INT8_AT_THE_END),
+    "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, INT8_AT_THE_END, rank=64, method="LTE T=10 r=64"),
     "LTE T=10 Muon r=32": lte(10, MUON, rank=32, guess=1e-3, method="LTE T=10 r=32"),
     "LTE T=10 AdamW r=128": lte(10, guess=1e-3, method="LTE T=10 AdamW"),
     "DDP, batch / 4, AdamW": ddp("train.batch_size=2", method="DDP batch / 4", total=4 * STEPS, guess=2e-3),
