@@ -1,11 +1,13 @@
 """Parity: what LTE and its competitors lose at equal tokens, each at the best rate that it has.
 
-    python benchmarks/convergence.py TEXT [--valid TEXT] [--only WORDS] [--trials 4] [--minutes 120]
-    python benchmarks/convergence.py TEXT --minutes 0           # no more runs, the table alone
+    python benchmarks/convergence.py DATA [--valid TEXT] [--only WORDS] [--trials 4] [--minutes 120]
+    python benchmarks/convergence.py DATA --minutes 0           # no more runs, the table alone
 
-A GPT of 0.85M parameters on bytes, 4.1M tokens: 1,000 optimizer steps, rates that end at 0, and the whole
-validation split. Workers read 8 sequences of 128 tokens a step, or 4 where there are 8 workers; data-parallel
-training takes the same steps with the same total batch, and, at a quarter of the batch, four times as many.
+DATA is a text, for a GPT of 0.85M parameters on bytes, or a folder of packed images (28 x 28, `lte data
+pack-images`), for a ViT of 0.8M: 1,000 optimizer steps, rates that end at 0, and the whole validation split.
+Workers read 8 sequences of 128 tokens a step, or 16 images, and half of that where there are 8 workers: 4.1M
+tokens, or 64,000 images. Data-parallel training takes the same steps with the same total batch, and, at a
+quarter of the batch, four times as many.
 Every case has as many trials of its rate: from a first guess by factors of 2 until the best lies between two
 others, then between the best and its better neighbour. The winner of each method is run again with other
 seeds, which are paired: initial weights and data are the same for all cases.
@@ -27,7 +29,8 @@ from typing import Any
 
 from runs import header, records, row, shards_of, train
 
-RUNS = Path("runs/convergence")
+from lte.config import load
+
 STEPS = 1000
 COMMON = ["schedule.final=0", "train.precision=bf16", "eval.every=0", "server.num_threads=2"]
 STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
@@ -48,6 +51,40 @@ class Case:
     settings: tuple[str, ...]
     key: str
     guess: float
+
+    @property
+    def minimized(self) -> str:
+        """The loss that a rate is chosen by: the published model's, and fp32's where that is what is used."""
+        return "loss" if self.key == "optimizer.lr" else "loss_master"
+
+    def on(self, kind: Kind) -> list[str]:
+        """Its settings with data of a kind."""
+        batch = load(self.recipe, self.settings).train.batch_size * kind.batch
+        return [*COMMON, *self.settings, *kind.settings, f"train.batch_size={batch}"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of data, and the model for it. batch: samples for each sequence of a text."""
+
+    settings: tuple[str, ...]
+    batch: int
+    folder: Path
+
+
+TEXT = Kind((), batch=1, folder=Path("runs/convergence"))
+IMAGES = Kind(
+    (
+        "data.kind=images",
+        "model.name=vit",
+        "model.image_size=28",
+        "model.channels=1",
+        "model.patch_size=4",
+        "model.num_classes=10",
+    ),
+    batch=2,
+    folder=Path("runs/convergence-images"),
+)
 
 
 def steps(local_steps: int, total: int = STEPS) -> tuple[str, ...]:
@@ -114,10 +151,20 @@ class OutOfTimeError(Exception):
 
 
 class Runs:
-    """Runs of the cases, begun as long as there is time."""
+    """Runs of the cases, each in a folder; begun as long as there is time."""
 
-    def __init__(self, shards: Path, minutes: float) -> None:
-        self.shards, self._until = shards, time.monotonic() + 60 * minutes
+    def __init__(self, kind: Kind, shards: Path, minutes: float) -> None:
+        self.kind, self.shards = kind, shards
+        self._until = time.monotonic() + 60 * minutes
+
+    def folder_of(self, name: str, rate: float, seed: int) -> Path:
+        readable = name.replace(" ", "_").replace("/", "-").replace(",", "")
+        return self.kind.folder / f"{readable}-{rate:g}-seed{seed}"
+
+    def finished(self, name: str, rate: float, seed: int) -> dict[str, Any] | None:
+        """The last record of a run that is done."""
+        lines = records(self.folder_of(name, rate, seed))
+        return lines[-1] if lines and lines[-1]["kind"] == "done" else None
 
     def done(self, name: str, rate: float, seed: int = 0) -> dict[str, Any]:
         """The last record of a case at a rate.
@@ -125,27 +172,79 @@ class Runs:
         Raises:
             OutOfTimeError: it is not finished, and there is no time.
         """
-        folder = folder_of(name, rate, seed)
-        if found := finished(folder):
+        if found := self.finished(name, rate, seed):
             return found
         if time.monotonic() > self._until:
             raise OutOfTimeError
         case = CASES[name]
-        own = [
-            *COMMON,
-            *case.settings,
-            f"{case.key}={rate:g}",
-            f"run.seed={seed}",
-            f"data.shards={self.shards}",
-        ]
-        return train(folder, case.recipe, own)[-1]
+        own = [f"{case.key}={rate:g}", f"run.seed={seed}", f"data.shards={self.shards}"]
+        return train(self.folder_of(name, rate, seed), case.recipe, [*case.on(self.kind), *own])[-1]
 
-    def search(self, name: str, num_trials: int) -> None:
-        """Try rates until the best is bracketed, and then between."""
-        guess = CASES[name].guess
-        for _ in range(num_trials):
-            tried = trials(name)
-            self.done(name, next_rate({rate: done["loss"] for rate, done in tried.items()}, guess))
+    def try_another(self, name: str) -> None:
+        """Try one more rate: until the best is bracketed, and then between."""
+        tried = self.trials(name)
+        self.done(
+            name,
+            next_rate({rate: done[CASES[name].minimized] for rate, done in tried.items()}, CASES[name].guess),
+        )
+
+    def trials(self, name: str) -> dict[float, dict[str, Any]]:
+        """Last records of a case's finished runs with seed 0, by rate."""
+        prefix = self.folder_of(name, 1.0, 0).name.rsplit("-1-", 1)[0] + "-"
+        found = {}
+        for folder in self.kind.folder.glob(f"{prefix}*-seed0"):
+            rate = folder.name.removeprefix(prefix).removesuffix("-seed0")
+            is_rate = rate.replace(".", "").replace("e-", "").isdigit()
+            if is_rate and (done := self.finished(name, float(rate), 0)):
+                found[float(rate)] = done
+        return found
+
+    def best(self, name: str) -> float | None:
+        """The best rate tried."""
+        tried = self.trials(name)
+        minimized = CASES[name].minimized
+        return min(tried, key=lambda rate: tried[rate][minimized]) if tried else None
+
+    def winners(self, names: list[str]) -> list[str]:
+        """Of each method the case with the least loss."""
+        first: dict[str, tuple[float, str]] = {}
+        for name in names:
+            if tried := self.trials(name):
+                own = (min(done[CASES[name].minimized] for done in tried.values()), name)
+                first[CASES[name].method] = min(own, first.get(CASES[name].method, own))
+        return [name for _, name in first.values()]
+
+    def report(self, num_seeds: int) -> None:
+        """Print the table."""
+        reference = self.best("DDP AdamW")
+        titles = ["case", "rates tried", "best", "published", "master", "seeds", "against DDP's fp32", "95 %"]
+        header([*titles, "MB", "s"])
+        for name in CASES:
+            rate = self.best(name)
+            if rate is None:
+                continue
+            same = {seed: done for seed in range(num_seeds) if (done := self.finished(name, rate, seed))}
+            losses = [mean(done[key] for done in same.values()) for key in ("loss", "loss_master")]
+            done = same[0]
+            megabytes = (done["uplink_bytes"] + done["downlink_bytes"]) / 1e6
+            cells = [name, ", ".join(f"{rate:g}" for rate in sorted(self.trials(name))), f"{rate:g}"]
+            cells += [*(f"{loss:.4f}" for loss in losses), str(len(same))]
+            row([*cells, *self._against(same, reference), f"{megabytes:,.0f}", f"{done['time_s']:.0f}"])
+
+    def _against(self, same: dict[int, dict[str, Any]], reference: float | None) -> tuple[str, str]:
+        """The published loss over that of data-parallel AdamW's fp32 weights, by pairs of seeds, and its
+        interval."""
+        if reference is None:
+            return "", ""
+        excess = [
+            100 * (done["loss"] / other["loss_master"] - 1)
+            for seed, done in same.items()
+            if (other := self.finished("DDP AdamW", reference, seed))
+        ]
+        if len(excess) < 2:
+            return (f"{excess[0]:+.2f} %" if excess else ""), ""
+        half = STUDENT_95[len(excess)] * stdev(excess) / math.sqrt(len(excess))
+        return f"{mean(excess):+.2f} %", f"± {half:.2f}"
 
 
 def next_rate(losses: dict[float, float], guess: float) -> float:
@@ -163,117 +262,33 @@ def next_rate(losses: dict[float, float], guess: float) -> float:
     return float(f"{math.sqrt(rates[k] * neighbour):.3g}")
 
 
-def folder_of(name: str, rate: float, seed: int) -> Path:
-    return RUNS / f"{name.replace(' ', '_').replace('/', '-').replace(',', '')}-{rate:g}-seed{seed}"
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    lines = records(folder)
-    return lines[-1] if lines and lines[-1]["kind"] == "done" else None
-
-
-def trials(name: str) -> dict[float, dict[str, Any]]:
-    """Last records of a case's finished runs with seed 0, by rate."""
-    prefix = folder_of(name, 1.0, 0).name.rsplit("-1-", 1)[0] + "-"
-    found = {}
-    for folder in RUNS.glob(f"{prefix}*-seed0"):
-        rate = folder.name.removeprefix(prefix).removesuffix("-seed0")
-        if rate.replace(".", "").replace("e-", "").isdigit() and (done := finished(folder)):
-            found[float(rate)] = done
-    return found
-
-
-def best(name: str) -> float | None:
-    """The best rate tried."""
-    tried = trials(name)
-    return min(tried, key=lambda rate: tried[rate]["loss"]) if tried else None
-
-
-def winners(names: list[str]) -> list[str]:
-    """Of each method the case with the least loss."""
-    first: dict[str, str] = {}
-    for name in names:
-        rate = best(name)
-        held = first.get(CASES[name].method)
-        if rate is not None and (held is None or loss_of(name) < loss_of(held)):
-            first[CASES[name].method] = name
-    return list(first.values())
-
-
-def loss_of(name: str) -> float:
-    return min(done["loss"] for done in trials(name).values())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("text")
-    parser.add_argument("--valid", help="validation text (default: the last tenth of TEXT)")
+    parser.add_argument("data", metavar="DATA")
+    parser.add_argument("--valid", help="validation text (default: the last tenth of the text)")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--trials", type=int, default=4, help="rates tried of each case")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=math.inf, help="for how long runs are begun")
     arguments = parser.parse_args()
-    runs = Runs(shards_of(arguments.text, RUNS, arguments.valid), arguments.minutes)
+    if Path(arguments.data).is_dir():
+        runs = Runs(IMAGES, Path(arguments.data), arguments.minutes)
+    else:
+        runs = Runs(TEXT, shards_of(arguments.data, TEXT.folder, arguments.valid), arguments.minutes)
     names = [name for name in CASES if arguments.only in name]
     try:
         for num in range(1, arguments.trials + 1):
             for name in names:
-                if len(trials(name)) < num:
-                    runs.search(name, 1)
+                if len(runs.trials(name)) < num:
+                    runs.try_another(name)
         for seed in range(1, arguments.seeds):
-            for name in winners(names):
-                rate = best(name)
+            for name in runs.winners(names):
+                rate = runs.best(name)
                 assert rate is not None
                 runs.done(name, rate, seed)
     except OutOfTimeError:
         pass
-    report(arguments.seeds)
-
-
-def report(num_seeds: int) -> None:
-    reference = best("DDP AdamW")
-    header(
-        [
-            "case",
-            "rates tried",
-            "best",
-            "published",
-            "master",
-            "seeds",
-            "against DDP's fp32",
-            "95 %",
-            "MB",
-            "s",
-        ]
-    )
-    for name in CASES:
-        rate = best(name)
-        if rate is None:
-            continue
-        tried = trials(name)
-        seeds = range(num_seeds)
-        same = {seed: done for seed in seeds if (done := finished(folder_of(name, rate, seed)))}
-        losses = [mean(done[key] for done in same.values()) for key in ("loss", "loss_master")]
-        done = same[0]
-        megabytes = (done["uplink_bytes"] + done["downlink_bytes"]) / 1e6
-        cells = [name, len(tried), f"{rate:g}", *(f"{loss:.4f}" for loss in losses), len(same)]
-        cells += [*against(same, reference), f"{megabytes:,.0f}", f"{done['time_s']:.0f}"]
-        row(cells)
-
-
-def against(same: dict[int, dict[str, Any]], reference: float | None) -> tuple[str, str]:
-    """The published loss over that of data-parallel AdamW's fp32 weights, by pairs of seeds; its interval."""
-    if reference is None:
-        return "", ""
-    excess = [
-        100 * (done["loss"] / other["loss_master"] - 1)
-        for seed, done in same.items()
-        if (other := finished(folder_of("DDP AdamW", reference, seed)))
-    ]
-    if len(excess) < 2:
-        return (f"{excess[0]:+.2f} %" if excess else ""), ""
-    half = STUDENT_95[len(excess)] * stdev(excess) / math.sqrt(len(excess))
-    return f"{mean(excess):+.2f} %", f"± {half:.2f}"
+    runs.report(arguments.seeds)
 
 
 if __name__ == "__main__":

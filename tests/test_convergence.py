@@ -1,5 +1,6 @@
 """The parity benchmark: which rate it tries next, and what it makes of finished runs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -30,18 +31,19 @@ def test_a_search_brackets_the_best_rate_and_then_narrows(best: float) -> None:
 
 
 def test_the_table_pairs_seeds_and_gives_an_interval(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(convergence, "RUNS", tmp_path)
+    kind = dataclasses.replace(convergence.TEXT, folder=tmp_path)
+    runs = convergence.Runs(kind, tmp_path, minutes=0)
     other = {"uplink_bytes": 2e6, "downlink_bytes": 1e6, "time_s": 60.0, "kind": "done"}
     losses = {0: (1.60, 1.50), 1: (1.70, 1.55), 2: (1.65, 1.60)}
     for name, shift in (("DDP AdamW", 0.0), ("LTE T=10 Muon r=128", 0.03)):
         for seed, (published, master) in losses.items():
-            folder = convergence.folder_of(name, 4e-3, seed)
+            folder = runs.folder_of(name, 4e-3, seed)
             folder.mkdir()
             done = {"loss": published + shift, "loss_master": master, **other}
             (folder / "metrics.jsonl").write_text(json.dumps(done) + "\n")
-    convergence.report(3)
+    runs.report(3)
     rows = [line for line in capsys.readouterr().out.splitlines() if "LTE T=10 Muon r=128 |" in line]
     excess = [100 * ((p + 0.03) / m - 1) for p, m in losses.values()]
     mean = sum(excess) / 3
@@ -52,10 +54,13 @@ def test_the_table_pairs_seeds_and_gives_an_interval(
     assert "| 3 |" in rows[0]
 
 
+@pytest.mark.parametrize("kind", [convergence.TEXT, convergence.IMAGES], ids=["text", "images"])
 @pytest.mark.parametrize("name", convergence.CASES)
-def test_every_case_is_a_valid_recipe(name: str) -> None:
+def test_every_case_is_a_valid_recipe_of_as_many_samples(name: str, kind: convergence.Kind) -> None:
     case = convergence.CASES[name]
-    overrides = [*convergence.COMMON, *case.settings, f"{case.key}={case.guess:g}"]
-    recipe = config.load(Path(__file__).parent.parent / case.recipe, overrides)
-    tokens = recipe.total_steps * recipe.train.workers * recipe.train.batch_size
-    assert tokens == 32 * convergence.STEPS
+    path = Path(__file__).parent.parent / case.recipe
+    case = dataclasses.replace(case, recipe=str(path))
+    recipe = config.load(path, [*case.on(kind), f"{case.key}={case.guess:g}"])
+    samples = recipe.total_steps * recipe.train.workers * recipe.train.batch_size
+    assert samples == 32 * kind.batch * convergence.STEPS
+    assert recipe.data.kind == ("images" if kind is convergence.IMAGES else "text")
