@@ -122,14 +122,19 @@ def ddp(
 MUON = "optimizer.name=muon"
 DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
 """The rate that is swept is of the matrices; embedding, output and norms have what they have in LTE."""
-INT8_AT_THE_END = "train.phases=[{from_round: 80, base_quant: int8}]"
+
+
+def int8_from(round_: int) -> str:
+    return f"train.phases=[{{from_round: {round_}, base_quant: int8}}]"
+
+
 CASES: dict[str, Case] = {
     "DDP AdamW": ddp(),
     "LTE T=10 Muon r=128": lte(10, MUON),
     "LTE T=10 Muon r=64": lte(10, MUON, rank=64, method="LTE T=10 r=64"),
     "DDP Muon": ddp(*DENSE_MUON, method="DDP Muon", guess=1.6e-2),
-    "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, INT8_AT_THE_END),
-    "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, INT8_AT_THE_END, rank=64, method="LTE T=10 r=64"),
+    "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, int8_from(80)),
+    "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, int8_from(80), rank=64, method="LTE T=10 r=64"),
     "LTE T=10 Muon r=32": lte(10, MUON, rank=32, guess=1e-3, method="LTE T=10 r=32"),
     "LTE T=10 AdamW r=128": lte(10, guess=1e-3, method="LTE T=10 AdamW"),
     "DDP, batch / 4, AdamW": ddp("train.batch_size=2", method="DDP batch / 4", total=4 * STEPS, guess=2e-3),
@@ -139,6 +144,7 @@ CASES: dict[str, Case] = {
     "local SGD T=10 Muon": outer(1.0, 0.0, 10, 1.6e-2, *DENSE_MUON),
     "DiLoCo T=50 0.7/0.9": outer(0.7, 0.9, 50, 2e-3),
     "LTE T=5 Muon": lte(5, MUON),
+    "LTE T=5 Muon, int8 from 160": lte(5, MUON, int8_from(160)),
     "LTE T=50 Muon": lte(50, MUON),
     "LTE T=10 Muon N=8": lte(10, MUON, num=8, method="LTE T=10 N=8"),
     "ReLoRA": Case("ReLoRA", "configs/methods/relora.yaml", ("train.rounds=20",), "optimizer.lr", 1e-3),
