@@ -55,7 +55,7 @@ class Case:
     @property
     def minimized(self) -> str:
         """The loss that a rate is chosen by: the published model's, and fp32's where that is what is used."""
-        return "loss" if self.key == "optimizer.lr" else "loss_master"
+        return "loss_master" if Path(self.recipe).stem in ("ddp", "powersgd") else "loss"
 
     def on(self, kind: Kind) -> list[str]:
         """Its settings with data of a kind."""
@@ -96,6 +96,11 @@ def workers(num: int) -> tuple[str, ...]:
     return f"train.workers={num}", f"train.batch_size={32 // num}"
 
 
+MUON = "optimizer.name=muon"
+DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
+"""The rate that is swept is of the matrices; embedding, output and norms have what they have in LTE."""
+
+
 def lte(
     local_steps: int, *more: str, rank: int = 128, num: int = 4, guess: float = 1.4e-3, method: str = ""
 ) -> Case:
@@ -103,6 +108,14 @@ def lte(
     settings = (f"lora.rank={rank}", "lora.exclude=[output]", *steps(local_steps), *workers(num), *more)
     name = method or f"LTE T={local_steps}"
     return Case(name, "configs/quickstart.yaml", settings, "optimizer.lr", guess)
+
+
+def full_rank(local_steps: int, *more: str, method: str = "") -> Case:
+    """LTE with heads as large as their matrices: of it the quantized base and the int4 deltas are left."""
+    settings = ("train.full_rank=true", "lora.exclude=[output]", *steps(local_steps), *workers(4))
+    name = method or f"LTE T={local_steps} full rank"
+    own = (*settings, *DENSE_MUON, *more)
+    return Case(name, "configs/quickstart.yaml", own, "optimizer.dense_lr", 1.6e-2)
 
 
 def outer(lr: float, momentum: float, local_steps: int, guess: float, *more: str) -> Case:
@@ -119,11 +132,6 @@ def ddp(
     return Case(method, f"configs/methods/{recipe}.yaml", settings, "optimizer.dense_lr", guess)
 
 
-MUON = "optimizer.name=muon"
-DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
-"""The rate that is swept is of the matrices; embedding, output and norms have what they have in LTE."""
-
-
 def int8_from(round_: int) -> str:
     return f"train.phases=[{{from_round: {round_}, base_quant: int8}}]"
 
@@ -135,6 +143,8 @@ CASES: dict[str, Case] = {
     "DDP Muon": ddp(*DENSE_MUON, method="DDP Muon", guess=1.6e-2),
     "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, int8_from(80)),
     "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, int8_from(80), rank=64, method="LTE T=10 r=64"),
+    "LTE T=10 Muon full rank": full_rank(10),
+    "LTE T=10 Muon full rank, int8": full_rank(10, "base.quant=int8"),
     "LTE T=10 Muon r=32": lte(10, MUON, rank=32, guess=1e-3, method="LTE T=10 r=32"),
     "LTE T=10 AdamW r=128": lte(10, guess=1e-3, method="LTE T=10 AdamW"),
     "DDP, batch / 4, AdamW": ddp("train.batch_size=2", method="DDP batch / 4", total=4 * STEPS, guess=2e-3),
