@@ -141,6 +141,7 @@ CASES: dict[str, Case] = {
     "LTE T=10 Muon r=128": lte(10, MUON),
     "LTE T=10 Muon r=64": lte(10, MUON, rank=64, method="LTE T=10 r=64"),
     "DDP Muon": ddp(*DENSE_MUON, method="DDP Muon", guess=1.6e-2),
+    "LTE T=10 Muon r=128, no hysteresis": lte(10, MUON, "base.hysteresis=0"),
     "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, int8_from(80)),
     "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, int8_from(80), rank=64, method="LTE T=10 r=64"),
     "LTE T=10 Muon full rank": full_rank(10),
