@@ -96,6 +96,7 @@ def workers(num: int) -> tuple[str, ...]:
     return f"train.workers={num}", f"train.batch_size={32 // num}"
 
 
+NF4 = ("base.quant=nf4",)
 MUON = "optimizer.name=muon"
 DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
 """The rate that is swept is of the matrices; embedding, output and norms have what they have in LTE."""
@@ -105,14 +106,15 @@ def lte(
     local_steps: int, *more: str, rank: int = 128, num: int = 4, guess: float = 1.4e-3, method: str = ""
 ) -> Case:
     """Heads on all matrices of the blocks, 92 % of the parameters; embedding and output are dense."""
-    settings = (f"lora.rank={rank}", "lora.exclude=[output]", *steps(local_steps), *workers(num), *more)
+    shape = (f"lora.rank={rank}", "lora.exclude=[output]", *workers(num))
+    settings = (*NF4, *shape, *steps(local_steps), *more)
     name = method or f"LTE T={local_steps}"
     return Case(name, "configs/quickstart.yaml", settings, "optimizer.lr", guess)
 
 
 def full_rank(local_steps: int, *more: str, method: str = "") -> Case:
     """LTE with heads as large as their matrices: of it the quantized base and the int4 deltas are left."""
-    settings = ("train.full_rank=true", "lora.exclude=[output]", *steps(local_steps), *workers(4))
+    settings = (*NF4, "train.full_rank=true", "lora.exclude=[output]", *steps(local_steps), *workers(4))
     name = method or f"LTE T={local_steps} full rank"
     own = (*settings, *DENSE_MUON, *more)
     return Case(name, "configs/quickstart.yaml", own, "optimizer.dense_lr", 1.6e-2)
@@ -149,7 +151,7 @@ CASES: dict[str, Case] = {
     "LTE T=10 Muon full rank": full_rank(10),
     "LTE T=10 Muon full rank, int8": full_rank(10, "base.quant=int8", method="LTE T=10 int8"),
     "LTE T=10 Muon r=32": lte(10, MUON, rank=32, guess=1e-3, method="LTE T=10 r=32"),
-    "LTE T=10 AdamW r=128": lte(10, guess=1e-3, method="LTE T=10 AdamW"),
+    "LTE T=10 AdamW r=128": lte(10, "optimizer.name=adamw", guess=1e-3, method="LTE T=10 AdamW"),
     "DDP, batch / 4, AdamW": ddp("train.batch_size=2", method="DDP batch / 4", total=4 * STEPS, guess=2e-3),
     "DiLoCo T=10 0.7/0.9": outer(0.7, 0.9, 10, 1e-3),
     "DiLoCo T=10 0.7/0.5": outer(0.7, 0.5, 10, 2e-3),

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from runs import header, records, row, shards_of, train
+from runs import ADAMW_NF4, header, records, row, shards_of, train
 
 RUNS = Path("runs/curve")
 STEPS, WORKERS = 500, 4
@@ -33,6 +33,7 @@ LTE_RATES, DENSE_RATES = (1e-3, 5e-4, 2e-3), (2e-3, 1e-3, 4e-3)
 def lte(rank: int, local_steps: int, *more: str) -> list[str]:
     return [
         "configs/quickstart.yaml",
+        *ADAMW_NF4,
         f"lora.rank={rank}",
         "lora.embeddings=true",
         "compress.dense=int4",

@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from runs import header, row, shards_of, train
+from runs import ADAMW_NF4, header, row, shards_of, train
 
 RUNS = Path("runs/free")
 RECIPE = "configs/quickstart.yaml"
 COMMON = [
+    *ADAMW_NF4,
     "lora.rank=32",
     "train.local_steps=10",
     "train.rounds=50",

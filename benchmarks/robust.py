@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from runs import header, records, row, shards_of
+from runs import ADAMW_NF4, header, records, row, shards_of
 
 from lte import config, recipes
 from lte.compress import B
@@ -31,6 +31,7 @@ from lte.worker.trainer import Trainer
 RUNS = Path("runs/robust")
 RECIPE = "configs/quickstart.yaml"
 COMMON = [
+    *ADAMW_NF4,
     "model.num_layers=2",
     "model.width=64",
     "model.mlp_width=256",

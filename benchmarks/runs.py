@@ -18,6 +18,9 @@ from lte import config
 Figures = list[dict[str, Any]]
 """What an experiment came to, a dictionary a case."""
 
+ADAMW_NF4 = ("base.quant=nf4", "optimizer.name=adamw", "optimizer.lr=1e-3")
+"""Of configs/quickstart.yaml as it was when docs/log.md's figures of it were measured, before it had Muon."""
+
 
 def lte(*arguments: str) -> None:
     """An `lte` command; what it says goes nowhere, what it complains about to the terminal."""

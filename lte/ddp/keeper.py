@@ -140,9 +140,7 @@ class Keeper:
                 "eval",
                 version=self.version,
                 tokens=self._tokens,
-                loss=losses.published,
-                loss_master=losses.master,
-                **_of_average(losses),
+                **losses.recorded(),
                 **losses.extras,
             )
         return losses
@@ -180,9 +178,7 @@ class Keeper:
             num_adapted_parameters=0,
             uplink_bytes=self._tracker.uplink_bytes,
             downlink_bytes=self._tracker.downlink_bytes,
-            loss=measured.published,
-            loss_master=measured.master,
-            **_of_average(measured),
+            **measured.recorded(),
             master_digest=self._master.master_digest(),
         )
         return True
@@ -193,8 +189,3 @@ class Keeper:
 
     def _event(self, what: str, message: str, **fields: Any) -> None:
         self._tracker.record("event", what=what, message=message, version=self.version, **fields)
-
-
-def _of_average(losses: Losses) -> dict[str, float]:
-    """What the records say of the average, where there is one."""
-    return {} if losses.ema is None else {"loss_ema": losses.ema}

@@ -34,6 +34,11 @@ class Losses(NamedTuple):
     ema: float | None = None
     extras: Mapping[str, float] = {}
 
+    def recorded(self) -> dict[str, float | None]:
+        """The losses as records name them: of the average where there is one."""
+        average = {} if self.ema is None else {"loss_ema": self.ema}
+        return {"loss": self.published, "loss_master": self.master, **average}
+
 
 class Evaluation:
     """Measures on the server's own threads, with the master's model."""

@@ -733,9 +733,7 @@ class Server:
                 "eval",
                 version=self.version,
                 tokens=self._tokens,
-                loss=losses.published,
-                loss_master=losses.master,
-                **_of_average(losses),
+                **losses.recorded(),
                 **losses.extras,
             )
         return losses
@@ -756,9 +754,7 @@ class Server:
             num_adapted_parameters=self.master.plan.num_adapted_parameters,
             uplink_bytes=self._tracker.uplink_bytes,
             downlink_bytes=self._tracker.downlink_bytes,
-            loss=measured.published,
-            loss_master=measured.master,
-            **_of_average(measured),
+            **measured.recorded(),
             master_digest=self._master_digest,
         )
         return True
@@ -956,11 +952,6 @@ class Server:
         if self._unpublished:  # the master is ahead of the version that it would be saved as
             return False
         return self._store.save(replace(self._progress(), members=()), self.master.state())
-
-
-def _of_average(losses: Losses) -> dict[str, float]:
-    """What the records say of the master's average, where there is one."""
-    return {} if losses.ema is None else {"loss_ema": losses.ema}
 
 
 def _member(admitted: Admitted, now_s: float) -> rounds.Member:
