@@ -15,7 +15,6 @@ from test_diagnostics import whole
 from launch import local
 from lte import config, recipes
 from lte.config import Recipe
-from lte.data import pack
 from lte.errors import ConfigError, RunError
 from lte.merge import HeadDelta
 from lte.server.diagnosis import INITIAL, Diagnosis
@@ -36,14 +35,6 @@ MODULES = [
 ]
 
 Run = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([folder / "text.txt"], folder / "shards", num_shards=2)
-    return folder / "shards"
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from launch import local
 from lte import config, recipes, report
 from lte.cli import main
 from lte.config import Recipe
-from lte.data import pack
 from lte.errors import ConfigError
 from lte.track import METRICS, Records
 
@@ -141,14 +140,6 @@ def test_int8_owes_what_it_leaves_out() -> None:
 # Whole runs
 
 Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([folder / "text.txt"], folder / "shards", num_shards=2)
-    return folder / "shards"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from launch import local
 from lte import config, quantize
 from lte.config import Recipe
 from lte.cost.model import plan_of, sizes
-from lte.data import TrainingStream, pack
+from lte.data import TrainingStream
 from lte.errors import ConfigError
 from lte.nn import adapted_modules, fit_heads
 from lte.track import METRICS, Records
@@ -28,14 +28,6 @@ from lte.worker.trainer import Trainer
 NAMES = itertools.count()
 Line = dict[str, Any]
 Train = Callable[..., list[Line]]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([folder / "text.txt"], folder / "shards", num_shards=2)
-    return folder / "shards"
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from torch import nn
 from launch import local
 from lte import cli, config, recipes, wire
 from lte.config import Recipe
-from lte.data import pack
 from lte.errors import RefusedError, RunError
 from lte.server import checkpoint, recovery, rounds
 from lte.server.evaluation import Measured
@@ -29,14 +28,6 @@ NAMES = itertools.count()
 KINDS = {"uplink": {"factors", "dense"}, "downlink": {"dense", "codes", "scales"}}
 
 Train = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([folder / "text.txt"], folder / "shards", num_shards=2)
-    return folder / "shards"
 
 
 @pytest.fixture
