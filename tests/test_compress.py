@@ -141,6 +141,26 @@ def test_refit_is_least_squares_and_lost_is_what_it_leaves() -> None:
     assert factors.lost(B, A, B, A)[0] < 1e-20 * whole + 1e-9
 
 
+def test_refit_stays_small_where_A_reaches_nothing() -> None:
+    """Of more rows than columns the least X is found, which the old B has no less than; and damping bounds
+    what directions that A has hardly left take over."""
+    B, A = normal(2, 40, 32), normal(2, 32, 16, seed=1)
+    new_A = A + 0.01 * normal(2, 32, 16, seed=2)
+    met = factors.refit(B, A, new_A)
+    assert met.norm() < B.norm()
+    assert (met @ new_A - B @ A).norm() < 1e-5 * (B @ A).norm()
+
+    U, _, Vh = torch.linalg.svd(normal(2, 16, 16, seed=3))
+    values = torch.logspace(0, -4, 16)
+    new_A, missed = (U * values) @ Vh, 0.01 * normal(2, 16, 16, seed=4)
+    for damping in (1e-3, 1e-1):
+        met = factors.refit(B[..., :16], missed, new_A, damping)
+        # s / (s^2 + d) is largest where s^2 = d.
+        most = 0.5 / math.sqrt(damping * float(values.square().mean()))
+        largest = torch.linalg.matrix_norm(B[..., :16] @ missed, 2) * most
+        assert (torch.linalg.matrix_norm(met, 2) <= largest * 1.001).all()
+
+
 # Error feedback: what is merged and what is owed add up to what was learnt
 
 
@@ -219,6 +239,27 @@ def test_nothing_is_forgotten(
         for name in before[1]:
             gap = after[1][name] - before[1][name] - taken_ahead[1][name]
             assert gap.abs().max() < 1e-5, "dense parameters are exact in every mode"
+
+
+@pytest.mark.parametrize("rank", [4, 24])
+def test_what_is_owed_does_not_grow(rank: int) -> None:
+    """... also by heads of more rows than the module has inputs, 6, whose A has no inverse."""
+    settings = recipe(
+        **{
+            "lora.merge": "reset-b",
+            "lora.rank": rank,
+            "optimizer.name": "adamw",
+            "optimizer.lr": 0.01,
+            "compress.factors": "int4",
+        }
+    )
+    simulation = Simulation(seeded(Net), settings, 2)
+    owing = []
+    for round_ in range(40):
+        simulation.local_steps(mse, batches(2, 3, 8, seed=round_ % 4))
+        simulation.merge()
+        owing.append(max(float(t.modules["up"].lora_B.detach().abs().max()) for t in simulation.trainers))
+    assert max(owing[20:]) < 2 * owing[0]
 
 
 def whole(simulation: Simulation) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

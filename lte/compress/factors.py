@@ -3,7 +3,7 @@
 What a codec leaves out of the change of A - A' or B - B' stays in it and is owed to the next
 contribution (error feedback). That is exact where both factors are known to the bit. In reset-b with
 a trained, lossily sent A the product would be wrong by B times what was left out of A. So A is set to
-what was sent of it, and B is refitted to that A; what lies outside A's row space is lost, and measured.
+what was sent of it, and B takes over what that A can hold of the difference; the rest is lost, and measured.
 
 Shapes: A (H, r, in), B (H, out, r), H heads; never a matrix (out, in).
 """
@@ -17,6 +17,9 @@ from lte.compress import blockwise
 from lte.config import Codec, Recipe
 from lte.errors import WireError
 
+DAMPING = 1e-3
+"""Of what B takes over, see `refit`. Less of it lets B grow where A is small, and codecs round B by its
+largest numbers: what they leave out is owed, refitted, and grows from round to round."""
 A, B = "/A", "/B"
 """Endings of names of factors."""
 
@@ -122,18 +125,19 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def refit(B: Tensor, A: Tensor, new_A: Tensor) -> Tensor:
-    """The B of the product B A for another A: argmin over X of |X new_A - B A|.
+def refit(B: Tensor, A: Tensor, new_A: Tensor, damping: float = 1e-9) -> Tensor:
+    """The B of the product B A for another A: argmin over X of |X new_A - B A|^2 + d |X|^2.
+
+    d is `damping` times the mean of the squared singular values of new_A. Without it X has no bound where
+    new_A hardly reaches: beyond its columns (r > in), or where training has shrunk it.
 
     Args:
-        B: (H, out, r). A, new_A: (H, r, in).
+        B: (H, out, r). A: (H, r, in). new_A: (H, r', in).
     """
-    gram, right = (new_A @ new_A.mT).double(), B.double() @ (A @ new_A.mT).double()
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed.any():  # more rows than columns, say: the Gram matrix has no inverse
-        solved: Tensor = right @ torch.linalg.pinv(gram, hermitian=True)
-    else:
-        solved = torch.cholesky_solve(right.mT, factor).mT
+    gram, right = new_A.double() @ new_A.double().mT, B.double() @ (A.double() @ new_A.double().mT)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += damping * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.double).tiny
+    solved = torch.cholesky_solve(right.mT, torch.linalg.cholesky(gram)).mT
     return solved.float().contiguous()
 
 

@@ -358,7 +358,8 @@ class Trainer:
         self._sent[name + A] = sent
         if factors.refits(self.recipe):
             sent_A = sent if known is None else known + sent
-            module.lora_B.copy_(factors.refit(module.lora_B.cpu(), now, sent_A))
+            taken_over = factors.refit(module.lora_B.cpu(), now - sent_A, sent_A, factors.DAMPING)
+            module.lora_B.add_(taken_over.to(module.lora_B.device))
             module.lora_A.copy_(sent_A)
         return blob
 
