@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from lte.config import load
 
 STEPS = 1000
 COMMON = ["schedule.final=0", "train.precision=bf16", "eval.every=0", "server.num_threads=2"]
+DONE = ("loss", "loss_master", "uplink_bytes", "downlink_bytes", "time_s")
+"""Of a run's last record."""
 STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Two-sided 95 % quantiles of Student's t, by the number of paired seeds."""
 
@@ -65,14 +68,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of data, and the model for it. batch: samples for each sequence of a text."""
+    """A kind of data, and the model for it. batch: samples for each sequence of a text. rate: factor on the
+    first guesses of rates."""
 
     settings: tuple[str, ...]
     batch: int
+    rate: float
     folder: Path
 
 
-TEXT = Kind((), batch=1, folder=Path("runs/convergence"))
+TEXT = Kind((), batch=1, rate=1.0, folder=Path("runs/convergence"))
 IMAGES = Kind(
     (
         "data.kind=images",
@@ -81,8 +86,11 @@ IMAGES = Kind(
         "model.channels=1",
         "model.patch_size=4",
         "model.num_classes=10",
+        "optimizer.dense_lr=1e-3",
+        "optimizer.adamw_lr=1e-3",
     ),
     batch=2,
+    rate=0.25,
     folder=Path("runs/convergence-images"),
 )
 
@@ -157,11 +165,15 @@ CASES: dict[str, Case] = {
     "DiLoCo T=10 0.7/0.5": outer(0.7, 0.5, 10, 2e-3),
     "local SGD T=10": outer(1.0, 0.0, 10, 4e-3),
     "local SGD T=10 Muon": outer(1.0, 0.0, 10, 1.6e-2, *DENSE_MUON),
+    "local SGD T=20 Muon": outer(1.0, 0.0, 20, 1.6e-2, *DENSE_MUON),
     "DiLoCo T=50 0.7/0.9": outer(0.7, 0.9, 50, 2e-3),
     "LTE T=5 Muon": lte(5, MUON),
     "LTE T=5 Muon, int8 from 160": lte(5, MUON, int8_from(160)),
+    "LTE T=5 Muon r=128, base int8": lte(5, MUON, "base.quant=int8", method="LTE T=5 int8"),
     "LTE T=50 Muon": lte(50, MUON),
+    "LTE T=50 Muon r=128, base int8": lte(50, MUON, "base.quant=int8", method="LTE T=50 int8"),
     "LTE T=10 Muon N=8": lte(10, MUON, num=8, method="LTE T=10 N=8"),
+    "LTE T=10 Muon N=8, base int8": lte(10, MUON, "base.quant=int8", num=8, method="LTE T=10 N=8 int8"),
     "ReLoRA": Case("ReLoRA", "configs/methods/relora.yaml", ("train.rounds=20",), "optimizer.lr", 1e-3),
     "PowerSGD r=4": ddp(method="PowerSGD", recipe="powersgd"),
 }
@@ -183,9 +195,12 @@ class Runs:
         return self.kind.folder / f"{readable}-{rate:g}-seed{seed}"
 
     def finished(self, name: str, rate: float, seed: int) -> dict[str, Any] | None:
-        """The last record of a run that is done."""
-        lines = records(self.folder_of(name, rate, seed))
-        return lines[-1] if lines and lines[-1]["kind"] == "done" else None
+        """The last record of a run that is done; without end, that is, if it diverged."""
+        folder = self.folder_of(name, rate, seed)
+        lines = records(folder)
+        if lines and lines[-1]["kind"] == "done":
+            return lines[-1]
+        return dict.fromkeys(DONE, math.inf) if diverged(folder) else None
 
     def done(self, name: str, rate: float, seed: int = 0) -> dict[str, Any]:
         """The last record of a case at a rate.
@@ -199,15 +214,18 @@ class Runs:
             raise OutOfTimeError
         case = CASES[name]
         own = [f"{case.key}={rate:g}", f"run.seed={seed}", f"data.shards={self.shards}"]
-        return train(self.folder_of(name, rate, seed), case.recipe, [*case.on(self.kind), *own])[-1]
+        try:
+            return train(self.folder_of(name, rate, seed), case.recipe, [*case.on(self.kind), *own])[-1]
+        except subprocess.CalledProcessError:
+            if found := self.finished(name, rate, seed):
+                return found
+            raise
 
     def try_another(self, name: str) -> None:
         """Try one more rate: until the best is bracketed, and then between."""
-        tried = self.trials(name)
-        self.done(
-            name,
-            next_rate({rate: done[CASES[name].minimized] for rate, done in tried.items()}, CASES[name].guess),
-        )
+        case = CASES[name]
+        tried = {rate: done[case.minimized] for rate, done in self.trials(name).items()}
+        self.done(name, next_rate(tried, case.guess * self.kind.rate))
 
     def trials(self, name: str) -> dict[float, dict[str, Any]]:
         """Last records of a case's finished runs with seed 0, by rate."""
@@ -266,6 +284,11 @@ class Runs:
             return (f"{excess[0]:+.2f} %" if excess else ""), ""
         half = STUDENT_95[len(excess)] * stdev(excess) / math.sqrt(len(excess))
         return f"{mean(excess):+.2f} %", f"± {half:.2f}"
+
+
+def diverged(folder: Path) -> bool:
+    """Whether a process of the run ended because its training had diverged."""
+    return any("training diverged" in log.read_text() for log in folder.glob("logs/*.log"))
 
 
 def next_rate(losses: dict[float, float], guess: float) -> float:
