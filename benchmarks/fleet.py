@@ -43,6 +43,8 @@ TINY: dict[str, Any] = {
     "lora.rank": 8,
     "train.local_steps": 2,
     "train.batch_size": 8,
+    "base.quant": "nf4",
+    "optimizer.name": "adamw",
     "optimizer.lr": 2e-3,
     "schedule.name": "constant",
     "eval.tokens": 8192,

@@ -41,6 +41,8 @@ RECIPE = {
     "train.local_steps": 5,
     "train.workers": WORKERS,
     "lora.rank": 32,
+    "base.quant": "nf4",
+    "optimizer.name": "adamw",
     "optimizer.lr": 2e-3,
     "schedule.warmup_steps": 20,
     "eval.tokens": 32768,
@@ -58,7 +60,9 @@ class Run:
 
     def join(self) -> None:
         """One more worker, in the next slot."""
-        model = materialize(convert(build(self.recipe.model), self.recipe.lora, "nf4"), torch.device("cpu"))
+        model = materialize(
+            convert(build(self.recipe.model), self.recipe.lora, self.recipe.base.quant), torch.device("cpu")
+        )
         trainer = Trainer(
             model,
             self.recipe,

@@ -25,7 +25,7 @@ LAYERS, WIDTH, WORKERS, RANK = 24, 2048, 8, 32
 def main() -> None:
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     torch.set_num_threads(1)
-    settings = {"lora.rank": RANK, "server.num_threads": threads}
+    settings = {"lora.rank": RANK, "base.quant": "nf4", "server.num_threads": threads}
     recipe = config.replace(Recipe(), **settings, **dict(a.split("=") for a in sys.argv[2:]))
     torch.manual_seed(0)
     model = nn.ModuleDict({f"l{k}": nn.Linear(WIDTH, WIDTH, bias=False) for k in range(LAYERS)})

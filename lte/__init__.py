@@ -1,6 +1,6 @@
 """lte: pretrain networks from scratch with LoRA workers and a parameter server.
 
-model = lte.convert(model, lte.LoRA(rank=32), base="nf4")
+model = lte.convert(model, lte.LoRA(rank=32))
 with lte.Worker(model, server="tcp://10.0.0.1:5555") as worker:
     for batch in loader:
         loss = model(batch)

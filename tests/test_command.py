@@ -209,13 +209,15 @@ def test_threads_and_processes_reach_the_same_master(lte: Lte, folder: Path, tra
 def test_every_merge_mode_repeats_itself_and_differs_from_the_others(folder: Path) -> None:
     modes = [("reset-less", "trained"), ("reset-less", "frozen"), ("reset", "trained")]
     modes += [("reset-b", A) for A in ("trained", "frozen", "rotating")]
-    digests = set()
+    digests = dict[tuple[str, str], str]()
     for merge, A in modes:
         settings = {"lora__merge": merge, "lora__A": A, "lora__heads": 2, "train__rounds": 3}
         one, other = (digest_in_threads(folder, **settings, eval__every=0) for _ in range(2))
         assert one == other, f"{merge}, A {A}"
-        digests.add(one)
-    assert len(digests) == len(modes)
+        digests[merge, A] = one
+    # With a frozen A, B - B' is all that reset-less trains: what reset-b does, up to rounding.
+    del digests["reset-less", "frozen"]
+    assert len({*digests.values()}) == len(digests)
 
 
 def test_server_and_workers_started_by_hand_do_as_lte_train_does(

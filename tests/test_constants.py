@@ -378,7 +378,7 @@ def serve(folder: Path, rounds: int, mean: float) -> dict[str, torch.Tensor]:
         try:
             with torch.device("meta"):
                 model = Shifted(mean=-1.0)
-            model = lte.convert(model, settings.lora)
+            model = lte.convert(model, settings.lora, settings.base.quant)
             with lte.Worker(model, server.address, worker_id=worker_id) as worker:
                 met.append(float(model.mean[0]))
                 while not worker.done:

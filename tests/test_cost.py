@@ -35,6 +35,8 @@ def recipe(**settings: object) -> Recipe:
         "model.context_tokens": 16,
         "train.batch_size": 4,
         "lora.rank": 8,
+        "base.quant": "nf4",
+        "optimizer.name": "adamw",
     }
     return config.replace(Recipe(), **(small | settings))
 

@@ -225,6 +225,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lora.nested": "unfrozen",
         "lora.merge": "reset-b",
         "base.quant": "none",
+        "optimizer.name": "adamw",
         "schedule.warmup_steps": 2,
         "server.address": "inprocess://nested",
         "worker.heartbeat_s": 0.02,

@@ -827,7 +827,7 @@ def test_the_key_of_alice_may_not_speak_as_bob(ring: Ring, tmp_path: Path) -> No
             assert "join as alice" in answer.cure
         with pytest.raises(RefusedError, match="its key is alice's"):
             lte.Worker(
-                lte.convert(tiny(), lte.LoRA(rank=2), "nf4"),
+                lte.convert(tiny(), lte.LoRA(rank=2)),
                 server.address,
                 worker_id="bob",
                 **ring.files("alice"),
@@ -881,7 +881,7 @@ def test_workers_of_a_library_train_with_keys(ring: Ring, tmp_path: Path) -> Non
     finished: list[bool] = []
 
     def work(name: str, address: str) -> None:
-        model = lte.convert(tiny(), lte.LoRA(rank=2), "nf4")
+        model = lte.convert(tiny(), lte.LoRA(rank=2))
         with lte.Worker(model, address, **ring.files(name)) as worker:
             names[name] = worker.worker_id
             while not worker.done:

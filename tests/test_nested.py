@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 import lte
 from lte import cost, lowrank
-from lte.config import LoRA, Recipe
+from lte.config import LoRA
 from lte.errors import ConfigError
 from lte.server.master import Master
 
@@ -342,9 +342,10 @@ def test_a_step_keeps_heads_and_moments_of_before() -> None:
     """Which a plan counts: weights and two moments of AdamW, 12 bytes of the 16 with the gradients."""
     link = cost.Link(up_bps=1e7, down_bps=1e7, rtt_s=0.05, loss=0.0)
     site = cost.Site(name="worker", link=link, count=1)
+    adamw = {"optimizer.name": "adamw"}
     plain, nested = (
         cost.lte_round(own, cost.plan_of(own), [site], cost.assumed(own)).worker_bytes
-        for own in (Recipe(), Recipe(lora=LoRA(nested="unfrozen")))
+        for own in (recipe(**adamw), recipe(**adamw, **{"lora.nested": "unfrozen"}))
     )
     (kept,) = (size for name, size in nested.items() if name not in plain)
     assert kept == plain["heads, gradients, moments"] * 12 / 16

@@ -264,7 +264,7 @@ def test_pages_need_a_gpu() -> None:
 
 def test_without_further_settings_there_is_a_group_a_kind() -> None:
     model = converted(modules=("blocks.0",))
-    own = settings(lr=1.0, lr_A=2.0, dense_lr=3.0, dense_weight_decay=0.5)
+    own = settings(name="adamw", lr=1.0, lr_A=2.0, dense_lr=3.0, dense_weight_decay=0.5)
     met = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups(model, own)]
     assert met == [(1, 2.0, 0.0), (1, 1.0, 0.0), (4, 3.0, 0.5), (5, 3.0, 0.0)]
     assert all("orthogonal" not in group for group in groups(model, own))

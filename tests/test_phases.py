@@ -49,6 +49,7 @@ def train(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> T
             "train.workers": 2,
             "train.batch_size": 4,
             "lora.rank": 4,
+            "base.quant": "nf4",
             "schedule.warmup_steps": 2,
             "server.address": f"inprocess://{name}",
             "worker.heartbeat_s": 0.02,

@@ -396,7 +396,7 @@ def test_models_converted_with_a_smaller_rank_are_welcome(tmp_path: Path) -> Non
             "it trains 1 head of lora_rank 7, the recipe 1 head of lora_rank 6; choose at most",
         ),
         (lte.LoRA(rank=2, heads=2), "it trains 2 heads of lora_rank 2, the recipe 1 head of lora_rank 6;"),
-        (lte.LoRA(rank=4), "down.weight is adapted 5x16 on nf4, rank 4, .* on the server .* rank 3,"),
+        (lte.LoRA(rank=4), "down.weight is adapted 5x16 on int8, rank 4, .* on the server .* rank 3,"),
         (lte.LoRA(rank=2, scale=3.0), "scale 3, .* on the server .* scale 16,"),
         (lte.LoRA(rank=2, exclude=("up",)), "up.weight is dense 16x6, on the server adapted"),
     ],

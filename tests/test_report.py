@@ -29,7 +29,7 @@ def make_run(
 ) -> Path:
     """A run of 4 workers, T = 10, 50 rounds planned: 2.1 MB up and 0.3 MB down a round."""
     folder.mkdir(parents=True)
-    recipe = config.replace(config.Recipe(), **{"train.rounds": 50})
+    recipe = config.replace(config.Recipe(), **{"train.rounds": 50, "base.quant": "nf4"})
     (folder / "config.yaml").write_text(config.to_yaml(recipe))
     with Records(folder / METRICS, version=0) as records:
         records.append("event", what="start", message="the run starts", **event)

@@ -220,7 +220,12 @@ def test_an_evaluation_longer_than_the_silence_costs_no_worker(
         {"lora.A": "frozen", "lora.subspace": "disjoint", "lora.merge": "reset-less"},
         {"lora.heads": 2, "lora.init": "xavier", "outer.weights": "tokens"},
         {"lora.modules": [], "train.workers": 1},
-        {"lora.nested": "frozen", "lora.nested_ranks": [1, 2, 4], "lora.heads": 2},
+        {
+            "lora.nested": "frozen",
+            "lora.nested_ranks": [1, 2, 4],
+            "lora.heads": 2,
+            "optimizer.name": "adamw",
+        },
         {
             "lora.dropout": 0.2,
             "train.accumulate": 2,

@@ -128,7 +128,7 @@ def train(recipe: Recipe, losses: Iterable[float]) -> None:
         return nn.Sequential(nn.Linear(64, 8))
 
     def work() -> None:
-        net = lte.convert(model(), recipe.lora, base="nf4")
+        net = lte.convert(model(), recipe.lora)
         with lte.Worker(net, server=recipe.server.address) as worker:
             for loss in losses:
                 net(torch.ones(2, 64)).sum().backward()

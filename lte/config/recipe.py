@@ -353,7 +353,7 @@ class Base:
     """The frozen weights that a worker holds."""
 
     __pydantic_config__ = _STRICT
-    quant: Quant = _doc("nf4", "nf4: 4 bits, bitsandbytes' layout; int8: 8 bits; none: fp32")
+    quant: Quant = _doc("int8", "nf4: 4 bits, bitsandbytes' layout; int8: 8 bits; none: fp32")
     hysteresis: NonNegative = _doc(
         0.5, "a code changes only if the new one is nearer by more than this share: fewer changes"
     )
@@ -402,7 +402,7 @@ class Optimizer:
 
     __pydantic_config__ = _STRICT
     name: Literal["adamw", "sgd", "muon", "adamw8bit", "paged-adamw8bit"] = _doc(
-        "adamw",
+        "muon",
         "torch's AdamW; SGD with momentum; Muon; bitsandbytes' AdamW with 8-bit moments, also paged (GPU)",
     )
     lr: NonNegative = _doc(1e-3, "learning rate of lora_B, at its peak")
@@ -421,7 +421,7 @@ class Optimizer:
     eps: Positive = _doc(1e-8, "AdamW's epsilon")
     momentum: Fraction = _doc(0.0, "SGD's momentum")
     muon_momentum: Fraction = _doc(0.95, "Muon's momentum, Nesterov's")
-    muon_dtype: Literal["bf16", "fp32"] = _doc("bf16", "in which Muon orthogonalizes")
+    muon_dtype: Literal["bf16", "fp32"] = _doc("fp32", "in which Muon orthogonalizes")
     muon_scale: Literal["match-rms", "original"] = _doc(
         "match-rms", "factor on Muon's steps: 0.2 sqrt(max(out, in)), for AdamW's rates; sqrt(max(1, out/in))"
     )

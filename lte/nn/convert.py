@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lte import config, lowrank
-from lte.config import Base, LoRA, Recipe, Train
+from lte.config import Base, LoRA, Optimizer, Recipe, Train
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
 from lte.nn.kinds import kind_of, tied_to
@@ -14,7 +14,7 @@ from lte.nn.plan import Plan, adapted_modules, dense_parameters, frozen_paramete
 from lte.quantize import Quant
 
 
-def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, seed: int = 0) -> nn.Module:
+def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "int8", *, seed: int = 0) -> nn.Module:
     """Put LoRA heads on frozen, quantized bases in place of weights of a model, in place.
 
     The heads are drawn for the first worker of a run; `lte.Worker` draws them anew for its place.
@@ -33,7 +33,13 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "nf4", *, 
         ConfigError: impossible settings, a pattern that matches nothing, or a model that is converted.
     """
     lora = lora or LoRA()
-    settings = Recipe(lora=lora, base=Base(quant=base), train=Train(batch_size=lora.heads, workers=1))
+    # Who will step these heads is not known here: AdamW may step all of them.
+    settings = Recipe(
+        lora=lora,
+        base=Base(quant=base),
+        train=Train(batch_size=lora.heads, workers=1),
+        optimizer=Optimizer(name="adamw"),
+    )
     lora = config.checked(settings).lora
     if any(adapted_modules(model)):
         raise ConfigError(["this model is converted already"])

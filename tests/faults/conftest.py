@@ -26,6 +26,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "train.local_steps": 2,
         "train.workers": 2,
         "train.batch_size": 4,
+        "optimizer.name": "adamw",
         "schedule.warmup_steps": 2,
         "server.checkpoint_every": 2,
         "server.keep_checkpoints": 1000,  # and with them the whole journal, for the audit

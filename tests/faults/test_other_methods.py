@@ -36,7 +36,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "schedule.restart_warmup_steps": 1,
     },
     "fedlora": {"lora.merge": "never", "outer.combine": "factors"},
-    "dylora": {"train.workers": 1, "lora.merge": "never", "lora.nested": "unfrozen", "lora.scale": 4.0},
+    "dylora": {
+        "train.workers": 1,
+        "lora.merge": "never",
+        "lora.nested": "unfrozen",
+        "lora.scale": 4.0,
+        "optimizer.name": "adamw",
+    },
     "diloco": {
         "lora.modules": [],
         "base.quant": "none",
