@@ -179,6 +179,10 @@ CASES: dict[str, Case] = {
 }
 
 
+REFERENCES = ("DDP AdamW", "DDP Muon")
+"""Cases that all others are compared with."""
+
+
 class OutOfTimeError(Exception):
     """No more runs are to be begun."""
 
@@ -255,9 +259,8 @@ class Runs:
 
     def report(self, num_seeds: int) -> None:
         """Print the table."""
-        reference = self.best("DDP AdamW")
-        titles = ["case", "rates tried", "best", "published", "master", "seeds", "against DDP's fp32", "95 %"]
-        header([*titles, "MB", "s"])
+        compared = [text for name in REFERENCES for text in (f"against {name}", "95 %")]
+        header(["case", "rates tried", "best", "published", "master", "seeds", *compared, "MB", "s"])
         for name in CASES:
             rate = self.best(name)
             if rate is None:
@@ -268,17 +271,19 @@ class Runs:
             megabytes = (done["uplink_bytes"] + done["downlink_bytes"]) / 1e6
             cells = [name, ", ".join(f"{rate:g}" for rate in sorted(self.trials(name))), f"{rate:g}"]
             cells += [*(f"{loss:.4f}" for loss in losses), str(len(same))]
-            row([*cells, *self._against(same, reference), f"{megabytes:,.0f}", f"{done['time_s']:.0f}"])
+            compared = [text for other in REFERENCES for text in self._against(same, other)]
+            row([*cells, *compared, f"{megabytes:,.0f}", f"{done['time_s']:.0f}"])
 
-    def _against(self, same: dict[int, dict[str, Any]], reference: float | None) -> tuple[str, str]:
-        """The published loss over that of data-parallel AdamW's fp32 weights, by pairs of seeds, and its
+    def _against(self, same: dict[int, dict[str, Any]], name: str) -> tuple[str, str]:
+        """The published loss over that of a data-parallel case's fp32 weights, by pairs of seeds, and its
         interval."""
-        if reference is None:
+        rate = self.best(name)
+        if rate is None:
             return "", ""
         excess = [
             100 * (done["loss"] / other["loss_master"] - 1)
             for seed, done in same.items()
-            if (other := self.finished("DDP AdamW", reference, seed))
+            if (other := self.finished(name, rate, seed))
         ]
         if len(excess) < 2:
             return (f"{excess[0]:+.2f} %" if excess else ""), ""
