@@ -254,6 +254,7 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         "train LoRA heads for a server",
         "examples:\n"
         "  lte worker --server tcp://127.0.0.1:5555\n"
+        "  lte worker --server file://runs/book/address      where its folder is shared: also if it moves\n"
         "  lte worker --server tcp://127.0.0.1:5555 --rank 8       a small device, or a thin link\n"
         "  lte worker --server tcp://127.0.0.1:5555 --rank 8 --scale 8\n"
         "  lte worker --server tcp://10.0.0.1:5555 --key alice.secret --server-key server.public\n\n"
@@ -262,7 +263,7 @@ def _add_worker(commands: argparse._SubParsersAction[_Parser]) -> None:
         "Ctrl-C, SIGTERM and SIGUSR1 save after the local step at hand and leave, a second Ctrl-C at once;\n"
         "with --id and --state the next one takes the next step.",
     )
-    command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
+    _add_address(command)
     command.add_argument("--id", default="", metavar="NAME", help="name of this worker (default: given)")
     command.add_argument(
         "--state",
@@ -338,7 +339,7 @@ def _add_status(commands: argparse._SubParsersAction[_Parser]) -> None:
         "Exit code 0 if the server answers, 2 if none does: a health check. A server in the midst of a\n"
         "merge or of an evaluation answers after it: give it --wait.",
     )
-    command.add_argument("--server", required=True, metavar="ADDRESS", help="as printed by 'lte server'")
+    _add_address(command)
     command.add_argument(
         "--wait", type=_number, default=10.0, metavar="S", help="seconds to wait for an answer (default: 10)"
     )
@@ -911,6 +912,15 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--server",
+        required=True,
+        metavar="ADDRESS",
+        help="as printed by 'lte server', or file://RUN/address where that folder is seen",
     )
 
 

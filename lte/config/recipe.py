@@ -537,6 +537,11 @@ class Server:
     address: str = _doc(
         "tcp://127.0.0.1:5555", "tcp://HOST:PORT (PORT * picks a free one), ipc://PATH, inprocess://NAME"
     )
+    host: Annotated[Name | None, _OrNone] = _doc(
+        None,
+        "by which others reach this machine, for RUN/address where server.address is tcp://*; none: its"
+        " hostname",
+    )
     quorum: Count = _doc(1, "least contributions to merge")
     grace_s: Annotated[NonNegative | None, _OrNone] = _doc(
         None, "seconds that a round waits for the rest once it has its quorum; none: until its deadline"

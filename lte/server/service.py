@@ -37,7 +37,7 @@ from lte.server.status import Roll, in_words
 from lte.server.store import Store
 from lte.server.watch import Divergence, Outliers, Rise, typical
 from lte.track import METRICS, Records, Tracker
-from lte.transport import Frames, Peer
+from lte.transport import Frames, Peer, posted
 
 _LONGEST_WAIT_S = 1.0
 """The service looks at clock and signals at least this often."""
@@ -144,6 +144,8 @@ class Server:
             # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
             self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
             self._take_up(found)
+            if not self.address.startswith("inprocess://"):
+                posted.post(self.folder, self.address, recipe.server.host)
             claim.started()
         except BaseException:
             self._resources.close()

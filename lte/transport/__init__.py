@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lte.errors import KeysError
-from lte.transport import inprocess, zmq
+from lte.transport import inprocess, posted, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
 
 __all__ = ["Frames", "Peer", "ServerEndpoint", "WorkerEndpoint", "bind", "connect"]
@@ -43,6 +43,8 @@ def connect(
     """Open a worker's end of an address. Returns at once, also when no server is there yet.
 
     Args:
+        address: as of `bind`; or `file://PATH` of a file that holds one, such as `RUN/address`, which a
+            server writes: it is followed to wherever it is started next.
         key: file of this worker's secret key; server_key: of the server's public key. For servers
             that have keys; only for tcp://, and together.
 
@@ -59,5 +61,5 @@ def connect(
 def _check_keys(address: str, one: str | Path | None, other: str | Path | None, names: str) -> None:
     if (one is None) != (other is None):
         raise KeysError(f"{one or other}: {names} go together, and one is missing; give both files")
-    if one is not None and not address.startswith("tcp://"):
+    if one is not None and not address.startswith(("tcp://", posted.SCHEME)):
         raise KeysError(f"{address}: keys are for tcp:// addresses; leave them out here")

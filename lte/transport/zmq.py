@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import math
 import queue
 import re
 import resource
@@ -23,7 +24,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from lte.errors import ConnectError
-from lte.transport import keys
+from lte.transport import keys, posted
 from lte.transport.base import Frames, Peer
 from lte.transport.gate import DOMAIN, Gate
 
@@ -52,6 +53,8 @@ _CURVE_BYTES = 33
 _HUNG_UP_S = 3.0
 """A server that hangs up in the handshake for so long has another key. Once, it may have been stopped."""
 _NAMES_WITHIN_S = 2.0
+_LOOK_UP_S = 1.0
+"""How often a worker looks where its server is, if a file says so."""
 _GREETING_BEGINS = b"\xff" + bytes(7) + b"\x01\x7f\x03"
 _GREETING_BYTES, _MECHANISM = 64, slice(12, 32)
 """Of ZMTP 3: signature and major version, after which the other side sends its whole greeting."""
@@ -170,25 +173,28 @@ class ZmqWorker:
     def __init__(
         self, address: str, *, key: str | Path | None = None, server_key: str | Path | None = None
     ) -> None:
-        pair = keys.load_secret(key) if key is not None else None
+        self._pair = pair = keys.load_secret(key) if key is not None else None
         servers = keys.load_public(server_key) if server_key is not None else ""
-        self._handshakes = _Handshakes(address, pair)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        _prepare(self._socket, address)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5_000)
         if pair:
             self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
             self._socket.setsockopt_string(zmq.CURVE_PUBLICKEY, pair.public)
             self._socket.setsockopt_string(zmq.CURVE_SERVERKEY, servers)
         monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._address, self._looked_up_s = "", -math.inf
+        self._file = posted.file_of(address)
         try:
-            self._socket.connect(address)
-        except zmq.ZMQError as error:
+            if self._file is None:
+                self._go_to(address)
+            else:
+                self._look_up(self._file)
+        except ConnectError:
             monitor.close()
             self._socket.close(linger=0)
             self._context.term()
-            raise ConnectError(f"{address}: cannot connect ({_words(error)}); {_FORMS}") from None
+            raise
         self._inbox: queue.Queue[list[memoryview] | ConnectError] = queue.Queue()
         self._outbox: deque[Frames | None] = deque()
         self._lock, self._closed = threading.Lock(), False
@@ -219,6 +225,34 @@ class ZmqWorker:
         self._bell.close()
         self._context.term()
 
+    def _go_to(self, address: str) -> None:
+        """Connect there, and nowhere else. What is under way to the server that was there is lost.
+
+        Raises:
+            ConnectError: it is no address.
+        """
+        if self._address:
+            self._socket.disconnect(self._address)
+        self._address, self._handshakes = address, _Handshakes(address, self._pair)
+        _prepare(self._socket, address)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            raise ConnectError(f"{address}: cannot connect ({_words(error)}); {_FORMS}") from None
+
+    def _look_up(self, file: Path) -> None:
+        """Follow the server to where a file says that it is now, if it is time to look.
+
+        Raises:
+            ConnectError: the file holds no address.
+        """
+        if time.monotonic() - self._looked_up_s < _LOOK_UP_S:
+            return
+        self._looked_up_s = time.monotonic()
+        if (address := posted.read(file)) not in ("", self._address):
+            _check_to_connect(address)
+            self._go_to(address)
+
     def _put(self, item: Frames | None) -> None:
         with self._lock:  # the bell is a socket, which one thread at a time may use
             if self._closed:
@@ -233,7 +267,12 @@ class ZmqWorker:
             poller.register(each, zmq.POLLIN)
         with bell, self._socket, monitor:
             while True:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(None if self._file is None else int(_LOOK_UP_S * 1000)))
+                if self._file is not None:
+                    try:
+                        self._look_up(self._file)
+                    except ConnectError as error:
+                        self._inbox.put(error)
                 if monitor in ready:
                     event = recv_monitor_message(monitor)
                     if fault := self._handshakes.fault(event["event"], event["value"], time.monotonic()):
@@ -357,10 +396,15 @@ def bind(
 
 def connect(address: str, *, key: str | Path | None, server_key: str | Path | None) -> ZmqWorker:
     """See `transport.connect`."""
+    if posted.file_of(address) is None:
+        _check_to_connect(address)
+    return ZmqWorker(address, key=key, server_key=server_key)
+
+
+def _check_to_connect(address: str) -> None:
     tcp = _parse(address)
     if tcp is not None and "*" in (tcp["host"], tcp["port"]):
         raise ConnectError(f"{address}: * is for servers; give the host and port that the server prints")
-    return ZmqWorker(address, key=key, server_key=server_key)
 
 
 def _parse(address: str) -> re.Match[str] | None:
