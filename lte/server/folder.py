@@ -17,6 +17,9 @@ from lte.track import METRICS, Records
 
 LOCKS = ("lock", "starting")
 """Names of files: locked by the server that has the folder, and by the one that is starting on it."""
+KEYS = "keys"
+"""Name of the folder in a run's where a batch job keeps the keys of server and workers. It stays when
+an earlier run is moved aside, as workers hold some of them."""
 RUN_ID = "run_id"
 """Name of the file in a run's folder that names the run."""
 
@@ -111,7 +114,7 @@ def claim(folder: Path, recipe: Recipe, *, take_over: bool) -> Claim:
 
 def _move_aside(folder: Path) -> None:
     """Rename what an earlier run left, so that nothing is lost and nothing is mixed."""
-    kept = [path for path in folder.iterdir() if path.name not in LOCKS]
+    kept = [path for path in folder.iterdir() if path.name not in (*LOCKS, KEYS)]
     if not any(path.name in ("checkpoints", "metrics.jsonl") for path in kept):
         return
     n = 1
