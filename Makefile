@@ -1,5 +1,6 @@
 # make train   install, pack the text that ships with the project, train the quickstart recipe
 # make test    install, run the tests: JOBS of them at a time (2)
+# make test-slurm    the batch files on a real SLURM cluster of this machine; make can-test-slurm says what that needs
 # make setup   install alone;  make check: lint and types
 # PYTHON=python3.12 chooses the interpreter, RECIPE=... what `make train` trains, ARGS="key=value ..."
 
@@ -8,9 +9,10 @@ RECIPE ?= configs/quickstart.yaml
 ARGS ?=
 JOBS ?= 2
 VENV := .venv
+SLURM_UP ?= ../shared/infra/start_slurm.sh
 SHARDS ?= data/tinyshakespeare/shards
 
-.PHONY: train test check setup clean
+.PHONY: train test test-slurm can-test-slurm check setup clean
 
 train: setup $(SHARDS)/index.json
 	@$(VENV)/bin/lte train $(RECIPE) $(ARGS)
@@ -18,10 +20,21 @@ train: setup $(SHARDS)/index.json
 test: setup
 	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal
 
+test-slurm: can-test-slurm setup
+	@which slurmctld slurmd sbatch munged ip >/dev/null || { apt-get update -qq && \
+	  apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2; }
+	SLURM_UP=$(abspath $(SLURM_UP)) $(VENV)/bin/pytest -m slurm -s tests/slurm
+
+can-test-slurm:
+	@test -x $(SLURM_UP) -a "$$(id -u)" = 0 || { echo "make test-slurm: needs root on Debian, and in SLURM_UP the path" \
+	  "of a script that starts a SLURM cluster, stop_slurm.sh and netns_up.sh beside it; not $(SLURM_UP)" >&2; exit 2; }
+
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x slurm/*.sbatch slurm/job.sh
+	$(VENV)/bin/hadolint docker/Dockerfile
 
 setup: $(VENV)/.installed
 
