@@ -277,7 +277,7 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
     [
         ({"run_id": "another"}, JoinAnewError, "gone back to an earlier version, or serves another run"),
         ({"slot": 1}, JoinAnewError, "another has taken its place"),
-        ({"settings": {}}, RunEnded, "other settings"),
+        ({"settings": {}}, RunEnded, "other settings (worker.heartbeat_s: 0.02 -> None)"),
         ({"holds": False}, RunEnded, "this worker's 0 is none of its own"),
     ],
 )

@@ -30,6 +30,8 @@ _UNHEARD_S = 5.0
 """A server that is not heard for so long is spoken of; three heartbeats at least, which it answers."""
 _LONG_S = 60.0
 """A wait for others, who make no version, that is spoken of."""
+_OF_THE_START = ("run.resume:", "server.address:", "server.host:", "server.key:", "server.allow:")
+"""Settings in which a server may differ from the one before: they say how and where it is started."""
 
 Named = TypeVar("Named", wire.Heartbeat, wire.Part, wire.Behind, wire.Recall, wire.Leave)
 Step = wire.Begin | wire.Update | wire.Receipt | wire.Factors
@@ -447,8 +449,10 @@ class Session:
             raise JoinAnewError("the server has gone back to an earlier version, or serves another run now")
         if welcome.slot != mine.slot:
             raise JoinAnewError("another has taken its place meanwhile")
-        if welcome.settings != mine.settings:
-            raise RunEnded("the server was started anew with other settings", finished=False)
+        before, after = config.from_dict(mine.settings), config.from_dict(welcome.settings)
+        differing = config.differences(before, after, list(config.to_dict(before)))
+        if lasting := [line for line in differing if not line.startswith(_OF_THE_START)]:
+            raise RunEnded(f"the server was started anew with other settings ({lasting[0]})", finished=False)
         held = self._progress[0]
         if welcome.version < held or (welcome.version == held and not welcome.holds):
             raise RunEnded(
