@@ -71,7 +71,7 @@ leave() {
 again() {
   local job=$SLURM_JOB_ID state restarts
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-  read -r state restarts < <(squeue --noheader --jobs="$job" --Format=State,RestartCnt) || return 0
+  read -r state restarts <<<"$(squeue --noheader --jobs="$job" --Format=State,RestartCnt)"
   if [ "$state" = RUNNING ] && [ "$restarts" = "${SLURM_RESTART_COUNT:-0}" ]; then
     echo "lte: not finished; job $job is queued again"
     scontrol requeue "$job"
