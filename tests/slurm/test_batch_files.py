@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROUNDS = 120
 WORKERS = "--ntasks=2 --ntasks-per-node=1"
 """Two, on two nodes, the first of them the server's."""
+OPTIONS = {"train": WORKERS, "hetjob": f": {WORKERS}"}
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,14 @@ def check(run: Path, digest: str) -> None:
     assert replayed(run) == digest
 
 
-@pytest.mark.parametrize("file", ["train", "hetjob"])
+@pytest.mark.parametrize("file", OPTIONS)
 def test_a_job_trains_to_the_end(slurm: Slurm, recipe: Path, undisturbed: str, file: str) -> None:
-    options = WORKERS if file == "train" else f": {WORKERS}"
-    slurm.ended(slurm.submit(file, recipe, options=options))
+    slurm.ended(slurm.submit(file, recipe, options=OPTIONS[file]))
     check(of(recipe), undisturbed)
 
 
 def test_an_array_joins_a_run_that_goes_on(slurm: Slurm, recipe: Path) -> None:
-    """w0 is stopped until both are there, so that the run does not end before."""
+    """Of two, one is preempted and comes again. w0 is stopped until then, so that the run does not end."""
     run = of(recipe)
     job = slurm.submit("train", recipe, "server.silence_s=600", options=WORKERS)
     until_round(slurm, run, 3)
@@ -116,6 +116,9 @@ def test_an_array_joins_a_run_that_goes_on(slurm: Slurm, recipe: Path) -> None:
     os.kill(first, signal.SIGSTOP)
     more = slurm.submit("elastic", recipe, options="--array=2-3")
     slurm.until(lambda: {"w2 joined", "w3 joined"} <= {*events(run, "joined")}, "further workers")
+    slurm.tell("scancel", "--batch", "--signal=USR1", f"{more}_3")
+    slurm.until(lambda: events(run, "joined").count("w3 joined") == 2, "the preempted one")
+    assert (slurm.restarts(f"{more}_2"), slurm.restarts(f"{more}_3")) == (0, 1)
     os.kill(first, signal.SIGCONT)
     slurm.ended(job)
     slurm.ended(more)
@@ -125,10 +128,13 @@ def test_an_array_joins_a_run_that_goes_on(slurm: Slurm, recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["by its signal", "at once"])
-def test_a_job_that_is_preempted_comes_again(slurm: Slurm, recipe: Path, undisturbed: str, how: str) -> None:
+@pytest.mark.parametrize("file", OPTIONS)
+def test_a_job_that_is_preempted_comes_again(
+    slurm: Slurm, recipe: Path, undisturbed: str, file: str, how: str
+) -> None:
     """By what --signal has SLURM send to the batch file; or by its own requeue, which ends the tasks."""
     run = of(recipe)
-    job = slurm.submit("train", recipe, options=WORKERS)
+    job = slurm.submit(file, recipe, options=OPTIONS[file])
     until_round(slurm, run, 3)
     if how == "by its signal":
         slurm.tell("scancel", "--batch", "--signal=USR1", job)
