@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,20 @@ import torch
 from rich.console import Console
 
 from launch import children, data_parallel, local
-from lte import __version__, config, cost, ddp, export, inventory, ranks, recipes, report, signals, status
+from lte import (
+    __version__,
+    config,
+    cost,
+    ddp,
+    export,
+    inventory,
+    ranks,
+    recipes,
+    report,
+    signals,
+    simulate,
+    status,
+)
 from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack, pack_images
@@ -102,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_ranks(commands)
     _add_plan(commands)
+    _add_simulate(commands)
     _add_convert(commands)
     _add_data(commands)
     _add_keys(commands)
@@ -676,14 +691,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="RATE",
         help="of the link that all workers share at the server (default: no limit)",
     )
-    command.add_argument(
-        "--round", type=_whole, default=0, metavar="N", help="with the settings of this one (train.phases)"
-    )
-    command.add_argument("--step-time", type=_unit(links.seconds), metavar="S", help="of a local step")
-    command.add_argument(
-        "--from", dest="run_folder", type=Path, metavar="RUN", help="take speeds and bits from this run"
-    )
-    command.add_argument("--probe", action="store_true", help="measure speeds on this machine, some seconds")
+    _add_rates(command)
     command.add_argument(
         "--share",
         type=_unit(links.share),
@@ -707,6 +715,28 @@ def _plan(arguments: argparse.Namespace) -> int:
         up_bps, down_bps = arguments.bandwidth
         link = cost.Link(up_bps=up_bps, down_bps=down_bps, rtt_s=arguments.rtt, loss=arguments.loss)
         sites = [cost.Site(name="worker", link=link, count=arguments.workers or recipe.train.workers)]
+    rates = _rates(recipe, arguments)
+    found = cost.outlook(recipe, sites, rates, server_bps=arguments.server_bandwidth, share=arguments.share)
+    if arguments.json:
+        print(json.dumps(cost.to_dict(found), indent=2))
+    else:
+        Console(width=max(80, Console().width)).print(cost.to_text(found))
+    return 0
+
+
+def _add_rates(command: argparse.ArgumentParser) -> None:
+    """What tells how fast machines compute."""
+    command.add_argument(
+        "--round", type=_whole, default=0, metavar="N", help="with the settings of this one (train.phases)"
+    )
+    command.add_argument("--step-time", type=_unit(links.seconds), metavar="S", help="of a local step")
+    command.add_argument(
+        "--from", dest="run_folder", type=Path, metavar="RUN", help="take speeds and bits from this run"
+    )
+    command.add_argument("--probe", action="store_true", help="measure speeds on this machine, some seconds")
+
+
+def _rates(recipe: Recipe, arguments: argparse.Namespace) -> cost.Rates:
     rates = cost.assumed(recipe)
     if arguments.probe:
         rates = cost.probe(recipe, rates)
@@ -714,11 +744,85 @@ def _plan(arguments: argparse.Namespace) -> int:
         rates = cost.from_run(arguments.run_folder, recipe, rates)
     if arguments.step_time is not None:
         rates = cost.said(rates, step_s=arguments.step_time)
-    found = cost.outlook(recipe, sites, rates, server_bps=arguments.server_bandwidth, share=arguments.share)
+    return rates
+
+
+# simulate
+
+
+def _add_simulate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "simulate",
+        "simulate a recipe with many workers over mixed links, with deaths and stragglers",
+        "examples:\n"
+        "  lte simulate configs/gpt-10m.yaml --workers 10,100,1000 --links configs/links/mixed.yaml\n"
+        "  lte simulate configs/gpt-10m.yaml worker.heartbeat_s=5 server.grace_s=10 --quorum 80% \\\n"
+        "           --workers 1000 --links configs/links/mixed.yaml --from runs/gpt-10m --json\n"
+        "  lte simulate configs/gpt-10m.yaml --workers 1000 --links configs/links/mixed.yaml --shards 4\n\n"
+        "Needs simpy (pip install 'lte[simulate]'). Classes of workers and what may be said of them:\n"
+        "configs/links/mixed.yaml. Equal seeds give equal figures. Shards and relays are modelled here and\n"
+        "not yet in the product. What is not modelled: pydoc lte.simulate.",
+    )
+    _add_recipe(command)
+    command.add_argument(
+        "--workers", type=_counts, metavar="N,N,...", help="how many (default: the recipe's)"
+    )
+    command.add_argument("--links", type=Path, required=True, metavar="FILE", help="classes of workers, YAML")
+    command.add_argument("--rounds", type=_count, default=20, metavar="N", help="to merge (default: 20)")
+    command.add_argument(
+        "--seed", type=_whole, default=0, metavar="N", help="of all that is drawn (default: 0)"
+    )
+    command.add_argument(
+        "--quorum", type=_unit(links.share), metavar="X", help="share of the workers, for server.quorum"
+    )
+    command.add_argument(
+        "--shards", type=_count, default=1, metavar="K", help="servers that share out the layers (modelled)"
+    )
+    command.add_argument(
+        "--relay-group",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="workers of a class that get updates through one relay (modelled)",
+    )
+    _add_rates(command)
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
+    command.set_defaults(run=_simulate)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    if arguments.rounds < 2:
+        raise UserError("--rounds: a simulation needs 2 or more; the first is how it begins")
+    recipe = config.load(arguments.config, arguments.overrides).in_round(arguments.round)
+    fleet = simulate.read_fleet(arguments.links)
+    rates = _rates(recipe, arguments)
+    found = []
+    for workers in arguments.workers or [recipe.train.workers]:
+        changes: dict[str, int] = {"train.workers": workers}
+        changes["server.max_workers"] = max(workers, recipe.server.max_workers)
+        if arguments.quorum is not None:
+            changes["server.quorum"] = max(1, math.ceil(arguments.quorum * workers))
+        found.append(
+            simulate.simulate(
+                config.replace(recipe, **changes),
+                fleet,
+                rates,
+                rounds=arguments.rounds,
+                seed=arguments.seed,
+                shards=arguments.shards,
+                relay_group=arguments.relay_group,
+            )
+        )
     if arguments.json:
-        print(json.dumps(cost.to_dict(found), indent=2))
+        asked = {key: getattr(arguments, key) for key in ("rounds", "seed", "shards", "relay_group")}
+        given = {**asked, "local_steps": recipe.train.local_steps, "rates": dataclasses.asdict(rates)}
+        print(json.dumps(simulate.to_dict(found, given), indent=2))
     else:
-        Console(width=max(80, Console().width)).print(cost.to_text(found))
+        title = f"{Path(arguments.config).name}: T = {recipe.train.local_steps}, {arguments.rounds} rounds simulated"
+        extras = [(arguments.shards, "shards"), (arguments.relay_group, "workers a relay")]
+        title += "".join(f", {number} {what} (modelled)" for number, what in extras if number > 1)
+        Console(width=max(80, Console().width)).print(simulate.to_text(found, title))
     return 0
 
 
@@ -969,6 +1073,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(word) for word in text.split(",")]
 
 
 def _figure(text: str) -> Path:

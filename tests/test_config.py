@@ -17,7 +17,7 @@ from lte.config import Recipe
 from lte.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "links")
 
 
 def faults(tree: object = None, overrides: Sequence[str] = ()) -> list[str]:

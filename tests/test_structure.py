@@ -42,6 +42,7 @@ FLOORS = [
     "export",
     "ddp",
     "cost",
+    "simulate",
     "inventory",
     "report",
     "launch",

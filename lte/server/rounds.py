@@ -42,6 +42,10 @@ class Rules:
     silence_s: float
     most_workers: int
 
+    def closing_time(self, opened_s: float, quorum_s: float) -> float:
+        """When a round that has had its quorum since `quorum_s` closes without the rest."""
+        return min(quorum_s + self.grace_s, max(opened_s + self.deadline_s, quorum_s))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
@@ -515,8 +519,7 @@ def _maybe_close(state: State, now_s: float) -> tuple[State, tuple[Action, ...]]
 def _closing_time(state: State) -> float:
     """When a round that has its quorum closes without the rest."""
     assert state.quorum_s is not None
-    grace = state.quorum_s + state.rules.grace_s
-    return min(grace, max(state.opened_s + state.rules.deadline_s, state.quorum_s))
+    return state.rules.closing_time(state.opened_s, state.quorum_s)
 
 
 def _by_slot(state: State, worker_ids: frozenset[str]) -> tuple[str, ...]:
