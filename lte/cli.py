@@ -819,7 +819,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
         given = {**asked, "local_steps": recipe.train.local_steps, "rates": dataclasses.asdict(rates)}
         print(json.dumps(simulate.to_dict(found, given), indent=2))
     else:
-        title = f"{Path(arguments.config).name}: T = {recipe.train.local_steps}, {arguments.rounds} rounds simulated"
+        name, steps = Path(arguments.config).name, recipe.train.local_steps
+        title = f"{name}: T = {steps}, {arguments.rounds} rounds simulated"
         extras = [(arguments.shards, "shards"), (arguments.relay_group, "workers a relay")]
         title += "".join(f", {number} {what} (modelled)" for number, what in extras if number > 1)
         Console(width=max(80, Console().width)).print(simulate.to_text(found, title))

@@ -1,4 +1,4 @@
-"""Simulated runs against closed forms, the planner, order statistics, and the product's own rules of rounds."""
+"""Simulated runs against closed forms, the planner, order statistics, and the product's rules of rounds."""
 
 from __future__ import annotations
 
@@ -265,27 +265,29 @@ def test_who_dies_is_missed_and_comes_back() -> None:
     found = simulate(recipe(50, **{"server.silence_s": 5.0}), churn, FREE, rounds=400)
     assert found.used / (399 * 50) == pytest.approx(0.8, abs=0.06), "the share of time that each lives"
     deaths = 50 * 399 * found.round_s / 250
-    assert found.lost / deaths == pytest.approx(found.compute_share, rel=0.15), "who waits has nothing to lose"
+    assert found.lost / deaths == pytest.approx(found.compute_share, rel=0.15), (
+        "who waits has nothing to lose"
+    )
     assert found.round_s > simulate(recipe(50), fleet(), FREE).round_s + 1, "some wait for the silence"
 
 
-def test_silence_decides_how_long_a_round_waits_for_the_dead() -> None:
+@pytest.mark.parametrize("silence_s", [30.0, 60.0])
+def test_silence_decides_how_long_a_round_waits_for_the_dead(silence_s: float) -> None:
     """Of two workers the one dies at once and never comes back."""
-    mortal, immortal = (
-        WorkerClass(name="", link=NO_LINK, up_s=up_s, down_s=NEVER) for up_s in (1e-6, math.inf)
-    )
-    for silence_s in (30.0, 60.0):
-        ours = recipe(2, **{"server.silence_s": silence_s, "worker.heartbeat_s": 0.5})
-        here = world.World(ours, world.costs_of(ours, FREE), seed=0, shards=1)
-        merged_s: list[float] = []
-        one = server.Server(
-            here, None, call=lambda number: None, publish=lambda *told: merged_s.append(here.env.now)
-        )
-        way = Way(NO_LINK, math.inf, Shared(here.env))
-        for number, kind in enumerate((mortal, immortal)):
-            Worker(here, one, number, kind, up=way, down=way, cores=None)
-        here.env.run(until=100.0)
-        assert merged_s == pytest.approx([silence_s], abs=0.5)
+    ours = recipe(2, **{"server.silence_s": silence_s, "worker.heartbeat_s": 0.5})
+    here = world.World(ours, world.costs_of(ours, FREE), seed=0, shards=1)
+    merged_s: list[float] = []
+
+    def publish(num_merged: int, pack_s: float) -> None:
+        merged_s.append(here.env.now)
+
+    one = server.Server(here, None, call=lambda number: None, publish=publish)
+    way = Way(NO_LINK, math.inf, Shared(here.env))
+    for number, up_s in enumerate((1e-6, math.inf)):
+        kind = WorkerClass(name="worker", link=NO_LINK, up_s=up_s, down_s=NEVER)
+        Worker(here, one, number, kind, up=way, down=way, cores=None)
+    here.env.run(until=100.0)
+    assert merged_s == pytest.approx([silence_s], abs=0.5)
 
 
 Happening = tuple[float, str, int]
