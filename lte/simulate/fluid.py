@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,10 @@ _INSTANT_S = 1e-7
 """What ends within so much of now ends now: times are sums of floats."""
 
 
-def then(event: Event, act: Callable[[], None]) -> None:
+def then(event: Event, act: Callable[[Event], None]) -> None:
     """Act when an event comes."""
     assert event.callbacks is not None, "it has come already"
-    event.callbacks.append(lambda _: act())
+    event.callbacks.append(act)
 
 
 def come(event: Event | None) -> None:
@@ -60,6 +61,7 @@ class Shared:
         self._number = 0
         self._alarm: Event | None = None
         self._alarm_s = math.inf
+        self._is_waiting = False
 
     @property
     def given(self) -> float:
@@ -77,6 +79,14 @@ class Shared:
         heapq.heappush(lane.ends, (lane.done + amount, self._number, done))
         self._share_out()
         return done
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Share out anew only after all who come within: they come at one moment."""
+        self._is_waiting = True
+        yield
+        self._is_waiting = False
+        self._share_out()
 
     def drop(self, done: Event) -> None:
         """Who waits for this event wants no more."""
@@ -108,6 +118,8 @@ class Shared:
 
     def _share_out(self) -> None:
         """Rates of all from now on, and an alarm for the first who has enough."""
+        if self._is_waiting:
+            return
         lanes = self._lanes = [lane for lane in self._lanes if lane.ends]
         left, num_left, next_s = self.capacity, sum([len(lane.ends) for lane in lanes]), math.inf
         self._rate = 0.0
@@ -121,8 +133,7 @@ class Shared:
         if self._env.now + next_s < self._alarm_s:
             self._alarm_s = self._env.now + next_s
             self._alarm = self._env.timeout(next_s)
-            alarm = self._alarm
-            then(alarm, lambda: self._ring(alarm))
+            then(self._alarm, self._ring)
 
     def _ring(self, alarm: Event) -> None:
         if alarm is not self._alarm:

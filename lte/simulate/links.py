@@ -91,10 +91,10 @@ class Connection:
         self._moving = self.way.shared.take(message.num_bytes, self.way.pace(message.num_bytes))
         then(self._moving, self._passed)
 
-    def _passed(self) -> None:
+    def _passed(self, _: Event) -> None:
         message, self._moving = self._messages.popleft(), None
         took_s = self._env.now - message.began_s
         left_s = self.way.delay_s + max(0.0, message.ready_s - self._env.now)
-        then(self._env.timeout(left_s), lambda: message.arrive(took_s))
+        then(self._env.timeout(left_s), lambda _: message.arrive(took_s))
         if self._messages:
             self._next()

@@ -164,10 +164,11 @@ class _Run:
             tally=dataclasses.replace(world.tally),
         )
         self._counts = [*self._counts[:1], counts]
-        for connection, workers in self._groups:
-            if any(worker.is_alive for worker in workers):
-                arrive = _to_all(workers, version)
-                connection.send(costs.down_bytes, arrive, parts=costs.down_parts, encode_s=pack_s)
+        with self._down.at_once():
+            for connection, workers in self._groups:
+                if any(worker.is_alive for worker in workers):
+                    arrive = _to_all(workers, version)
+                    connection.send(costs.down_bytes, arrive, parts=costs.down_parts, encode_s=pack_s)
         if version == self._rounds:
             self._finished.succeed()
 

@@ -42,7 +42,7 @@ class Cpu:
         return done
 
     def _next(self, cores: Shared) -> None:
-        then(cores.take(self._waiting[0][0], 1.0), lambda: self._finished(cores))
+        then(cores.take(self._waiting[0][0], 1.0), lambda _: self._finished(cores))
 
     def _finished(self, cores: Shared) -> None:
         _, done = self._waiting.popleft()
@@ -91,7 +91,7 @@ class Server:
         costs, world = self._world.costs, self._world
         messages_s = (costs.up_parts + 1) * world.hear_s + MESSAGE_S
         decoded = self.cpu.run(costs.decode_s / world.shards + messages_s)
-        then(decoded, lambda: self.contributed(number, version))
+        then(decoded, lambda _: self.contributed(number, version))
 
     def contributed(self, number: int, version: int) -> None:
         """A worker's contribution to the round on a version is decoded."""
@@ -103,7 +103,7 @@ class Server:
         if self._quorum_s is None and len(self.held) >= self._world.rules.quorum:
             self._quorum_s = now_s = self._world.env.now
             closes_s = self._world.rules.closing_time(self._opened_s, now_s)
-            then(self._world.env.timeout(closes_s - now_s), lambda: self._close(version))
+            then(self._world.env.timeout(closes_s - now_s), lambda _: self._close(version))
         self._settle()
 
     def joined(self, number: int) -> bool:

@@ -86,8 +86,10 @@ class Worker:
             self._contribute(costs.encode_s - costs.first_encode_s)
             ahead, step_s = train.steps_ahead, self._drawn_step_s()
             self._is_training = ahead > 0
-            yield from self._work(ahead, step_s, costs.encode_s - costs.first_encode_s)
-            yield from self._wait()
+            if ahead or costs.up_parts > 1:
+                yield from self._work(ahead, step_s, costs.encode_s - costs.first_encode_s)
+            if self._newest <= self._version:
+                yield from self._wait()
             behind = self._newest - self._version
             taken = min(1, behind) if train.overlap else behind
             self._version += taken
@@ -168,7 +170,7 @@ class Worker:
         silent_s = (self._env.now - self._born_s) % world.recipe.heartbeat_s
         missed_s = world.rules.silence_s - silent_s + self.kind.link.rtt_s / 2
 
-        def miss() -> None:
+        def miss(_: Event) -> None:
             if self._num_lives == num_lives:
                 self._server.gone(self.number)
 
