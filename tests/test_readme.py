@@ -91,6 +91,7 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
         ["lte", "worker"],
         ["lte", "plan"],
         ["lte", "plan"],
+        ["lte", "simulate"],
     ]
 
 
@@ -189,6 +190,12 @@ def test_plans(family: Family) -> None:
         planned = run(command, family)
         assert "DDP" in planned
         assert "DiLoCo" in planned
+
+
+def test_a_simulation(family: Family) -> None:
+    pytest.importorskip("simpy")
+    told = run(blocks("sh")[11].strip(), family)
+    assert "rounds/h" in told
 
 
 def test_own_model(folder: Path, family: Family) -> None:
