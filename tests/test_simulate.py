@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lte import config, cost
@@ -297,7 +297,16 @@ happenings = st.lists(
 )
 
 
+_TWO_WAIT_WHILE_THREE_GO = [
+    *((1.0, what, number) for what in ("go", "join") for number in (3, 4)),
+    *((1.0, "go", number) for number in (0, 1, 2)),
+    *((1.0, "contribute", 3), (1.0, "join", 0)),
+]
+"""The round begins anew with those who waited, and so does its deadline."""
+
+
 @settings(max_examples=60, deadline=None)
+@example(_TWO_WAIT_WHILE_THREE_GO, 1, 4.0, 4.0)
 @given(happenings, st.integers(1, 5), st.floats(0, 4), st.floats(4, 8))
 def test_its_rounds_are_the_products(
     events: list[Happening], quorum: int, grace_s: float, deadline_s: float
