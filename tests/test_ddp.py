@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "train.workers": 3,
     "train.batch_size": 4,
     "schedule.warmup_steps": 3,
+    "base.quant": "nf4",
     "optimizer.name": "adamw",
     "optimizer.dense_lr": 5e-3,
     "server.checkpoint_every": 2,
