@@ -6,17 +6,32 @@
 recipe=("$@")
 server='' workers='' # process ids
 told=''              # whether SLURM wants this job to end
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 
 lives() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
 
-# Have a process save and leave: the server by itself; srun passes it on to the workers.
-tell() { if lives "$1"; then kill -USR1 "$1" 2>/dev/null || true; fi; }
+# Have the server save and leave.
+tell_server() { if lives "$server"; then kill -USR1 "$server" 2>/dev/null || true; fi; }
+
+# Have the workers save and leave: srun passes it on. If this is what the job was before, on a node that was cut
+# off, its srun would reach the new ones: a job that is started again has the same number, and its steps, too. So
+# would the child of srun that cancels the step if srun is killed: that one goes first.
+tell_workers() {
+  if ! lives "$workers"; then return; fi
+  if is_ours; then
+    kill -USR1 "$workers" 2>/dev/null || true
+  else
+    pkill -KILL --parent "$workers" || true
+    kill -KILL "$workers" 2>/dev/null || true
+  fi
+}
 
 # SLURM says that time is nearly up (--signal), or the machine is wanted. Workers leave after the server, which
 # would go on without them else.
 leave_soon() {
   told=yes
-  if lives "$server"; then tell "$server"; else tell "$workers"; fi
+  if lives "$server"; then tell_server; else tell_workers; fi
 }
 trap leave_soon USR1 TERM
 
@@ -46,10 +61,10 @@ serve_and_work() {
   while lives "$server" && lives "$workers"; do wait -n "$server" "$workers" || true; done
   # Whoever failed leaves the other nothing to do.
   if lives "$server"; then
-    ended "$workers" || { code=$? && was_told "$code" && tell "$server"; }
+    ended "$workers" || { code=$? && was_told "$code" && tell_server; }
     ended "$server" || server_code=$?
   else
-    ended "$server" || { server_code=$? && was_told "$server_code" && tell "$workers"; }
+    ended "$server" || { server_code=$? && was_told "$server_code" && tell_workers; }
     ended "$workers" || true
   fi
   if [ "$server_code" = 0 ]; then exit 0; fi
@@ -60,20 +75,20 @@ serve_and_work() {
 # Note whether an exit code says that SLURM ended the process, by SIGUSR1 or SIGTERM, and not this shell.
 was_told() { if [ "$1" = 138 ] || [ "$1" = 143 ]; then told=yes; fi; }
 
-# End this job with an exit code; if SLURM had it leave before the run was over, it starts again.
+# End this job with an exit code; if SLURM had it leave before the run was over, it starts again, unless that is
+# decided already.
 leave() {
-  if [ -n "$told" ]; then again; fi
-  exit "$1"
-}
-
-# Requeue this job, unless that is decided already: somebody cancelled it; or SLURM requeued it, and this is
-# what it was before, on a node that was cut off.
-again() {
-  local job=$SLURM_JOB_ID state restarts
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-  read -r state restarts <<<"$(squeue --noheader --jobs="$job" --Format=State,RestartCnt)"
-  if [ "$state" = RUNNING ] && [ "$restarts" = "${SLURM_RESTART_COUNT:-0}" ]; then
+  if [ -n "$told" ] && is_ours; then
     echo "lte: not finished; job $job is queued again"
     scontrol requeue "$job"
   fi
+  exit "$1"
+}
+
+# Whether SLURM runs this job, and here: nobody cancelled it, and this is not what it was before SLURM started it
+# again, on a node that was cut off.
+is_ours() {
+  local state restarts
+  read -r state restarts <<<"$(squeue --noheader --jobs="$job" --Format=State,RestartCnt)"
+  [ "$state" = RUNNING ] && [ "$restarts" = "${SLURM_RESTART_COUNT:-0}" ]
 }
