@@ -12,14 +12,16 @@ Every case has as many trials of its rate: from a first guess by factors of 2 un
 others, then between the best and its better neighbour. The winner of each method is run again with other
 seeds, which are paired: initial weights and data are the same for all cases.
 
-Finished runs are not repeated, so a benchmark that takes days goes on where it was; `--minutes` says for how
-long runs are begun. Loss, bytes and time of a row are of the same runs. The published model (NF4)
-is compared with the fp32 weights of data-parallel training; their NF4 is beside them.
+Finished runs are written down in docs/convergence and not repeated, so a benchmark that takes days goes on
+where it was, on another machine, too; `--minutes` says for how long runs are begun. Loss, bytes and time of a
+row are of the same runs. The published model is compared with the fp32 weights of data-parallel training;
+their NF4 is beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import time
@@ -28,14 +30,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from runs import header, records, row, shards_of, train
+from runs import header, row, shards_of, train
 
 from lte.config import load
 
 STEPS = 1000
 COMMON = ["schedule.final=0", "train.precision=bf16", "eval.every=0", "server.num_threads=2"]
-DONE = ("loss", "loss_master", "uplink_bytes", "downlink_bytes", "time_s")
-"""Of a run's last record."""
+LOSSES = ("loss", "loss_master")
+"""Of a run's last record: of the published model and of the master."""
 STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Two-sided 95 % quantiles of Student's t, by the number of paired seeds."""
 
@@ -69,15 +71,18 @@ class Case:
 @dataclass(frozen=True)
 class Kind:
     """A kind of data, and the model for it. batch: samples for each sequence of a text. rate: factor on the
-    first guesses of rates."""
+    first guesses of rates. folder: of the runs. ledger: what finished runs came to, a JSON object a line."""
 
     settings: tuple[str, ...]
     batch: int
     rate: float
     folder: Path
+    ledger: Path
 
 
-TEXT = Kind((), batch=1, rate=1.0, folder=Path("runs/convergence"))
+TEXT = Kind(
+    (), batch=1, rate=1.0, folder=Path("runs/convergence"), ledger=Path("docs/convergence/text.jsonl")
+)
 IMAGES = Kind(
     (
         "data.kind=images",
@@ -92,6 +97,7 @@ IMAGES = Kind(
     batch=2,
     rate=0.25,
     folder=Path("runs/convergence-images"),
+    ledger=Path("docs/convergence/images.jsonl"),
 )
 
 
@@ -146,6 +152,9 @@ def int8_from(round_: int) -> str:
     return f"train.phases=[{{from_round: {round_}, base_quant: int8}}]"
 
 
+FEWER_STEPS = "train.phases=[{from_round: 80, local_steps: 5}]"
+"""T = 5 in place of 10 for the last fifth of the steps: 80 rounds, then 40."""
+
 CASES: dict[str, Case] = {
     "DDP AdamW": ddp(),
     "LTE T=10 Muon r=128": lte(10, MUON),
@@ -153,6 +162,9 @@ CASES: dict[str, Case] = {
     "DDP Muon": ddp(*DENSE_MUON, method="DDP Muon", guess=1.6e-2),
     "LTE T=10 Muon r=128, no hysteresis": lte(10, MUON, "base.hysteresis=0"),
     "LTE T=10 Muon r=128, base int8": lte(10, MUON, "base.quant=int8", method="LTE T=10 int8"),
+    "LTE T=10 Muon r=128, base int8, T=5 from 80": lte(
+        10, MUON, "base.quant=int8", "train.rounds=120", FEWER_STEPS, method="LTE T=10 int8"
+    ),
     "LTE T=10 Muon r=64, base int8": lte(10, MUON, "base.quant=int8", rank=64, method="LTE T=10 int8"),
     "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, int8_from(80)),
     "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, int8_from(80), rank=64, method="LTE T=10 r=64"),
@@ -193,21 +205,21 @@ class Runs:
     def __init__(self, kind: Kind, shards: Path, minutes: float) -> None:
         self.kind, self.shards = kind, shards
         self._until = time.monotonic() + 60 * minutes
+        self._ledger: dict[tuple[str, float, int], dict[str, Any]] = {}
+        if kind.ledger.exists():
+            for line in kind.ledger.read_text().splitlines():
+                self._enter(json.loads(line))
 
-    def folder_of(self, name: str, rate: float, seed: int) -> Path:
-        readable = name.replace(" ", "_").replace("/", "-").replace(",", "")
-        return self.kind.folder / f"{readable}-{rate:g}-seed{seed}"
+    def _enter(self, line: dict[str, Any]) -> None:
+        diverged_or_not_kept = dict.fromkeys(LOSSES, math.inf)
+        self._ledger[line["case"], line["rate"], line["seed"]] = {**diverged_or_not_kept, **line}
 
     def finished(self, name: str, rate: float, seed: int) -> dict[str, Any] | None:
-        """The last record of a run that is done; without end, that is, if it diverged."""
-        folder = self.folder_of(name, rate, seed)
-        lines = records(folder)
-        if lines and lines[-1]["kind"] == "done":
-            return lines[-1]
-        return dict.fromkeys(DONE, math.inf) if diverged(folder) else None
+        """What a finished run came to; its losses are infinite if it diverged."""
+        return self._ledger.get((name, rate, seed))
 
     def done(self, name: str, rate: float, seed: int = 0) -> dict[str, Any]:
-        """The last record of a case at a rate.
+        """What a case came to at a rate.
 
         Raises:
             OutOfTimeError: it is not finished, and there is no time.
@@ -217,13 +229,23 @@ class Runs:
         if time.monotonic() > self._until:
             raise OutOfTimeError
         case = CASES[name]
+        readable = name.replace(" ", "_").replace("/", "-").replace(",", "")
+        folder = self.kind.folder / f"{readable}-{rate:g}-seed{seed}"
         own = [f"{case.key}={rate:g}", f"run.seed={seed}", f"data.shards={self.shards}"]
+        line: dict[str, Any] = {"case": name, "rate": rate, "seed": seed}
         try:
-            return train(self.folder_of(name, rate, seed), case.recipe, [*case.on(self.kind), *own])[-1]
+            last = train(folder, case.recipe, [*case.on(self.kind), *own])[-1]
+            line |= {key: round(last[key], 5) for key in LOSSES}
+            line |= {"bytes": last["uplink_bytes"] + last["downlink_bytes"], "time_s": round(last["time_s"])}
         except subprocess.CalledProcessError:
-            if found := self.finished(name, rate, seed):
-                return found
-            raise
+            if not diverged(folder):
+                raise
+            line["diverged"] = True
+        self.kind.ledger.parent.mkdir(parents=True, exist_ok=True)
+        with self.kind.ledger.open("a") as ledger:
+            ledger.write(json.dumps(line) + "\n")
+        self._enter(line)
+        return self._ledger[name, rate, seed]
 
     def try_another(self, name: str) -> None:
         """Try one more rate: until the best is bracketed, and then between."""
@@ -232,15 +254,8 @@ class Runs:
         self.done(name, next_rate(tried, case.guess * self.kind.rate))
 
     def trials(self, name: str) -> dict[float, dict[str, Any]]:
-        """Last records of a case's finished runs with seed 0, by rate."""
-        prefix = self.folder_of(name, 1.0, 0).name.rsplit("-1-", 1)[0] + "-"
-        found = {}
-        for folder in self.kind.folder.glob(f"{prefix}*-seed0"):
-            rate = folder.name.removeprefix(prefix).removesuffix("-seed0")
-            is_rate = rate.replace(".", "").replace("e-", "").isdigit()
-            if is_rate and (done := self.finished(name, float(rate), 0)):
-                found[float(rate)] = done
-        return found
+        """What a case's finished runs with seed 0 came to, by rate."""
+        return {rate: line for (case, rate, seed), line in self._ledger.items() if (case, seed) == (name, 0)}
 
     def best(self, name: str) -> float | None:
         """The best rate tried."""
@@ -266,13 +281,12 @@ class Runs:
             if rate is None:
                 continue
             same = {seed: done for seed in range(num_seeds) if (done := self.finished(name, rate, seed))}
-            losses = [mean(done[key] for done in same.values()) for key in ("loss", "loss_master")]
+            losses = [mean(done[key] for done in same.values()) for key in LOSSES]
             done = same[0]
-            megabytes = (done["uplink_bytes"] + done["downlink_bytes"]) / 1e6
             cells = [name, ", ".join(f"{rate:g}" for rate in sorted(self.trials(name))), f"{rate:g}"]
             cells += [*(f"{loss:.4f}" for loss in losses), str(len(same))]
             compared = [text for other in REFERENCES for text in self._against(same, other)]
-            row([*cells, *compared, f"{megabytes:,.0f}", f"{done['time_s']:.0f}"])
+            row([*cells, *compared, f"{done.get('bytes', 0) / 1e6:,.0f}", done.get("time_s", "")])
 
     def _against(self, same: dict[int, dict[str, Any]], name: str) -> tuple[str, str]:
         """The published loss over that of a data-parallel case's fp32 weights, by pairs of seeds, and its

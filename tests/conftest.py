@@ -10,8 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+from cluster import shards as packed
 
-from lte.data import pack
+from lte.cli import main
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("lte", deadline=None)
@@ -20,10 +21,27 @@ hypothesis.settings.load_profile("lte")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Here:
+    """An `lte` command in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Returns its exit code and what it wrote to stdout and stderr."""
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *self._capsys.readouterr()
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Here:
+    return Here(capsys)
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of 22 kB, packed, for those who only read it."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([folder / "text.txt"], folder / "shards", num_shards=2)
-    return folder / "shards"
+    return packed(tmp_path_factory.mktemp("data"))

@@ -33,16 +33,24 @@ def test_a_search_brackets_the_best_rate_and_then_narrows(best: float) -> None:
 def test_the_table_pairs_seeds_and_gives_an_interval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kind = dataclasses.replace(convergence.TEXT, folder=tmp_path)
-    runs = convergence.Runs(kind, tmp_path, minutes=0)
-    other = {"uplink_bytes": 2e6, "downlink_bytes": 1e6, "time_s": 60.0, "kind": "done"}
     losses = {0: (1.60, 1.50), 1: (1.70, 1.55), 2: (1.65, 1.60)}
-    for name, shift in (("DDP AdamW", 0.0), ("LTE T=10 Muon r=128", 0.03)):
-        for seed, (published, master) in losses.items():
-            folder = runs.folder_of(name, 4e-3, seed)
-            folder.mkdir()
-            done = {"loss": published + shift, "loss_master": master, **other}
-            (folder / "metrics.jsonl").write_text(json.dumps(done) + "\n")
+    lines: list[dict[str, object]] = [
+        {
+            "case": name,
+            "rate": 4e-3,
+            "seed": seed,
+            "loss": published + shift,
+            "loss_master": master,
+            "bytes": 3e6,
+        }
+        for name, shift in (("DDP AdamW", 0.0), ("LTE T=10 Muon r=128", 0.03))
+        for seed, (published, master) in losses.items()
+    ]
+    lines.append({"case": "LTE T=10 Muon r=128", "rate": 8e-3, "seed": 0, "diverged": True})
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kind = dataclasses.replace(convergence.TEXT, folder=tmp_path, ledger=ledger)
+    runs = convergence.Runs(kind, tmp_path, minutes=0)
     runs.report(3)
     rows = [line for line in capsys.readouterr().out.splitlines() if "LTE T=10 Muon r=128 |" in line]
     excess = [100 * ((p + 0.03) / m - 1) for p, m in losses.values()]
@@ -52,6 +60,7 @@ def test_the_table_pairs_seeds_and_gives_an_interval(
     assert f"{mean:+.2f} %" in rows[0]
     assert f"± {half:.2f}" in rows[0]
     assert "| 3 |" in rows[0]
+    assert "0.004, 0.008 | 0.004" in rows[0], "a rate that diverged was tried, and is not the best"
 
 
 @pytest.mark.parametrize("kind", [convergence.TEXT, convergence.IMAGES], ids=["text", "images"])

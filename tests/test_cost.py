@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte import config, cost
-from lte.cli import main
 from lte.config import Recipe
 from lte.cost import Link, Rates, Site, links, model
 from lte.errors import RunError, UserError
@@ -562,29 +562,20 @@ def test_a_wrong_table_is_refused(tmp_path: Path, text: str, fault: str) -> None
 # The command
 
 
-class Lte:
-    """`lte plan` in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main(["plan", *arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *self._capsys.readouterr()
+Command = Callable[..., tuple[int, str, str]]
+"""Words; exit code, stdout, stderr."""
 
 
 @pytest.fixture
-def lte(capsys: pytest.CaptureFixture[str]) -> Lte:
-    return Lte(capsys)
+def lte(here: Command) -> Command:
+    """`lte plan`."""
+    return lambda *arguments: here("plan", *arguments)
 
 
 OVER = ("--bandwidth", "100mbit", "--rtt", "50ms")
 
 
-def test_a_plan_of_the_quickstart(lte: Lte) -> None:
+def test_a_plan_of_the_quickstart(lte: Command) -> None:
     code, out, err = lte(
         QUICKSTART, *OVER, "--workers", "16", "--server-bandwidth", "1gbit", "--loss", "0.1%"
     )
@@ -598,7 +589,7 @@ def test_a_plan_of_the_quickstart(lte: Lte) -> None:
     assert "…" not in out
 
 
-def test_a_plan_as_json(lte: Lte) -> None:
+def test_a_plan_as_json(lte: Command) -> None:
     code, out, _ = lte(QUICKSTART, "train.local_steps=20", *OVER, "--step-time", "0.2s", "--json")
     assert code == 0
     told = json.loads(out)
@@ -617,7 +608,7 @@ def test_a_plan_as_json(lte: Lte) -> None:
 
 
 @pytest.mark.parametrize(("number", "steps"), [("0", 1), ("5", 10)])
-def test_a_plan_of_a_round_is_by_the_settings_of_its_phase(lte: Lte, number: str, steps: int) -> None:
+def test_a_plan_of_a_round_is_by_the_settings_of_its_phase(lte: Command, number: str, steps: int) -> None:
     begin = "{from_round: 0, full_rank: true, merge: reset-b, local_steps: 1}"
     phases = f"train.phases=[{begin}, {{from_round: 5, full_rank: false, local_steps: 10}}]"
     code, out, _ = lte(QUICKSTART, phases, *OVER, "--step-time", "0.2s", "--json", "--round", number)
@@ -627,7 +618,7 @@ def test_a_plan_of_a_round_is_by_the_settings_of_its_phase(lte: Lte, number: str
     assert (sent > 700_000) == (number == "0"), "a byte a weight, of 820,000"
 
 
-def test_a_plan_for_unequal_workers(lte: Lte, tmp_path: Path) -> None:
+def test_a_plan_for_unequal_workers(lte: Command, tmp_path: Path) -> None:
     table = tmp_path / "links.txt"
     table.write_text("near 1gbit 1ms 0.1s 3\nfar 2mbit 200ms 0.3s\n")
     code, out, _ = lte(QUICKSTART, "--table", str(table))
@@ -636,7 +627,7 @@ def test_a_plan_for_unequal_workers(lte: Lte, tmp_path: Path) -> None:
     assert "time of a round (far)" in out
 
 
-def test_a_plan_from_a_run(lte: Lte, tmp_path: Path) -> None:
+def test_a_plan_from_a_run(lte: Command, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", recipe(), [ROUND] * 3)
     code, out, _ = lte(str(folder / "config.yaml"), *OVER, "--from", str(folder), "--json")
     assert code == 0
@@ -659,14 +650,14 @@ def test_a_plan_from_a_run(lte: Lte, tmp_path: Path) -> None:
         ((QUICKSTART, "lora.rnak=3", *OVER), "did you mean lora.rank"),
     ],
 )
-def test_a_mistake_gets_one_line(lte: Lte, arguments: tuple[str, ...], fault: str) -> None:
+def test_a_mistake_gets_one_line(lte: Command, arguments: tuple[str, ...], fault: str) -> None:
     code, out, err = lte(*arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert fault in err
 
 
-def test_its_help_has_an_example(lte: Lte) -> None:
+def test_its_help_has_an_example(lte: Command) -> None:
     code, out, _ = lte("--help")
     assert code == 0
     assert "lte plan configs/quickstart.yaml --bandwidth 100mbit --rtt 50ms" in out

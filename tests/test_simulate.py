@@ -17,7 +17,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lte import config, cost
-from lte.cli import main
 from lte.config import Recipe
 from lte.cost import Link, Rates, Site
 from lte.errors import ConfigError, UserError
@@ -472,29 +471,20 @@ def test_what_has_no_rounds_is_refused(settings: dict[str, str]) -> None:
 # The command
 
 
-class Lte:
-    """`lte simulate` in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main(["simulate", *arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *self._capsys.readouterr()
+Command = Callable[..., tuple[int, str, str]]
+"""Words; exit code, stdout, stderr."""
 
 
 @pytest.fixture
-def lte(capsys: pytest.CaptureFixture[str]) -> Lte:
-    return Lte(capsys)
+def lte(here: Command) -> Command:
+    """`lte simulate`."""
+    return lambda *arguments: here("simulate", *arguments)
 
 
 LINKS = ("--links", str(MIXED))
 
 
-def test_a_table_of_runs(lte: Lte) -> None:
+def test_a_table_of_runs(lte: Command) -> None:
     code, out, err = lte(RECIPE, "--workers", "2,20", *LINKS, "--rounds", "3", "--shards", "2")
     assert (code, err) == (0, "")
     assert "3 rounds simulated, 2 shards (modelled)" in out
@@ -505,7 +495,7 @@ def test_a_table_of_runs(lte: Lte) -> None:
     assert "…" not in out
 
 
-def test_runs_as_json_say_where_the_server_saturates(lte: Lte, tmp_path: Path) -> None:
+def test_runs_as_json_say_where_the_server_saturates(lte: Command, tmp_path: Path) -> None:
     narrow = tmp_path / "narrow.yaml"
     narrow.write_text("server_bandwidth: 10mbit\n" + ONE % "")
     workers = ("--workers", "1,64", "--links", str(narrow))
@@ -531,21 +521,21 @@ def test_runs_as_json_say_where_the_server_saturates(lte: Lte, tmp_path: Path) -
         ((RECIPE, "train.method=ddp", *LINKS), "train.method: simulated is lte"),
     ],
 )
-def test_a_mistake_gets_one_line(lte: Lte, arguments: tuple[str, ...], fault: str) -> None:
+def test_a_mistake_gets_one_line(lte: Command, arguments: tuple[str, ...], fault: str) -> None:
     code, out, err = lte(*arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert fault in err
 
 
-def test_without_simpy_it_says_what_to_install(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_simpy_it_says_what_to_install(lte: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "simpy", None)
     code, _, err = lte(RECIPE, *LINKS)
     assert (code, err.count("\n")) == (2, 1)
     assert "pip install 'lte[simulate]'" in err
 
 
-def test_its_help_says_what_is_only_modelled(lte: Lte) -> None:
+def test_its_help_says_what_is_only_modelled(lte: Command) -> None:
     code, out, _ = lte("--help")
     assert code == 0
     assert "not yet in the product" in out

@@ -18,7 +18,6 @@ from test_wire import MESSAGES
 
 from lte import config, recipes, status, transport, wire
 from lte.cli import main
-from lte.data import pack
 from lte.server import rounds
 from lte.server.rounds import Rules, State
 from lte.server.service import Server
@@ -154,14 +153,6 @@ def test_json_holds_no_number_that_is_none() -> None:
 
 
 # A live server
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([folder / "text.txt"], folder / "shards", num_shards=2)
-    return folder / "shards"
 
 
 Serve = Callable[..., Server]

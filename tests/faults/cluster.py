@@ -33,6 +33,25 @@ from lte.server.store import State, Store
 from lte.track import METRICS, Records
 
 ROUNDS = 6
+TINY: dict[str, Any] = {
+    "model.num_layers": 1,
+    "model.width": 32,
+    "model.num_attention_heads": 2,
+    "model.mlp_width": 64,
+    "model.context_tokens": 16,
+    "base.quant": "int8",
+    "lora.rank": 4,
+    "lora.merge": "reset-less",
+    "train.local_steps": 2,
+    "train.workers": 2,
+    "train.batch_size": 4,
+    "optimizer.name": "adamw",
+    "schedule.warmup_steps": 2,
+    "server.keep_checkpoints": 1000,  # and with them the whole journal, for the audit
+    "eval.every": 0,
+    "eval.final_tokens": 64,
+}
+"""Settings of a run to disturb, whose folder, data and length are the test's."""
 """Of the run that is disturbed."""
 ENDS_WITHIN_S = 100.0
 """Whatever must happen does; generous, as other jobs may share the machine."""

@@ -7,32 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import ROUNDS, Cluster, shards
+from cluster import ROUNDS, TINY, Cluster, shards
 
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {
+    return TINY | {
         "data.shards": str(shards(tmp_path_factory.mktemp("data"))),
-        "model.num_layers": 1,
-        "model.width": 32,
-        "model.num_attention_heads": 2,
-        "model.mlp_width": 64,
-        "model.context_tokens": 16,
-        "base.quant": "int8",
-        "lora.rank": 4,
-        "lora.merge": "reset-less",
         "train.rounds": ROUNDS,
-        "train.local_steps": 2,
-        "train.workers": 2,
-        "train.batch_size": 4,
-        "optimizer.name": "adamw",
-        "schedule.warmup_steps": 2,
         "server.checkpoint_every": 2,
-        "server.keep_checkpoints": 1000,  # and with them the whole journal, for the audit
         "worker.heartbeat_s": 0.05,
-        "eval.every": 0,
-        "eval.final_tokens": 64,
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from batch import Slurm, processes, started
-from cluster import audit, replayed, shards
+from cluster import TINY, audit, replayed, shards
 from processes import done, lines, versions
 
 from launch import local
@@ -30,26 +30,11 @@ OPTIONS = {"train": WORKERS, "hetjob": f": {WORKERS}"}
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {
+    return TINY | {
         "data.shards": str(shards(tmp_path_factory.mktemp("data"))),
-        "model.num_layers": 1,
-        "model.width": 32,
-        "model.num_attention_heads": 2,
-        "model.mlp_width": 64,
-        "model.context_tokens": 16,
-        "base.quant": "int8",
-        "lora.rank": 4,
-        "lora.merge": "reset-less",
         "train.rounds": ROUNDS,
-        "train.local_steps": 2,
-        "train.workers": 2,
-        "train.batch_size": 4,
-        "schedule.warmup_steps": 2,
         "server.quorum": 2,
-        "server.keep_checkpoints": 1000,  # and with them the whole journal, for the audit
         "worker.heartbeat_s": 0.1,
-        "eval.every": 0,
-        "eval.final_tokens": 64,
         "eval.sample_tokens": 0,
     }
 
