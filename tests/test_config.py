@@ -496,7 +496,7 @@ RULES = {
     "server.grace_s: 700 s is more than server.deadline_s (600 s)": {"server.grace_s": 700.0},
     "server.silence_s: 15 s must be at least 3 times worker.heartbeat_s (5.1 s)": {"worker.heartbeat_s": 5.1},
     "worker.patience_s: 14 s is less than server.silence_s (15 s)": {"worker.patience_s": 14.0},
-    "server.address: 'localhost:5555' must start with tcp://, ipc:// or inprocess://": {
+    "server.address: 'localhost:5555' must start with tcp://, ipc://, collective:// or inprocess://": {
         "server.address": "localhost:5555"
     },
 }

@@ -47,6 +47,7 @@ class Link:
             "tcp": "tcp://127.0.0.1:*",
             "curve": "tcp://127.0.0.1:*",
             "ipc": f"ipc://{folder}/socket",
+            "collective": "collective://127.0.0.1:*",
         }[kind]
         self._open = contextlib.ExitStack()
 
@@ -68,13 +69,13 @@ class Link:
         self._open.close()
 
 
-@pytest.fixture(params=["inprocess", "tcp", "ipc", "curve"])
+@pytest.fixture(params=["inprocess", "tcp", "ipc", "curve", "collective"])
 def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     with contextlib.closing(Link(request.param, tmp_path)) as opened:
         yield opened
 
 
-@pytest.fixture(params=["tcp", "ipc", "curve"])
+@pytest.fixture(params=["tcp", "ipc", "curve", "collective"])
 def sockets(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     """As `link`, but only those between processes."""
     with contextlib.closing(Link(request.param, tmp_path)) as opened:

@@ -535,12 +535,19 @@ class Server:
 
     __pydantic_config__ = _STRICT
     address: str = _doc(
-        "tcp://127.0.0.1:5555", "tcp://HOST:PORT (PORT * picks a free one), ipc://PATH, inprocess://NAME"
+        "tcp://127.0.0.1:5555",
+        "tcp://HOST:PORT (PORT * picks a free one), ipc://PATH, collective://HOST:PORT (torch.distributed),"
+        " collective://env (where torchrun says), inprocess://NAME",
     )
     host: Annotated[Name | None, _OrNone] = _doc(
         None,
         "by which others reach this machine, for RUN/address where server.address is tcp://*; none: its"
         " hostname",
+    )
+    place: Literal["beside", "alone", "elsewhere"] = _doc(
+        "beside",
+        "under torchrun: beside: rank 0 starts the server, and is a worker, too; alone: it only starts the"
+        " server; elsewhere: all ranks are workers of a server that 'lte server' runs",
     )
     quorum: Count = _doc(1, "least contributions to merge")
     grace_s: Annotated[NonNegative | None, _OrNone] = _doc(

@@ -382,8 +382,9 @@ def _faults(recipe: Recipe) -> list[str]:
             f" ({recipe.server.silence_s:g} s): a pause that the server forgives would end a worker",
         ),
         (
-            recipe.server.address.partition("://")[0] in ("tcp", "ipc", "inprocess"),
-            f"server.address: {recipe.server.address!r} must start with tcp://, ipc:// or inprocess://",
+            recipe.server.address.partition("://")[0] in ("tcp", "ipc", "collective", "inprocess"),
+            f"server.address: {recipe.server.address!r} must start with tcp://, ipc://, collective:// or"
+            " inprocess://",
         ),
         (
             (recipe.server.key is None) == (recipe.server.allow is None),

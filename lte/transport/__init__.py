@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lte.errors import KeysError
-from lte.transport import inprocess, posted, zmq
+from lte.transport import collective, inprocess, meeting, posted, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
 
 __all__ = ["Frames", "Peer", "ServerEndpoint", "WorkerEndpoint", "bind", "connect"]
@@ -22,7 +22,8 @@ def bind(
     """Open the server's end of an address.
 
     Args:
-        address: `tcp://HOST:PORT` (PORT `*` picks a free one), `ipc://PATH` or `inprocess://NAME`.
+        address: `tcp://HOST:PORT` (PORT `*` picks a free one), `ipc://PATH`, `inprocess://NAME`,
+            `collective://HOST:PORT`, or `collective://env` in a process that torchrun started.
         max_message_bytes: larger frames are not accepted.
         insecure: allow addresses that other machines reach, without keys.
         key: file of the server's secret key; allow: of the workers' public keys (see `keys`). With
@@ -34,6 +35,8 @@ def bind(
     _check_keys(address, key, allow, "a server's key and the allow-list")
     if address.startswith("inprocess://"):
         return inprocess.bind(address, max_message_bytes=max_message_bytes)
+    if address.startswith(meeting.SCHEME):
+        return collective.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
     return zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
 
 
@@ -55,6 +58,9 @@ def connect(
     _check_keys(address, key, server_key, "a worker's key and the server's public key")
     if address.startswith("inprocess://"):
         return inprocess.connect(address)
+    file = posted.file_of(address)
+    if (posted.read(file) if file else address).startswith(meeting.SCHEME):
+        return collective.connect(address)
     return zmq.connect(address, key=key, server_key=server_key)
 
 

@@ -17,7 +17,7 @@ SCHEME = "file://"
 """Of a worker's address that names such a file."""
 NAME = "address"
 """Of the file in the run's folder."""
-_EVERYWHERE = re.compile(r"tcp://(0\.0\.0\.0|\[::\])(?=:)")
+_EVERYWHERE = re.compile(r"(tcp|collective)://(0\.0\.0\.0|\[::\])(?=:)")
 
 
 def file_of(address: str) -> Path | None:
@@ -32,7 +32,7 @@ def post(folder: Path, address: str, host: str | None) -> None:
         host: by which others reach this machine, if it is bound to all addresses; None: its hostname.
     """
     path, partial = folder / NAME, folder / f".{NAME}"
-    partial.write_text(_EVERYWHERE.sub(f"tcp://{host or socket.gethostname()}", address) + "\n")
+    partial.write_text(_EVERYWHERE.sub(rf"\1://{host or socket.gethostname()}", address) + "\n")
     durable.name(partial, path)
 
 

@@ -60,7 +60,7 @@ _GREETING_BYTES, _MECHANISM = 64, slice(12, 32)
 """Of ZMTP 3: signature and major version, after which the other side sends its whole greeting."""
 
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[\w.-]+|\*):(?P<port>\*|\d{1,5})", re.ASCII)
-_FORMS = "an address is tcp://HOST:PORT, ipc://PATH or inprocess://NAME"
+_FORMS = "an address is tcp://HOST:PORT, ipc://PATH, collective://HOST:PORT or inprocess://NAME"
 
 
 def _origin(frame: zmq.Frame) -> str:
