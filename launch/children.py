@@ -14,26 +14,35 @@ from pathlib import Path
 from lte import signals
 
 PARENT_VARIABLE = "LTE_PARENT_PID"
+DEATH_VARIABLE = "LTE_PARENT_DEATH"
+"""Environment of a child: number of the signal that it gets when its parent dies; else SIGTERM."""
 _PR_SET_PDEATHSIG = 1
 
 Child = subprocess.Popen[bytes]
 
 
 def end_with_parent() -> None:
-    """Called first in a child, once its signals are handled: have the kernel send SIGTERM when the
-    launcher dies, and let in the signals that the launcher held back meanwhile."""
+    """Called first in a child, once its signals are handled: have the kernel send SIGTERM, or what
+    `DEATH_VARIABLE` says, when the launcher dies, and let in the signals that it held back meanwhile."""
     parent = os.environ.pop(PARENT_VARIABLE, None)
+    number = int(os.environ.pop(DEATH_VARIABLE, signal.SIGTERM))
     if parent is None:
         return
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_parents_death(number)
     if os.getppid() != int(parent):  # it died before the line above
         raise SystemExit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDINGS)
 
 
+def signal_at_parents_death(number: int) -> None:
+    """Have the kernel send this process a signal when its parent dies (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def spawn(command: Sequence[str], environment: Mapping[str, str], **options: object) -> Child:
-    """Start `lte COMMAND` with these variables beside this process's; options are Popen's."""
+    """Start `lte COMMAND` with these variables beside this process's, `DEATH_VARIABLE` among them, say;
+    options are Popen's."""
     # A session of its own: Ctrl-C reaches only this process, which then ends the run in order.
     # The child inherits that signals are held back, until it can handle them (`end_with_parent`).
     held = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDINGS)

@@ -24,7 +24,7 @@ from lte.transport import keys, posted
 
 _ANYWHERE = "tcp://*:*"
 """Other nodes must reach the server, and any port will do, as they read it in RUN/address."""
-_LOOPBACK = ("tcp://127.", "tcp://localhost:")
+LOOPBACK = ("tcp://127.", "tcp://localhost:")
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _SERVER, _ALLOWED = "server", "allow"
 """Names in the folder of keys, beside those of the workers."""
@@ -134,7 +134,7 @@ def reachable(recipe: str, overrides: Sequence[str]) -> list[str]:
         UserError: the recipe has faults.
     """
     said = any(override.startswith("server.address=") for override in overrides)
-    if said or not config.load(recipe, overrides).server.address.startswith(_LOOPBACK):
+    if said or not config.load(recipe, overrides).server.address.startswith(LOOPBACK):
         return [*overrides]
     return [*overrides, f"server.address={_ANYWHERE}"]
 

@@ -105,10 +105,14 @@ class Family:
     def execute(self, *arguments: str | Path, before: Sequence[str] = (), **options: Any) -> Command:
         """Start `lte ARGUMENTS` as a user does, by a new Python; options are Popen's, and `before`: words
         before python. For claims about what precedes `main`, or about what a process inherits."""
+        return self.execute_python("-m", "lte", *arguments, before=before, **options)
+
+    def execute_python(self, *words: str | Path, before: Sequence[str] = (), **options: Any) -> Command:
+        """The same for `python WORDS`."""
         stdout, stderr = files = self._output()
         with stdout.open("wb") as out, stderr.open("wb") as err, ctrl_c_arrives():
             process: subprocess.Popen[bytes] = subprocess.Popen(
-                [*before, sys.executable, "-m", "lte", *map(str, arguments)],
+                [*before, sys.executable, *map(str, words)],
                 cwd=self.folder,
                 **{"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **options},
             )

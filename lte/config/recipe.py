@@ -567,7 +567,9 @@ class Server:
     allow: Annotated[Name | None, _OrNone] = _doc(
         None, "file of lines 'WORKER_ID PUBLIC_KEY', read again whenever it changes"
     )
-    insecure: bool = _doc(False, "bind beyond loopback without keys: trusted networks only")
+    insecure: bool = _doc(
+        False, "bind beyond loopback without keys, which collective:// has none of: trusted networks only"
+    )
     num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
     checkpoint_every: Count = _doc(10, "rounds between checkpoints")
     keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")

@@ -30,7 +30,14 @@ _UNHEARD_S = 5.0
 """A server that is not heard for so long is spoken of; three heartbeats at least, which it answers."""
 _LONG_S = 60.0
 """A wait for others, who make no version, that is spoken of."""
-_OF_THE_START = ("run.resume:", "server.address:", "server.host:", "server.key:", "server.allow:")
+_OF_THE_START = (
+    "run.resume:",
+    "server.address:",
+    "server.host:",
+    "server.place:",
+    "server.key:",
+    "server.allow:",
+)
 """Settings in which a server may differ from the one before: they say how and where it is started."""
 
 Named = TypeVar("Named", wire.Heartbeat, wire.Part, wire.Behind, wire.Recall, wire.Leave)
