@@ -25,7 +25,7 @@ from lte.config import Recipe
 from lte.errors import FencedError, WireError
 from lte.quantize import Quantized
 from lte.server import folder, recovery, rounds
-from lte.server.admission import Complaints, Joins, inquiries, vouched
+from lte.server.admission import Complaints, Joins, inquiries, not_vouched, vouched
 from lte.server.checkpoint import Progress
 from lte.server.diagnosis import Diagnosis
 from lte.server.evaluation import Evaluate, Evaluation, Losses
@@ -317,9 +317,8 @@ class Server:
             return
         sender, kind = self._endpoint.sender, type(message).__name__
         if (own := vouched(message, sender)) is None:
-            reason = f"its key is {sender}'s, and it speaks as another worker"
+            reason, cure = not_vouched(sender)
             self._complain("refused", f"a {kind} was refused: {reason}")
-            cure = f"join as {sender}, or by another key"
             self._refuse(peer, reason, cure)
             return
         match message := own:

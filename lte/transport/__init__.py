@@ -1,4 +1,5 @@
-"""Ways to carry frames between a server and its workers. They know nothing of rounds."""
+"""Ways to carry frames between a server and its workers, directly or through relays. They know nothing
+of rounds."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from lte.errors import KeysError
 from lte.transport import collective, inprocess, meeting, posted, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
+from lte.transport.relayed import RelayedServer
 
 __all__ = ["Frames", "Peer", "ServerEndpoint", "WorkerEndpoint", "bind", "connect"]
 
@@ -18,6 +20,7 @@ def bind(
     insecure: bool = False,
     key: str | Path | None = None,
     allow: str | Path | None = None,
+    relays: bool = True,
 ) -> ServerEndpoint:
     """Open the server's end of an address.
 
@@ -28,16 +31,20 @@ def bind(
         insecure: allow addresses that other machines reach, without keys.
         key: file of the server's secret key; allow: of the workers' public keys (see `keys`). With
             them everything is encrypted, and nobody else is heard. Only for tcp://, and together.
+        relays: hear workers through relays, too; not for a relay's own end, as these form no chains.
 
     Raises:
         ConnectError: the address cannot be bound. KeysError: the files of keys cannot be used.
     """
     _check_keys(address, key, allow, "a server's key and the allow-list")
+    own: ServerEndpoint
     if address.startswith("inprocess://"):
-        return inprocess.bind(address, max_message_bytes=max_message_bytes)
-    if address.startswith(meeting.SCHEME):
-        return collective.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
-    return zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
+        own = inprocess.bind(address, max_message_bytes=max_message_bytes)
+    elif address.startswith(meeting.SCHEME):
+        own = collective.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
+    else:
+        own = zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
+    return RelayedServer(own) if relays else own
 
 
 def connect(

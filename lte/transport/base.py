@@ -23,15 +23,20 @@ class ServerEndpoint(Protocol):
         address: where workers connect, with the real port.
         received_bytes, sent_bytes: of all frames so far, those dropped at once left out.
         sender: the worker_id that the key behind the last message received is bound to; "" where
-            there are no keys. A peer's name for its connection proves nothing, this does.
+            there are no keys. A peer's name for its connection proves nothing, this does. A name that
+            begins with `keys.RELAY` is a relay's, which is no worker.
         origin: the address of the machine that the last message came from, or ""; for people to read.
     """
 
     address: str
-    received_bytes: int
-    sent_bytes: int
     sender: str
     origin: str
+
+    @property
+    def received_bytes(self) -> int: ...
+
+    @property
+    def sent_bytes(self) -> int: ...
 
     def send(self, peer: Peer, frames: Frames) -> None:
         """Send to a peer; dropped without a word if its connection is gone."""
@@ -41,6 +46,13 @@ class ServerEndpoint(Protocol):
 
         Where there are keys, messages of one that is not allowed any more are dropped.
         """
+
+    def speaks_for(self, worker_id: str) -> bool:
+        """Whether the key behind the last message received may speak for this worker: it is bound to it, or
+        to a relay that is allowed to. Where there are no keys, anyone may."""
+
+    def wake(self) -> None:
+        """Make the `receive` under way, or else the next one, return None at once. Any thread may call."""
 
     def notices(self) -> list[str]:
         """What a person should know of strangers and of the allow-list since the last call, in words."""

@@ -25,7 +25,7 @@ class InprocessServer:
         self.address, self.max_message_bytes = address, max_message_bytes
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
-        self.inbox: queue.Queue[tuple[Peer, list[bytes]]] = queue.Queue()
+        self.inbox: queue.Queue[tuple[Peer, list[bytes]] | None] = queue.Queue()
         self.peers: dict[Peer, InprocessWorker] = {}
 
     def send(self, peer: Peer, frames: Frames) -> None:
@@ -36,11 +36,20 @@ class InprocessServer:
 
     def receive(self, timeout_s: float | None) -> tuple[Peer, Frames] | None:
         try:
-            peer, frames = self.inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
+            received = self.inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
         except queue.Empty:
             return None
+        if received is None:
+            return None
+        peer, frames = received
         self.received_bytes += sum(map(len, frames))
         return peer, frames
+
+    def speaks_for(self, worker_id: str) -> bool:
+        return True
+
+    def wake(self) -> None:
+        self.inbox.put(None)
 
     def notices(self) -> list[str]:
         return []

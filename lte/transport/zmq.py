@@ -10,6 +10,7 @@ import contextlib
 import errno
 import ipaddress
 import math
+import os
 import queue
 import re
 import resource
@@ -111,6 +112,9 @@ class ZmqServer:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         self._gate = None
+        # What makes `receive` return although nothing came; None once it is closed.
+        self._bell: int | None = None
+        self._waking, self._poller = threading.Lock(), zmq.Poller()
         if pair and self._allowed:
             _make_room()
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -125,6 +129,9 @@ class ZmqServer:
             self._socket.setsockopt(zmq.LINGER, 0)
             self.close()
             raise ConnectError(_bind_fault(address, error)) from None
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._bell, zmq.POLLIN)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
@@ -144,7 +151,11 @@ class ZmqServer:
         deadline_s = None if timeout_s is None else time.monotonic() + max(timeout_s, 0)
         while True:
             left_s = None if deadline_s is None else max(0, deadline_s - time.monotonic())
-            if not self._socket.poll(None if left_s is None else int(left_s * 1000) + 1):
+            ready = dict(self._poller.poll(None if left_s is None else int(left_s * 1000) + 1))
+            if self._bell is not None and self._bell in ready:
+                os.eventfd_read(self._bell)
+                return None
+            if not ready:
                 return None
             peer, *frames = self._socket.recv_multipart(copy=False)
             if self._allowed is not None:
@@ -157,10 +168,22 @@ class ZmqServer:
             self.received_bytes += _frame_bytes(views)
             return bytes(peer.buffer), views
 
+    def speaks_for(self, worker_id: str) -> bool:
+        return self._allowed is None or self._allowed.speaks_for(self.sender, worker_id)
+
+    def wake(self) -> None:
+        with self._waking:  # so that the bell is not closed, and its number another file's, meanwhile
+            if self._bell is not None:
+                os.eventfd_write(self._bell, 1)
+
     def notices(self) -> list[str]:
         return [self._notices.popleft() for _ in range(len(self._notices))]
 
     def close(self) -> None:
+        with self._waking:
+            bell, self._bell = self._bell, None
+            if bell is not None:
+                os.close(bell)
         self._socket.close()
         self._context.term()  # which ends the gate
         if self._gate is not None:
@@ -388,8 +411,9 @@ def bind(
     elif key is None and not insecure and not _is_loopback(tcp["host"].strip("[]")):
         raise ConnectError(
             f"{address}: other machines reach this address and there are no keys; make them ('lte keys new"
-            " keys/server') and set server.key and server.allow, or bind to 127.0.0.1 and tunnel (ssh -L), or"
-            " set server.insecure=true on a network that you trust"
+            " keys/server') and set server.key and server.allow (a relay's are --key, --server-key and"
+            " --allow), or bind to 127.0.0.1 and tunnel (ssh -L), or set server.insecure=true (a relay's is"
+            " --insecure) on a network that you trust"
         )
     return ZmqServer(address, max_message_bytes=max_message_bytes, key=key, allow=allow)
 
