@@ -135,8 +135,10 @@ class AllowList:
 
     def speaks_for(self, sender: str, worker_id: str) -> bool:
         """Whether the owner of a key may speak for a worker now: it is that one, or its relay."""
-        if sender == worker_id or not WORKER_ID.fullmatch(worker_id):
-            return bool(sender) and sender == worker_id
+        if not WORKER_ID.fullmatch(worker_id):
+            return False
+        if sender == worker_id:
+            return True
         names = self._now().spoken_for.get(sender, ())
         return any(
             worker_id.startswith(name[:-1]) if name.endswith("*") else worker_id == name for name in names
