@@ -28,7 +28,7 @@ _MAX_BYTES = 1 << 16
 LEAST_BYTES = 256
 """Smaller frames are sent as they are: their names would save nothing."""
 DIGEST_BYTES = 32
-_MOST_FRAMES = 16
+_MOST_FRAMES = 1024
 """Of one message. The protocol has two."""
 
 Route = Annotated[bytes, msgspec.Meta(min_length=1, max_length=255)]
