@@ -1,22 +1,25 @@
 """Relays: what crosses the link once, what a relay keeps, whom it may speak for.
 
 That it carries frames as any transport does is in `test_transport`; whole runs with faults are in
-`faults/test_relay`."""
+`faults/test_behind_a_relay`."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Here
+from cluster import TINY
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Family, done
 
 from lte import transport, wire
 from lte.errors import ConnectError, KeysError, WireError
@@ -411,7 +414,57 @@ def test_a_malformed_line_of_a_relay_is_one_line_of_complaint(ring: Ring, line: 
 # The command
 
 
-def test_mistakes_are_one_line(here: Here, ring: Ring) -> None:
+@pytest.fixture
+def family(tmp_path: Path) -> Iterator[Family]:
+    with contextlib.closing(Family(tmp_path)) as opened:
+        yield opened
+
+
+def test_a_site_by_the_commands(family: Family, tmp_path: Path, shards: Path, ring: Ring) -> None:
+    """alice is of this site; bob is not by the server's list, though by the relay's; mallory by none."""
+    recipe = tmp_path / "recipe.yaml"
+    settings = TINY | {
+        "data.shards": str(shards),
+        "train.rounds": 3,
+        "train.workers": 1,
+        "run.dir": str(tmp_path / "run"),
+        "server.address": "tcp://127.0.0.1:*",
+        "server.key": str(tmp_path / "server.secret"),
+        "server.allow": str(tmp_path / "allow"),
+    }
+    recipe.write_text("")
+    server = family.start("server", recipe, *(f"{name}={value}" for name, value in settings.items()))
+    address = server.until_said(r"lte worker --server (tcp://\S+) --key")[1]
+    listen = ("--listen", "tcp://127.0.0.1:*", "--allow", "site", "--key", "relay.secret")
+    relay = family.start("relay", "--server", address, "--server-key", "server.public", *listen)
+    at_site = relay.until_said(r"its workers: lte worker --server (tcp://\S+)")[1]
+    to_relay = ("--server", at_site, "--server-key", "relay.public", "--key")
+    refused = {
+        "does not admit this key": family.start("worker", *to_relay, "mallory.secret"),
+        "relay/site may not speak for it; have its name added": family.start(
+            "worker", *to_relay, "bob.secret"
+        ),
+    }
+    for says, worker in refused.items():
+        assert worker.ended() == 2
+        assert says in worker.err
+        assert len(worker.err_lines) == 1
+    asked = family.start("status", *to_relay, "alice.secret", "--json")
+    assert asked.ended() == 0, asked.err
+    assert json.loads(asked.out)["rounds"] == 3
+    alice = family.start("worker", *to_relay, "alice.secret")
+    assert (alice.ended(), server.ended()) == (0, 0)
+    assert "alice joined" in alice.out
+    assert done(tmp_path / "run")["rounds"] == 3
+    relay.until_said(re.escape(ring.pairs["mallory"].public))
+    relay.signal(signal.SIGTERM)
+    assert relay.ended() == 128 + signal.SIGTERM
+    gone = family.start("status", *to_relay, "alice.secret", "--wait", "1")
+    assert gone.ended() == 2
+    assert len(gone.err_lines) == 1
+
+
+def test_mistakes_are_one_line(here: Callable[..., tuple[int, str, str]], ring: Ring) -> None:
     folder = ring.folder
     listen = ["--listen", "tcp://127.0.0.1:*"]
     server = ["--server", "tcp://127.0.0.1:1"]

@@ -5,9 +5,12 @@ No bit of the master depends on it, and nothing is merged twice."""
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import ROUNDS, Cluster, Fault, audit
+from relay import Figures, Meter, downloads
 from test_frames import FATES, Impatient
 
 PARTS = {"compress__part_bytes": 16384, "server__silence_s": 30.0}
@@ -122,3 +125,41 @@ def test_a_late_joiner_gets_the_model_through_the_relay(cluster: Cluster) -> Non
         cluster.ended(process, 0)
     audit(cluster.run, ROUNDS, {"a", "b", "c"})
     assert max(line["num_merged"] for line in cluster.lines("round")) == 3
+
+
+def test_eight_workers_download_each_update_once(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """By what a TCP proxy before the server counts; with and without a relay the master is the same. What the
+    records say travelled is that, too."""
+    larger = {"model.width": 128, "model.mlp_width": 256, "train.rounds": 4, "train.local_steps": 1}
+    own = {"train.workers": 8, "worker.heartbeat_s": 5.0, "server.silence_s": 90.0}
+    runs = {}
+    for name in ("direct", "relayed"):
+        cluster = Cluster(tmp_path / name, settings | larger | own)
+        cluster.folder.mkdir()
+        try:
+            runs[name] = _metered(cluster, by_relay=name == "relayed")
+        finally:
+            cluster.close()
+    direct, relayed = runs["direct"], runs["relayed"]
+    assert relayed.master_digest == direct.master_digest
+    assert downloads(direct, relayed, workers=8) < 1.1
+    for figures in runs.values():
+        assert figures.recorded_down_bytes == pytest.approx(figures.down_bytes, rel=0.03)
+        assert figures.recorded_up_bytes == pytest.approx(figures.up_bytes, rel=0.03)
+
+
+def _metered(cluster: Cluster, *, by_relay: bool) -> Figures:
+    """Run eight workers of a site to the end."""
+    server = cluster.serve(server__address="tcp://127.0.0.1:*")
+    posted = cluster.run / "address"
+    cluster.until(posted.exists, "server")
+    with Meter(int(posted.read_text().rpartition(":")[2])) as meter:
+        link = f"tcp://127.0.0.1:{meter.port}"
+        if by_relay:
+            cluster.relay(server=link)
+        site = cluster.relay_address if by_relay else link
+        for process in (server, *(cluster.work(f"w{n}", address=site) for n in range(8))):
+            cluster.ended(process, 0)
+        (done,) = cluster.lines("done")
+        recorded = done["uplink_bytes"], done["downlink_bytes"]
+        return Figures(meter.up_bytes, meter.down_bytes, *recorded, done["master_digest"])
