@@ -13,6 +13,9 @@ kept on a shelf here; from then on it names the bytes by their digest (`transpor
 what happens when they are not on the shelf after all). Nothing is kept on disk and nothing is acknowledged
 here: a relay may be killed at any time, and to the workers that is a broken connection.
 
+On the way up workers take turns, and small messages go first: heartbeats do not wait until all others have
+contributed, which on a slow link could take longer than `server.silence_s`. On the way down all is in order.
+
 One thread owns the workers' side and the shelf; another waits for the server and hands over what comes.
 """
 
@@ -93,7 +96,7 @@ class Relay:
         )
         self.address = self._down.address
         try:
-            self._up = transport.connect(server, key=key, server_key=server_key)
+            self._up = transport.connect(server, key=key, server_key=server_key, take_turns=True)
         except BaseException:
             self._down.close()
             raise
@@ -163,7 +166,7 @@ class Relay:
             self._tell("chain", "another relay connects here and is not heard: relays form no chains")
             return
         passed = envelope.Passed(peer, self._down.sender, self._down.origin, self._shelf_bytes)
-        self._up.send([envelope.seal(passed), *frames])
+        self._up.send([envelope.seal(passed), *frames], lane=peer)
 
     def _hand_out(self, frames: Frames) -> None:
         """Send a worker what the server says is for it; nothing where a piece of it is missing."""
@@ -186,7 +189,7 @@ class Relay:
             else:
                 whole.append(piece)
         if missing:
-            self._up.send([envelope.seal(envelope.Missing(tuple(missing)))])
+            self._up.send([envelope.seal(envelope.Missing(tuple(missing)))], lane=delivery.route)
             self._tell("missing", "a message was dropped, as part of it is not here; its worker asks again")
         else:
             self._down.send(delivery.route, whole)

@@ -27,6 +27,7 @@ from lte.relay import Relay
 from lte.server.admission import not_vouched, vouched
 from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, envelope, keys
 from lte.transport.keys import AllowList
+from lte.transport.lanes import SMALL_BYTES, Lanes
 from lte.transport.shelf import MOST_PIECES, Shelf
 
 WAIT_S = 20.0
@@ -192,6 +193,56 @@ def until(holds: Any) -> None:
             return
         threading.Event().wait(0.01)
     raise AssertionError("it did not happen")
+
+
+# Turns
+
+
+def test_lanes_take_turns_and_small_messages_go_first() -> None:
+    lanes, bulk = Lanes(), bytes(SMALL_BYTES)
+    for lane, message in [("a", b"1"), ("a", b"2"), ("b", b"3"), ("a", b"4"), ("b", b"5"), ("c", b"6")]:
+        lanes.put(lane.encode(), [message, bulk])
+    lanes.put(b"c", [b"behind its own"])
+    lanes.put(b"d", [b"small"])
+    lanes.put(b"d", [b"small, too"])
+    taken = [lanes.take()[0] for _ in range(len(lanes))]
+    assert taken == [b"small", b"small, too", b"1", b"3", b"6", b"behind its own", b"2", b"5", b"4"]
+    assert not lanes
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
+def test_lanes_keep_order_and_lose_nothing(messages: Sequence[tuple[int, bool]]) -> None:
+    lanes, bulk = Lanes(), bytes(SMALL_BYTES)
+    for number, (lane, is_bulk) in enumerate(messages):
+        lanes.put(b"%d" % lane, [b"%d" % number, bulk if is_bulk else b""])
+    taken = [int(bytes(lanes.take()[0])) for _ in range(len(lanes))]
+    assert sorted(taken) == list(range(len(messages)))
+    for lane in range(4):
+        of_lane = [number for number in taken if messages[number][0] == lane]
+        assert of_lane == sorted(of_lane)
+
+
+def test_a_heartbeat_does_not_wait_for_others_contributions() -> None:
+    """The link is down until all have sent: then one message of a worker is on its way already."""
+    with contextlib.closing(transport.bind("tcp://127.0.0.1:*", max_message_bytes=1 << 20)) as before:
+        address = before.address
+    with Relay(address, "tcp://127.0.0.1:*", shelf_bytes=0) as relay:
+        serving = threading.Thread(target=relay.serve)
+        serving.start()
+        with (
+            contextlib.closing(transport.connect(relay.address)) as a,
+            contextlib.closing(transport.connect(relay.address)) as b,
+        ):
+            for n in range(20):
+                a.send([b"%d" % n, bytes(100_000)])
+            until(lambda: len(relay._up._lanes) == 19)  # type: ignore[attr-defined]
+            b.send([b"a heartbeat"])
+            until(lambda: len(relay._up._lanes) == 20)  # type: ignore[attr-defined]
+            with contextlib.closing(transport.bind(address, max_message_bytes=1 << 20)) as server:
+                heard = [hear(server)[1][0] for _ in range(21)]
+        relay.stop()
+        serving.join()
+    assert heard == [b"0", b"a heartbeat", *(b"%d" % n for n in range(1, 20))]
 
 
 # The shelf and the envelopes

@@ -48,7 +48,11 @@ def bind(
 
 
 def connect(
-    address: str, *, key: str | Path | None = None, server_key: str | Path | None = None
+    address: str,
+    *,
+    key: str | Path | None = None,
+    server_key: str | Path | None = None,
+    take_turns: bool = False,
 ) -> WorkerEndpoint:
     """Open a worker's end of an address. Returns at once, also when no server is there yet.
 
@@ -57,6 +61,8 @@ def connect(
             server writes: it is followed to wherever it is started next.
         key: file of this worker's secret key; server_key: of the server's public key. For servers
             that have keys; only for tcp://, and together.
+        take_turns: what is sent goes by lanes that take turns, small messages first (see `lanes`), instead
+            of in one order; for a relay.
 
     Raises:
         ConnectError: the address is malformed, or in this process no server has it. KeysError: the
@@ -68,7 +74,7 @@ def connect(
     file = posted.file_of(address)
     if (posted.read(file) if file else address).startswith(meeting.SCHEME):
         return collective.connect(address)
-    return zmq.connect(address, key=key, server_key=server_key)
+    return zmq.connect(address, key=key, server_key=server_key, take_turns=take_turns)
 
 
 def _check_keys(address: str, one: str | Path | None, other: str | Path | None, names: str) -> None:

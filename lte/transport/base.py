@@ -64,8 +64,9 @@ class ServerEndpoint(Protocol):
 class WorkerEndpoint(Protocol):
     """Where a worker hears its server."""
 
-    def send(self, frames: Frames) -> None:
-        """Send to the server."""
+    def send(self, frames: Frames, lane: bytes = b"") -> None:
+        """Send to the server. Where `connect` was told that lanes take turns, only messages of one lane keep
+        their order."""
 
     def receive(self, timeout_s: float) -> Frames | None:
         """The next message, or None after the timeout.

@@ -68,7 +68,7 @@ class InprocessWorker:
         self._address, self._peer = address, b"%d" % next(_names)
         self._closed = False
 
-    def send(self, frames: Frames) -> None:
+    def send(self, frames: Frames, lane: bytes = b"") -> None:
         copied = _copied(frames)
         with _lock:  # the server of now: it may be another than at the last message
             server = _servers.get(self._address)
