@@ -337,7 +337,7 @@ class ZmqWorker:
     def _send_in_turn(self) -> bool:
         """Send from the lanes as much as is taken without waiting. Returns whether there is more."""
         with self._turns:  # not the lock that who waits for the bell to be heard holds
-            while self._lanes and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+            while self._lanes and self._socket.poll(0, zmq.POLLOUT):
                 self._send_now(self._lanes.take())
             return bool(self._lanes)
 
