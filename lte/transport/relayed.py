@@ -89,10 +89,10 @@ class RelayedServer:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for _ in range(_MOST_IN_A_ROW):
             received = self._own.receive(None if deadline_s is None else deadline_s - time.monotonic())
+            self.sender, self.origin = self._own.sender, self._own.origin
             if received is None:
                 return None
             connection, frames = received
-            self.sender, self.origin = self._own.sender, self._own.origin
             if not envelope.is_sealed(frames):
                 return _peer(connection), frames
             if route := self._open(connection, frames):
