@@ -62,7 +62,7 @@ def connect(
         key: file of this worker's secret key; server_key: of the server's public key. For servers
             that have keys; only for tcp://, and together.
         take_turns: what is sent goes by lanes that take turns, small messages first (see `lanes`), instead
-            of in one order; for a relay.
+            of in one order; for a relay, and by zmq alone.
 
     Raises:
         ConnectError: the address is malformed, or in this process no server has it. KeysError: the
