@@ -15,7 +15,7 @@ from lte.lowrank import seed_of
 from lte.models import weights
 from lte.nested import Cuts
 from lte.nn import convert, describe
-from lte.server import Server, checkpoint, rollback
+from lte.server import Server, assembly, checkpoint, rollback
 from lte.server.master import Master
 from lte.tasks import micro_batches, task_of
 from lte.worker import Worker
@@ -316,7 +316,7 @@ def _loaded(folder: Path, recipe: Recipe) -> tuple[nn.Module, Master, int]:
     Raises:
         RunError: the folder holds no checkpoint, or a damaged one.
     """
-    progress, state = checkpoint.load(checkpoint.newest(folder))
+    progress, state = assembly.load(folder, recipe)
     model = initial_model(recipe)
     master = Master(model, recipe)
     master.enter(progress.version)

@@ -42,6 +42,9 @@ class ServerEndpoint(Protocol):
         Where there are keys, messages of one that is not allowed any more are dropped.
         """
 
+    def watch(self, descriptors: Sequence[int]) -> None:
+        """Have `receive` return early, with None, whenever one of these is readable."""
+
     def notices(self) -> list[str]:
         """What a person should know of strangers and of the allow-list since the last call, in words."""
 
@@ -51,6 +54,10 @@ class ServerEndpoint(Protocol):
 
 class WorkerEndpoint(Protocol):
     """Where a worker hears its server."""
+
+    @property
+    def address(self) -> str:
+        """Where it is connected to now; "" while a file that is to say so holds none."""
 
     def send(self, frames: Frames) -> None:
         """Send to the server."""

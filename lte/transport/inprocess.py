@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from collections.abc import Sequence
 
 from lte.errors import ConnectError
 from lte.transport.base import Frames, Peer
@@ -42,6 +43,9 @@ class InprocessServer:
         self.received_bytes += sum(map(len, frames))
         return peer, frames
 
+    def watch(self, descriptors: Sequence[int]) -> None:
+        assert not descriptors, "nothing but its own queue can be waited for"
+
     def notices(self) -> list[str]:
         return []
 
@@ -58,6 +62,10 @@ class InprocessWorker:
         self.inbox: queue.Queue[list[bytes]] = queue.Queue()
         self._address, self._peer = address, b"%d" % next(_names)
         self._closed = False
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     def send(self, frames: Frames) -> None:
         copied = _copied(frames)

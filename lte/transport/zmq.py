@@ -18,6 +18,7 @@ import stat
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
@@ -128,6 +129,7 @@ class ZmqServer:
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
+        self._poller: zmq.Poller | None = None  # where more than the socket is waited for
 
     def send(self, peer: Peer, frames: Frames) -> None:
         if self._socket.closed:
@@ -144,7 +146,7 @@ class ZmqServer:
         deadline_s = None if timeout_s is None else time.monotonic() + max(timeout_s, 0)
         while True:
             left_s = None if deadline_s is None else max(0, deadline_s - time.monotonic())
-            if not self._socket.poll(None if left_s is None else int(left_s * 1000) + 1):
+            if not self._is_readable(None if left_s is None else int(left_s * 1000) + 1):
                 return None
             peer, *frames = self._socket.recv_multipart(copy=False)
             if self._allowed is not None:
@@ -156,6 +158,16 @@ class ZmqServer:
             views = [frame.buffer for frame in frames]
             self.received_bytes += _frame_bytes(views)
             return bytes(peer.buffer), views
+
+    def _is_readable(self, timeout_ms: int | None) -> bool:
+        if self._poller is None:
+            return bool(self._socket.poll(timeout_ms))
+        return self._socket in dict(self._poller.poll(timeout_ms))
+
+    def watch(self, descriptors: Sequence[int]) -> None:
+        self._poller = zmq.Poller()
+        for each in (self._socket, *descriptors):
+            self._poller.register(each, zmq.POLLIN)
 
     def notices(self) -> list[str]:
         return [self._notices.popleft() for _ in range(len(self._notices))]
@@ -203,6 +215,10 @@ class ZmqWorker:
         self._bell.connect("inproc://outbox")
         self._thread = threading.Thread(target=self._serve, args=(bell, monitor), name="lte-zmq", daemon=True)
         self._thread.start()
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     def send(self, frames: Frames) -> None:
         self._put(frames)
