@@ -59,11 +59,10 @@ class Shards:
             quantize.digest(part.items(), first) for part, first in zip(parts, begin, strict=True)
         )
 
+    def parts_of(self, digest: str) -> list[str]:
+        """The digest of each shard's part; '' where there is none."""
+        return digest.split(" ") if digest else [""] * self.num
+
     def digests_of_constants(self, named: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Of each shard's, with which the digest of what it publishes begins; '' where it has none."""
         return tuple("".join(constants.digests(part)) for part in self.split(named.items()))
-
-
-def parts_of(digest: str) -> list[str]:
-    """The digest of each shard's part."""
-    return digest.split(" ")

@@ -1,4 +1,4 @@
-"""How the servers of a divided model (`server.shards`) merge as one: the protocol, its words and its decisions.
+"""How the servers of a divided model (`server.shards`) merge as one: protocol, words and decisions.
 
 Layers are divided by bytes among K shards. Shard 0 is the run's server, and coordinates: it alone hears
 Hellos, runs the rounds, records, and says what is merged. Shards 1 to K-1 are *holders*: processes of the

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lte import config, wire
 from lte.clock import Watch
-from lte.compress.shards import Shards, parts_of
+from lte.compress.shards import Shards
 from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded, StoppedError, WireError
 from lte.worker import state
 from lte.worker.ends import Ends
@@ -251,9 +251,9 @@ class Session:
             incarnation=welcome.incarnation,
             stream=self._stream,
             parts=num_parts,
-            base_digest=parts_of(message.base_digest)[shard],
-            merged_digest=parts_of(message.merged_digest)[shard],
-            given_digest=parts_of(message.given_digest)[shard],
+            base_digest=self.shards.parts_of(message.base_digest)[shard],
+            merged_digest=self.shards.parts_of(message.merged_digest)[shard],
+            given_digest=self.shards.parts_of(message.given_digest)[shard],
         )
         with self._beating:  # so that no heartbeat is numbered later than this and sent earlier
             self._pushed_after[shard] = self._number
