@@ -337,8 +337,11 @@ def recipe_of(folder: Path) -> Recipe:
 
 def roll_back(folder: Path, version: int) -> rollback.RolledBack:
     """Bring a recipe's run back to a version; see `rollback.roll_back`."""
-    if recipe_of(folder).train.method == "ddp":
+    recipe = recipe_of(folder)
+    if recipe.train.method == "ddp":
         raise RunError(f"{folder}: a data-parallel run keeps no journal, by which to go back")
+    if recipe.server.shards > 1:
+        raise RunError(f"{folder}: a run with server.shards = {recipe.server.shards} cannot go back yet")
     return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
 
 

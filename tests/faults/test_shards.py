@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from cluster import ROUNDS, Cluster, Fault, audit
 
+from lte import recipes
 from lte.server.shards import folder_of
+from lte.tasks import task_of
+from lte.transport import keys
 
 HOLDER = "lte.server.holder:Holder"
 
@@ -37,7 +42,11 @@ def test_several_shards_give_the_bits_of_one(cluster: Cluster, undisturbed: str,
     assert cluster.events("refused") == cluster.events("recalled") == cluster.events("superseded") == []
 
 
-JOURNAL, PUBLISHER, SAVE = "lte.server.journal:Journal", "lte.server.publisher:Publisher", "lte.server.checkpoint"
+JOURNAL, PUBLISHER, SAVE = (
+    "lte.server.journal:Journal",
+    "lte.server.publisher:Publisher",
+    "lte.server.checkpoint",
+)
 LINKS, SERVER = "lte.server.links:Links", "lte.server.service:Server"
 KILLED = {
     "a holder before its first checkpoint": At(f"{SAVE}:save", call=1, shard=1),
@@ -83,3 +92,78 @@ def test_a_killed_shard_loses_nothing(cluster: Cluster, undisturbed: str, fault:
     for shard in range(2):
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
     assert cluster.events("damaged") == cluster.events("refused") == cluster.events("recalled") == []
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_worker_killed_between_its_parts_goes_on_bit_for_bit(
+    cluster: Cluster, undisturbed: str, after: bool
+) -> None:
+    """The third contribution has reached one shard, or both."""
+    server, other = cluster.serve(server__shards=2), cluster.work("a")
+    cluster.ended(
+        cluster.work("b", Fault("lte.worker.session:Session._close_parts", call=6, after=after)),
+        -signal.SIGKILL,
+    )
+    for process in (cluster.work("b"), server, other):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+    assert cluster.events("refused") == cluster.events("recalled") == []
+
+
+def test_a_worker_without_its_state_starts_over_at_all_shards(cluster: Cluster) -> None:
+    server, other = cluster.serve(server__shards=2), cluster.work("a")
+    cluster.ended(cluster.work("b", Fault("lte.worker.trainer:Trainer.step", call=6)), -signal.SIGKILL)
+    shutil.rmtree(cluster.state_of("b"))
+    for process in (cluster.work("b"), server, other):
+        cluster.ended(process, 0)
+    assert cluster.events("recalled") != []
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+def test_keys_are_for_all_shards_and_evaluations_see_all(
+    cluster: Cluster, undisturbed: str, tmp_path: Path
+) -> None:
+    public = {name: keys.create(tmp_path / name).public for name in ("server", "a", "b")}
+    (tmp_path / "allow").write_text("".join(f"{name} {public[name]}\n" for name in ("a", "b")))
+    server = cluster.serve(
+        server__shards=2,
+        server__key=str(tmp_path / "server.secret"),
+        server__allow=str(tmp_path / "allow"),
+        server__address="tcp://127.0.0.1:*",
+        eval__every=2,
+    )
+    cluster.until(lambda: cluster.events("started"), "server")
+    address = cluster.events("started")[0].rpartition(" ")[2]
+    known = {"server_key": tmp_path / "server.public"}
+    workers = [
+        cluster.work(name, address=address, key=tmp_path / f"{name}.secret", **known) for name in ("a", "b")
+    ]
+    for process in (server, *workers):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    assert [line["version"] for line in cluster.lines("eval")] == [2, 4, 6]
+    (done,) = cluster.lines("done")
+    model, recipe, version = recipes.load_run(cluster.run)
+    assert version == ROUNDS
+    with torch.no_grad():
+        assert task_of(recipe).evaluate(model, 64).loss == pytest.approx(done["loss"])
+
+
+def test_a_group_that_hangs_is_taken_over_and_writes_nothing_when_it_wakes(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    hangs = At(f"{LINKS}.prepared", call=3, after=True, number=signal.SIGSTOP)
+    old = cluster.serve(hangs, server__shards=2)
+    workers = [cluster.work(name, address=f"file://{cluster.run}/address") for name in ("a", "b")]
+    cluster.stopped(old)
+    new = cluster.serve(take_over=True, server__shards=2, server__address=f"{cluster.address}-2")
+    for process in (new, *workers):
+        cluster.ended(process, 0)
+    cluster.wake(old)
+    cluster.ended(old, 1)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
