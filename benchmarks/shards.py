@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,8 +39,7 @@ LARGER: dict[str, Any] = {
     "model.mlp_width": 1024,
     "lora.rank": 16,
     "compress.part_bytes": 1 << 20,
-    "server.checkpoint_every": 1000,
-    "server.keep_checkpoints": 2,
+    "server.checkpoint_every": 1_000_000,
 }
 
 
@@ -93,15 +93,13 @@ def measured(folder: Path, workers: int, shards: int, arguments: argparse.Namesp
         "server.address": "tcp://127.0.0.1:*",
         "server.shards": shards,
         "train.workers": workers,
-        "train.rounds": arguments.rounds,
-        "eval.final_tokens": 64,
     }
     overrides = [f"{key}={value}" for key, value in (SETTINGS | LARGER | own).items()]
+    lte = [sys.executable, "-m", "lte", "server", str(folder / "recipe.yaml")]
     reading, writing = os.pipe()
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "lte", "server", str(folder / "recipe.yaml"), *overrides]
-            + [*arguments.overrides, "--announce", str(writing)],
+            [*lte, *overrides, *arguments.overrides, "--announce", str(writing)],
             pass_fds=(writing,),
             stdout=log,
             stderr=log,
@@ -113,24 +111,31 @@ def measured(folder: Path, workers: int, shards: int, arguments: argparse.Namesp
         [sys.executable, __file__, "--clients", address, str(workers), "--pace", str(arguments.pace)]
     )
     try:
-        code = server.wait(JOINED_WITHIN_S * 4)
+        ends_s = time.monotonic() + JOINED_WITHIN_S * 4
+        while len(done := rounds_of(run)) < arguments.rounds:
+            assert server.poll() is None and time.monotonic() < ends_s, (folder / "server.log").read_text()
+            time.sleep(0.2)
+        server.send_signal(signal.SIGTERM)
+        server.wait(JOINED_WITHIN_S)
         crowd.wait(JOINED_WITHIN_S)
     finally:
         for process in (server, crowd):
             process.kill()
             process.wait()
-    assert code == 0, (folder / "server.log").read_text()
-    rounds = [line for line in Records.read(run / METRICS) if line["kind"] == "round"]
-    times_s = [late["time_s"] - early["time_s"] for early, late in itertools.pairwise(rounds[1:])]
+    times_s = [late["time_s"] - early["time_s"] for early, late in itertools.pairwise(done[1:])]
     journals = [
         sum(path.stat().st_size for path in (folder_of(run, shard) / "journal").glob("*.log"))
         for shard in range(shards)
     ]
     return [
         f"{statistics.median(times_s):.2f}",
-        *(f"{statistics.median(line[part] for line in rounds):.3f}" for part in ("merge_s", "pack_s")),
-        " + ".join(f"{size / 1e3 / len(rounds):.0f}" for size in journals),
+        *(f"{statistics.median(line[part] for line in done):.3f}" for part in ("merge_s", "pack_s")),
+        " + ".join(f"{size / 1e3 / len(rounds_of(run)):.0f}" for size in journals),
     ]
+
+
+def rounds_of(run: Path) -> list[dict[str, Any]]:
+    return [line for line in Records.read(run / METRICS) if line["kind"] == "round"]
 
 
 if __name__ == "__main__":
