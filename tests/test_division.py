@@ -52,6 +52,7 @@ def test_more_shards_than_tensors_are_refused() -> None:
         {"train.phases": [{"from_round": 1, "local_steps": 2}]},
         {"log.diagnostics_every": 5},
         {"server.address": "inprocess://x"},
+        {"server.address": "collective://127.0.0.1:5555"},
     ],
 )
 def test_what_needs_the_whole_model_is_refused_in_one_line(setting: dict[str, Any]) -> None:

@@ -407,7 +407,7 @@ def _faults(recipe: Recipe) -> list[str]:
 def _undivided(recipe: Recipe) -> str | None:
     """A setting that needs the whole model in one server process, or one that is not divided yet."""
     found = {
-        "server.address=inprocess": recipe.server.address.startswith("inprocess://"),
+        f"server.address={recipe.server.address}": not recipe.server.address.startswith(("tcp://", "ipc://")),
         "train.method=ddp": recipe.train.method == "ddp",
         "train.phases": bool(recipe.train.phases),
         "lora.merge=never": recipe.lora.merge == "never",

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lte.errors import ConnectError
 from lte.transport import meeting
@@ -153,6 +153,9 @@ class CollectiveServer:
         self.received_bytes += sum(map(len, frames))
         return peer, frames
 
+    def watch(self, descriptors: Sequence[int]) -> None:
+        assert not descriptors, "nothing but its own queue can be waited for"
+
     def notices(self) -> list[str]:
         return []
 
@@ -212,7 +215,7 @@ class CollectiveWorker:
     """See `base.WorkerEndpoint`. One thread looks for the server, and receives once it has found it."""
 
     def __init__(self, address: str) -> None:
-        self._find = meeting.finder(address)
+        self.address, self._find = address, meeting.finder(address)
         self._inbox: queue.Queue[list[memoryview]] = queue.Queue()
         self._outbox = _Outbox()
         self._lock = threading.Lock()
