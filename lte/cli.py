@@ -36,6 +36,7 @@ from lte.config import Recipe
 from lte.cost import links
 from lte.data import pack, pack_images
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
+from lte.relay import Relay
 from lte.server import rollback
 from lte.server.folder import is_complete
 from lte.tasks import Text, task_of
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_server(commands)
     _add_worker(commands)
+    _add_relay(commands)
     _add_status(commands)
     _add_report(commands)
     _add_rollback(commands)
@@ -338,6 +340,74 @@ def _worker(arguments: argparse.Namespace) -> int:
         say=lambda line: print(line, flush=True),
     )
     return 0
+
+
+# relay
+
+
+def _add_relay(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "relay",
+        "stand before workers that share one slow link: what is the same for all crosses it once",
+        "examples (on a machine of the site; the second line on each of its workers' machines):\n"
+        "  lte relay --server tcp://127.0.0.1:5555 --listen tcp://127.0.0.1:5556\n"
+        "  lte worker --server tcp://127.0.0.1:5556\n"
+        "  lte relay --server tcp://10.0.0.1:5555 --listen tcp://*:5555 \\\n"
+        "            --key paris.secret --server-key server.public --allow workers-of-paris\n\n"
+        "Workers give the relay's address (and public key) as the server's, and notice nothing else. It may\n"
+        "be killed and started again at any time. With keys, the server's allow-list needs a line that says\n"
+        "for whom it may speak: relay/NAME PUBLIC_KEY WORKER_ID,WORKER_ID,... or site-* (docs/security.md).",
+    )
+    _add_address(command)
+    command.add_argument(
+        "--listen",
+        required=True,
+        metavar="ADDRESS",
+        help="where the site's workers connect; port * is a free one",
+    )
+    _add_keys_of_worker(command, "the relay's secret key, to server and workers")
+    command.add_argument(
+        "--allow", metavar="FILE", help="public keys of the site's workers, WORKER_ID KEY a line"
+    )
+    command.add_argument(
+        "--insecure", action="store_true", help="listen where other machines reach it, without keys"
+    )
+    command.add_argument(
+        "--cache",
+        type=_positive,
+        default=1024.0,
+        metavar="MB",
+        help="most memory for what other workers will want, at best the whole quantized model's size and"
+        " more (default: 1024)",
+    )
+    command.set_defaults(run=_relay)
+
+
+def _relay(arguments: argparse.Namespace) -> int:
+    stopped_by = 0
+    with Relay(
+        arguments.server,
+        arguments.listen,
+        shelf_bytes=int(arguments.cache * 1e6),
+        key=arguments.key,
+        server_key=arguments.server_key,
+        allow=arguments.allow,
+        insecure=arguments.insecure,
+        say=lambda line: print(line, flush=True),
+    ) as relay:
+
+        def stop(number: int) -> None:
+            nonlocal stopped_by
+            stopped_by = number
+            relay.stop()
+
+        with signals.told(stop):
+            print(
+                f"relay of {arguments.server}; its workers: lte worker --server {relay.address}", flush=True
+            )
+            relay.serve()
+    return 128 + stopped_by
 
 
 # status
@@ -761,8 +831,8 @@ def _add_simulate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "           --workers 1000 --links configs/links/mixed.yaml --from runs/gpt-10m --json\n"
         "  lte simulate configs/gpt-10m.yaml --workers 1000 --links configs/links/mixed.yaml --shards 4\n\n"
         "Needs simpy (pip install 'lte[simulate]'). Classes of workers and what may be said of them:\n"
-        "configs/links/mixed.yaml. Equal seeds give equal figures. Shards and relays are modelled here and\n"
-        "not yet in the product. What is not modelled: pydoc lte.simulate.",
+        "configs/links/mixed.yaml. Equal seeds give equal figures. Shards are modelled here and not yet in\n"
+        "the product. What is not modelled: pydoc lte.simulate.",
     )
     _add_recipe(command)
     command.add_argument(

@@ -31,6 +31,7 @@ FLOORS = [
     "models",
     "data",
     "transport",
+    "relay",
     "track",
     "status",
     "server",

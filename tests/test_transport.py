@@ -20,6 +20,7 @@ import zmq
 
 from lte import transport
 from lte.errors import ConnectError
+from lte.relay import Relay
 from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, keys
 from lte.transport import zmq as zmq_transport
 
@@ -28,39 +29,66 @@ WAIT_S = 20.0
 PROMPT_S = 3.0
 """What does not wait takes less; a linger of one second is in it."""
 MAX_MESSAGE_BYTES = 64 << 20
+SHELF_BYTES = 40 << 20
+"""Of relays: less than the tests send in all."""
 
 
 class Link:
     """Opens endpoints of one transport, and closes them in the end."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        self.kind = kind
+        self.kind, self.has_keys = kind, "curve" in kind
         self.at_server: dict[str, Path] = {}
+        self.at_relay: dict[str, Path] = {}
         self.at_worker: dict[str, Path] = {}
-        if kind == "curve":
-            keys.create(folder / "server")
-            (folder / "allow").write_text(f"alice {keys.create(folder / 'alice').public}")
+        if self.has_keys:
+            pairs = {name: keys.create(folder / name) for name in ("server", "relay", "alice")}
+            allowed = f"alice {pairs['alice'].public}\n"
+            (folder / "site").write_text(allowed)
+            spoken_for = f"relay/site {pairs['relay'].public} alice\n"
+            (folder / "allow").write_text(spoken_for if "relay" in kind else allowed)
             self.at_server = {"key": folder / "server.secret", "allow": folder / "allow"}
-            self.at_worker = {"key": folder / "alice.secret", "server_key": folder / "server.public"}
+            self.at_relay = {"key": folder / "relay.secret", "server_key": folder / "server.public"}
+            self.at_relay["allow"] = folder / "site"
+            whose = "relay" if "relay" in kind else "server"
+            self.at_worker = {"key": folder / "alice.secret", "server_key": folder / f"{whose}.public"}
         self.address = {
             "inprocess": f"inprocess://{uuid.uuid4()}",
-            "tcp": "tcp://127.0.0.1:*",
-            "curve": "tcp://127.0.0.1:*",
             "ipc": f"ipc://{folder}/socket",
             "collective": "collective://127.0.0.1:*",
-        }[kind]
-        self._open = contextlib.ExitStack()
+        }.get(kind, "tcp://127.0.0.1:*")
+        self.relay: Relay | None = None
+        self._max_message_bytes = MAX_MESSAGE_BYTES
+        self._open, self._lock = contextlib.ExitStack(), threading.Lock()
 
     def bind(self, max_message_bytes: int = MAX_MESSAGE_BYTES) -> ServerEndpoint:
         server = transport.bind(self.address, max_message_bytes=max_message_bytes, **self.at_server)
-        self.address = server.address
+        self.address, self._max_message_bytes = server.address, max_message_bytes
         self._open.callback(server.close)
         return server
 
     def connect(self) -> WorkerEndpoint:
-        worker = transport.connect(self.address, **self.at_worker)
+        with self._lock:
+            if "relay" in self.kind and self.relay is None:
+                self.relay = self._start_relay()
+        worker = transport.connect(self.relay.address if self.relay else self.address, **self.at_worker)
         self._open.callback(worker.close)
         return worker
+
+    def _start_relay(self) -> Relay:
+        relay = Relay(
+            self.address,
+            "tcp://127.0.0.1:*",
+            shelf_bytes=SHELF_BYTES,
+            max_message_bytes=self._max_message_bytes,
+            **self.at_relay,
+        )
+        self._open.callback(relay.close)
+        serving = threading.Thread(target=relay.serve, name="relay")
+        serving.start()
+        self._open.callback(serving.join)
+        self._open.callback(relay.stop)
+        return relay
 
     def pair(self) -> tuple[ServerEndpoint, WorkerEndpoint]:
         return self.bind(), self.connect()
@@ -69,8 +97,15 @@ class Link:
         self._open.close()
 
 
-@pytest.fixture(params=["inprocess", "tcp", "ipc", "curve", "collective"])
+@pytest.fixture(params=["inprocess", "tcp", "ipc", "curve", "collective", "relay", "relay, curve"])
 def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
+    with contextlib.closing(Link(request.param, tmp_path)) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["inprocess", "tcp", "ipc", "curve", "collective"])
+def direct(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
+    """As `link`, without relays."""
     with contextlib.closing(Link(request.param, tmp_path)) as opened:
         yield opened
 
@@ -138,7 +173,7 @@ def test_the_sender_is_known_where_there_are_keys(link: Link) -> None:
     for _ in range(2):
         worker.send([b"hello"])
         hear(server)
-        assert server.sender == ("alice" if link.kind == "curve" else "")
+        assert server.sender == ("alice" if link.has_keys else "")
     assert server.notices() == []
 
 
@@ -236,8 +271,8 @@ def test_threads_that_send_at_once_lose_nothing(link: Link) -> None:
     assert all(found == list(range(300)) for found in numbers.values())
 
 
-def test_bytes_are_counted_the_same_on_every_transport(link: Link) -> None:
-    server, workers = link.bind(), [link.connect(), link.connect()]
+def test_bytes_are_counted_the_same_on_every_transport(direct: Link) -> None:
+    server, workers = direct.bind(), [direct.connect(), direct.connect()]
     assert (server.received_bytes, server.sent_bytes) == (0, 0)
     peers = []
     for worker in workers:
@@ -276,8 +311,8 @@ def test_pending_counts_what_was_not_received_yet(link: Link) -> None:
     assert worker.pending() == 1
 
 
-def test_sending_to_a_worker_that_is_gone_does_nothing(link: Link) -> None:
-    server, gone, other = link.bind(), link.connect(), link.connect()
+def test_sending_to_a_worker_that_is_gone_does_nothing(direct: Link) -> None:
+    server, gone, other = direct.bind(), direct.connect(), direct.connect()
     gone.send([b"hello"])
     peer, _ = hear(server)
     gone.close()
@@ -400,7 +435,8 @@ def test_larger_messages_than_allowed_do_not_arrive(link: Link) -> None:
     assert hear_at(good) == [b"still here"]
     good.send([b"so am I"])
     assert hear(server) == (peer, [b"so am I"])
-    assert server.received_bytes == 1_007
+    envelopes_bytes = 2 * 60 if link.relay else 0
+    assert 1_007 <= server.received_bytes <= 1_007 + envelopes_bytes
     server.send(peer, [b"y" * 5_000])  # the limit is the server's own; a base is larger than a contribution
     assert hear_at(good) == [b"y" * 5_000]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from lte import wire
+from lte.transport import keys
 from lte.transport.limits import Buckets
 
 
@@ -17,13 +18,25 @@ def vouched(message: wire.FromWorker, sender: str) -> wire.FromWorker | None:
 
     Args:
         sender: the worker_id that the key is bound to; "" where there are no keys, and anyone may be
-            anyone. A Hello that names nobody gets this name.
+            anyone. A Hello that names nobody gets this name. A relay's own name is no worker's.
     """
     if not sender or isinstance(message, wire.Inquiry):
         return message
+    if sender.startswith(keys.RELAY):
+        return None
     if isinstance(message, wire.Hello) and not message.worker_id:
         return msgspec.structs.replace(message, worker_id=sender)
     return message if message.worker_id == sender else None
+
+
+def not_vouched(sender: str) -> tuple[str, str]:
+    """Why a message is refused that `vouched` gives nothing for, and the cure."""
+    if sender.startswith(keys.RELAY):
+        return (
+            f"{sender} may not speak for it",
+            f"have its name added to the line of {sender} in the server's allow-list",
+        )
+    return f"its key is {sender}'s, and it speaks as another worker", f"join as {sender}, or by another key"
 
 
 def inquiries() -> Buckets:

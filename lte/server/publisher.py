@@ -197,7 +197,8 @@ class Publisher:
             for peer in peers:
                 sent_bytes = self._endpoint.sent_bytes
                 self._endpoint.send(peer, frames)
-                if self._endpoint.sent_bytes > sent_bytes:  # not to one that is gone
+                sent_bytes = self._endpoint.sent_bytes - sent_bytes
+                if sent_bytes >= sum(sizes.values()):  # not to one that is gone, nor from a relay's shelf
                     self.count("downlink", sizes)
         return stream, num_parts
 

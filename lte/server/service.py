@@ -25,11 +25,11 @@ from lte.config import Recipe
 from lte.errors import FencedError, RunError, WireError
 from lte.quantize import Quantized
 from lte.server import assembly, commit, folder, recovery, rounds
-from lte.server.admission import Complaints, Joins, inquiries, vouched
+from lte.server.admission import Complaints, Joins, inquiries, not_vouched, vouched
 from lte.server.checkpoint import Progress
 from lte.server.diagnosis import Diagnosis
 from lte.server.evaluation import Evaluate, Evaluation, Losses
-from lte.server.intake import OTHER_VERSION, Intake, Offered, objection, so_many
+from lte.server.intake import BEHIND_A_RELAY, OTHER_VERSION, Intake, Offered, objection, so_many
 from lte.server.journal import Admitted, Gone, Kept, Merged
 from lte.server.links import Links
 from lte.server.master import Master, Outcome, Received
@@ -341,9 +341,8 @@ class Server:
             return
         sender, kind = self._endpoint.sender, type(message).__name__
         if (own := vouched(message, sender)) is None:
-            reason = f"its key is {sender}'s, and it speaks as another worker"
+            reason, cure = not_vouched(sender)
             self._complain("refused", f"a {kind} was refused: {reason}")
-            cure = f"join as {sender}, or by another key"
             self._refuse(peer, reason, cure)
             return
         match message := own:
@@ -391,6 +390,8 @@ class Server:
             return
         plan, lora = self.master.built, self.recipe.as_built.lora
         refusal = objection(hello, plan, lora)
+        if not refusal and self._links.num and self._endpoint.is_relayed:
+            refusal = BEHIND_A_RELAY
         if not refusal and is_new and not self._joins.may(self._endpoint.sender):
             refusal = "too many workers have joined lately", "try again in a minute"
         if refusal:

@@ -1,4 +1,5 @@
-"""Ways to carry frames between a server and its workers. They know nothing of rounds."""
+"""Ways to carry frames between a server and its workers, directly or through relays. They know nothing
+of rounds."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from lte.errors import KeysError
 from lte.transport import collective, inprocess, meeting, posted, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
+from lte.transport.relayed import RelayedServer
 
 __all__ = ["Frames", "Peer", "ServerEndpoint", "WorkerEndpoint", "bind", "connect"]
 
@@ -18,6 +20,7 @@ def bind(
     insecure: bool = False,
     key: str | Path | None = None,
     allow: str | Path | None = None,
+    relays: bool = True,
 ) -> ServerEndpoint:
     """Open the server's end of an address.
 
@@ -28,20 +31,28 @@ def bind(
         insecure: allow addresses that other machines reach, without keys.
         key: file of the server's secret key; allow: of the workers' public keys (see `keys`). With
             them everything is encrypted, and nobody else is heard. Only for tcp://, and together.
+        relays: hear workers through relays, too; not for a relay's own end, as these form no chains.
 
     Raises:
         ConnectError: the address cannot be bound. KeysError: the files of keys cannot be used.
     """
     _check_keys(address, key, allow, "a server's key and the allow-list")
+    own: ServerEndpoint
     if address.startswith("inprocess://"):
-        return inprocess.bind(address, max_message_bytes=max_message_bytes)
-    if address.startswith(meeting.SCHEME):
-        return collective.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
-    return zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
+        own = inprocess.bind(address, max_message_bytes=max_message_bytes)
+    elif address.startswith(meeting.SCHEME):
+        own = collective.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
+    else:
+        own = zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
+    return RelayedServer(own) if relays else own
 
 
 def connect(
-    address: str, *, key: str | Path | None = None, server_key: str | Path | None = None
+    address: str,
+    *,
+    key: str | Path | None = None,
+    server_key: str | Path | None = None,
+    take_turns: bool = False,
 ) -> WorkerEndpoint:
     """Open a worker's end of an address. Returns at once, also when no server is there yet.
 
@@ -50,6 +61,8 @@ def connect(
             server writes: it is followed to wherever it is started next.
         key: file of this worker's secret key; server_key: of the server's public key. For servers
             that have keys; only for tcp://, and together.
+        take_turns: what is sent goes by lanes that take turns, small messages first (see `lanes`), instead
+            of in one order; for a relay, and by zmq alone.
 
     Raises:
         ConnectError: the address is malformed, or in this process no server has it. KeysError: the
@@ -61,7 +74,7 @@ def connect(
     file = posted.file_of(address)
     if (posted.read(file) if file else address).startswith(meeting.SCHEME):
         return collective.connect(address)
-    return zmq.connect(address, key=key, server_key=server_key)
+    return zmq.connect(address, key=key, server_key=server_key, take_turns=take_turns)
 
 
 def _check_keys(address: str, one: str | Path | None, other: str | Path | None, names: str) -> None:

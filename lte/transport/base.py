@@ -23,15 +23,22 @@ class ServerEndpoint(Protocol):
         address: where workers connect, with the real port.
         received_bytes, sent_bytes: of all frames so far, those dropped at once left out.
         sender: the worker_id that the key behind the last message received is bound to; "" where
-            there are no keys. A peer's name for its connection proves nothing, this does.
+            there are no keys. A peer's name for its connection proves nothing, this does. A name that
+            begins with `keys.RELAY` is a relay's, which is no worker.
         origin: the address of the machine that the last message came from, or ""; for people to read.
+        is_relayed: whether the last message came by way of a relay.
     """
 
     address: str
-    received_bytes: int
-    sent_bytes: int
     sender: str
     origin: str
+    is_relayed: bool
+
+    @property
+    def received_bytes(self) -> int: ...
+
+    @property
+    def sent_bytes(self) -> int: ...
 
     def send(self, peer: Peer, frames: Frames) -> None:
         """Send to a peer; dropped without a word if its connection is gone."""
@@ -44,6 +51,13 @@ class ServerEndpoint(Protocol):
 
     def watch(self, descriptors: Sequence[int]) -> None:
         """Have `receive` return early, with None, whenever one of these is readable."""
+
+    def speaks_for(self, worker_id: str) -> bool:
+        """Whether the key behind the last message received may speak for this worker: it is bound to it, or
+        to a relay that is allowed to. Where there are no keys, anyone may."""
+
+    def wake(self) -> None:
+        """Make the `receive` under way, or else the next one, return None at once. Any thread may call."""
 
     def notices(self) -> list[str]:
         """What a person should know of strangers and of the allow-list since the last call, in words."""
@@ -59,8 +73,9 @@ class WorkerEndpoint(Protocol):
     def address(self) -> str:
         """Where it is connected to now; "" while a file that is to say so holds none."""
 
-    def send(self, frames: Frames) -> None:
-        """Send to the server."""
+    def send(self, frames: Frames, lane: bytes = b"") -> None:
+        """Send to the server. Where `connect` was told that lanes take turns, only messages of one lane keep
+        their order."""
 
     def receive(self, timeout_s: float) -> Frames | None:
         """The next message, or None after the timeout.

@@ -126,8 +126,9 @@ class CollectiveServer:
         self.address = self._listener.address
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
+        self.is_relayed = False
         self._max_message_bytes = max_message_bytes
-        self._inbox: queue.Queue[tuple[Peer, str, list[memoryview], _Link]] = queue.Queue()
+        self._inbox: queue.Queue[tuple[Peer, str, list[memoryview], _Link] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._links: dict[Peer, _Link] = {}
         self._devices: dict[str, Device] = {}
@@ -148,6 +149,8 @@ class CollectiveServer:
             got = self._inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
         except queue.Empty:
             return None
+        if got is None:
+            return None
         peer, self.origin, frames, link = got
         link.heard()
         self.received_bytes += sum(map(len, frames))
@@ -155,6 +158,12 @@ class CollectiveServer:
 
     def watch(self, descriptors: Sequence[int]) -> None:
         assert not descriptors, "nothing but its own queue can be waited for"
+
+    def speaks_for(self, worker_id: str) -> bool:
+        return True
+
+    def wake(self) -> None:
+        self._inbox.put(None)
 
     def notices(self) -> list[str]:
         return []
@@ -225,7 +234,7 @@ class CollectiveWorker:
         self._thread = threading.Thread(target=self._serve, name="lte-collective", daemon=True)
         self._thread.start()
 
-    def send(self, frames: Frames) -> None:
+    def send(self, frames: Frames, lane: bytes = b"") -> None:
         if not self._is_closed:
             self._outbox.put(frames)
 

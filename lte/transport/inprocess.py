@@ -26,7 +26,8 @@ class InprocessServer:
         self.address, self.max_message_bytes = address, max_message_bytes
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
-        self.inbox: queue.Queue[tuple[Peer, list[bytes]]] = queue.Queue()
+        self.is_relayed = False
+        self.inbox: queue.Queue[tuple[Peer, list[bytes]] | None] = queue.Queue()
         self.peers: dict[Peer, InprocessWorker] = {}
 
     def send(self, peer: Peer, frames: Frames) -> None:
@@ -37,14 +38,23 @@ class InprocessServer:
 
     def receive(self, timeout_s: float | None) -> tuple[Peer, Frames] | None:
         try:
-            peer, frames = self.inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
+            received = self.inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
         except queue.Empty:
             return None
+        if received is None:
+            return None
+        peer, frames = received
         self.received_bytes += sum(map(len, frames))
         return peer, frames
 
     def watch(self, descriptors: Sequence[int]) -> None:
         assert not descriptors, "nothing but its own queue can be waited for"
+
+    def speaks_for(self, worker_id: str) -> bool:
+        return True
+
+    def wake(self) -> None:
+        self.inbox.put(None)
 
     def notices(self) -> list[str]:
         return []
@@ -67,7 +77,7 @@ class InprocessWorker:
     def address(self) -> str:
         return self._address
 
-    def send(self, frames: Frames) -> None:
+    def send(self, frames: Frames, lane: bytes = b"") -> None:
         copied = _copied(frames)
         with _lock:  # the server of now: it may be another than at the last message
             server = _servers.get(self._address)

@@ -4,6 +4,10 @@ A pair of keys is two small text files: NAME.secret, which only its owner may re
 The server's allow-list names the worker that each public key belongs to, one key a line:
 
     alice  rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7   # her laptop
+
+A relay's line names the workers that it may speak for, with * at the end of a name for all that begin so:
+
+    relay/paris  7&2k}Nf=xw!W@R6jF1PZc8>eVq.3%hT+m0GdJsLa  carol,dave,paris-*
 """
 
 from __future__ import annotations
@@ -22,6 +26,10 @@ from zmq.utils import z85
 from lte.errors import KeysError
 
 WORKER_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+RELAY = "relay/"
+"""What the name of a relay begins with, and no worker_id does."""
+_RELAY_ID = re.compile(re.escape(RELAY) + WORKER_ID.pattern, re.ASCII)
+_SPOKEN_FOR = re.compile(r"[\w.-]{1,64}\*?|\*", re.ASCII)
 _SECRET = "lte-secret-key "
 """What a secret file begins with, so that nobody takes one kind for the other."""
 
@@ -91,6 +99,14 @@ def load_public(path: str | Path) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """An allow-list: whose each public key is, and the names that each relay may speak for."""
+
+    owners: dict[str, str]
+    spoken_for: dict[str, tuple[str, ...]]
+
+
 class AllowList:
     """The keys that may join, by a file that is read again whenever it has changed.
 
@@ -110,19 +126,35 @@ class AllowList:
         self.path, self._report = Path(path), report
         self._lock = threading.Lock()
         self._seen = self._signature()
-        self._workers = _parsed(self.path)
+        self._listed = _parsed(self.path)
 
     def worker_id(self, key: str) -> str:
-        """The worker that a public key (z85) belongs to now, or "" if it may not join."""
+        """The worker (or relay, see `RELAY`) that a public key (z85) belongs to now, or "" if it may not
+        join."""
+        return self._now().owners.get(key, "")
+
+    def speaks_for(self, sender: str, worker_id: str) -> bool:
+        """Whether the owner of a key may speak for a worker now: it is that one, or its relay."""
+        if not WORKER_ID.fullmatch(worker_id):
+            return False
+        if sender == worker_id:
+            return True
+        names = self._now().spoken_for.get(sender, ())
+        return any(
+            worker_id.startswith(name[:-1]) if name.endswith("*") else worker_id == name for name in names
+        )
+
+    def _now(self) -> _Listed:
+        """What the file says, read again if it has changed."""
         with self._lock:
             if (signature := self._signature()) != self._seen:
                 self._seen = signature  # before reading: what changes meanwhile is read once more
                 try:
-                    self._workers = _parsed(self.path)
-                    self._report(f"{self.path}: read again, keys allowed: {len(self._workers)}")
+                    self._listed = _parsed(self.path)
+                    self._report(f"{self.path}: read again, keys allowed: {len(self._listed.owners)}")
                 except KeysError as error:
                     self._report(f"{error}; the list as it was before stays in force")
-            return self._workers.get(key, "")
+            return self._listed
 
     def _signature(self) -> tuple[int, ...]:
         try:
@@ -144,25 +176,37 @@ def _read(path: str | Path) -> tuple[str, int]:
         raise KeysError(f"{path}: cannot be read ({reason})") from None
 
 
-def _parsed(path: Path) -> dict[str, str]:
-    """An allow-list: public key -> worker_id."""
+def _parsed(path: Path) -> _Listed:
+    """What an allow-list says."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
         raise KeysError(f"{path}: the allow-list cannot be read ({reason})") from None
-    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    spoken_for: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].startswith("#"):  # a key may hold one, a word of its own may not
             continue
-        is_entry = len(words) == 2 or (len(words) > 2 and words[2].startswith("#"))
-        if not is_entry or not WORKER_ID.fullmatch(words[0]) or not _is_key(words[1]):
-            raise KeysError(f"{path}, line {number}: not 'WORKER_ID PUBLIC_KEY' (a comment starts with #)")
-        if words[1] in found:
-            raise KeysError(f"{path}, line {number}: this key is {found[words[1]]}'s already")
-        found[words[1]] = words[0]
-    return found
+        is_relay = words[0].startswith(RELAY)
+        num_words, name = (3, _RELAY_ID) if is_relay else (2, WORKER_ID)
+        is_entry = len(words) == num_words or (len(words) > num_words and words[num_words].startswith("#"))
+        if not is_entry or not name.fullmatch(words[0]) or not _is_key(words[1]):
+            form = "relay/NAME PUBLIC_KEY WORKER_ID,WORKER_ID,..." if is_relay else "WORKER_ID PUBLIC_KEY"
+            raise KeysError(f"{path}, line {number}: not '{form}' (a comment starts with #)")
+        if words[1] in owners:
+            raise KeysError(f"{path}, line {number}: this key is {owners[words[1]]}'s already")
+        owners[words[1]] = words[0]
+        if is_relay:
+            names = words[2].split(",")
+            if wrong := [each for each in names if not _SPOKEN_FOR.fullmatch(each)]:
+                raise KeysError(
+                    f"{path}, line {number}: {wrong[0]!r} is no worker_id; a relay's line ends with those"
+                    " that it may speak for, as in alice,bob or site-*"
+                )
+            spoken_for[words[0]] = (*spoken_for.get(words[0], ()), *names)
+    return _Listed(owners, spoken_for)
 
 
 def _is_key(text: str) -> bool:

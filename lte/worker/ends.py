@@ -25,8 +25,8 @@ class Ends:
 
     def __init__(self, address: str, *, key: str | Path | None, server_key: str | Path | None) -> None:
         """Connect to the first. Raises: see `transport.connect`."""
-        self._keys = {"key": key, "server_key": server_key}
-        self._ends = [transport.connect(address, key=key, server_key=server_key)]
+        self._key, self._server_key = key, server_key
+        self._ends = [self._connected(address)]
         self._addresses: tuple[str, ...] = ()
         # (end, what came of it), once there are several.
         self._inbox: queue.Queue[tuple[WorkerEndpoint, Frames | ConnectError]] = queue.Queue()
@@ -45,7 +45,7 @@ class Ends:
         for end in self._ends[1:]:
             self._close(end)
         self._addresses = tuple(found)
-        self._ends = [self._ends[0], *(transport.connect(address, **self._keys) for address in found)]
+        self._ends = [self._ends[0], *map(self._connected, found)]
         for end in self._ends[self._is_carried :]:
             threading.Thread(target=self._carry, args=(end,), name="lte-shard", daemon=True).start()
         self._is_carried = True
@@ -81,6 +81,9 @@ class Ends:
     def close(self) -> None:
         for end in self._ends:
             self._close(end)
+
+    def _connected(self, address: str) -> WorkerEndpoint:
+        return transport.connect(address, key=self._key, server_key=self._server_key)
 
     def _close(self, end: WorkerEndpoint) -> None:
         self._closed.add(end)

@@ -26,6 +26,7 @@ from forks import fork
 from lte import config, recipes, signals
 from lte.config import Recipe
 from lte.data import pack
+from lte.relay import Relay
 from lte.server import journal, recovery
 from lte.server.checkpoint import Progress
 from lte.server.master import Master
@@ -205,6 +206,15 @@ def _work(
         raise SystemExit(128 + end.number) from None
 
 
+def _relay(server: str, listen: str, own: Mapping[str, Any], faults: Sequence[Script], log: Path) -> None:
+    _begin(faults, log)
+    with (
+        Relay(server, listen, say=lambda line: print(line, flush=True), **own) as relay,
+        signals.told(lambda number: relay.stop()),
+    ):
+        relay.serve()
+
+
 def _begin(faults: Iterable[Script], log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
@@ -238,6 +248,19 @@ class Cluster:
         """Start a worker; `own`: its keys, rank or scale, as `recipes.work` takes them."""
         log, state = self.folder / f"{worker_id}.log", self.state_of(worker_id)
         return self._start(_work, address or self.address, worker_id, own, state, faults, log)
+
+    @property
+    def relay_address(self) -> str:
+        """Where workers behind the relay connect."""
+        return f"ipc://{self.folder}/relay"
+
+    def relay(self, *faults: Script, shelf_bytes: int = 1 << 24, **own: Any) -> BaseProcess:
+        """Start a relay of the server, which runs until it is stopped; `own`: its keys, as `Relay` takes
+        them."""
+        own = {"server": self.address, "listen": self.relay_address, "shelf_bytes": shelf_bytes} | own
+        return self._start(
+            _relay, own.pop("server"), own.pop("listen"), own, faults, self.folder / "relay.log"
+        )
 
     def state_of(self, worker_id: str) -> Path:
         """Where a worker keeps its state."""

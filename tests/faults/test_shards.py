@@ -167,3 +167,12 @@ def test_a_group_that_hangs_is_taken_over_and_writes_nothing_when_it_wakes(
     assert cluster.master_digest() == undisturbed
     for shard in range(2):
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+def test_a_worker_behind_a_relay_is_told_that_shards_are_not(cluster: Cluster) -> None:
+    cluster.serve(server__shards=2)
+    cluster.relay()
+    cluster.ended(cluster.work("a", address=cluster.relay_address), 1)
+    assert "a relay stands before one" in cluster.logs()
+    (refused,) = cluster.events("refused")
+    assert "divided among several servers (server.shards)" in refused
