@@ -153,7 +153,15 @@ def encoded(session: Session) -> dict[str, torch.Tensor]:
     recipe = config.from_dict(session.welcome.settings)
     plain = build(recipe.model)
     model: Any = materialize(convert(plain, recipe.lora, recipe.base.quant), torch.device("cpu"))
-    trainer = Trainer(model, recipe, slot=0, version=0, base=session.base, base_digest=session.base_digest)
+    trainer = Trainer(
+        model,
+        recipe,
+        slot=0,
+        version=0,
+        base=session.base,
+        base_digest=session.base_digest,
+        shards=session.shards,
+    )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(
         0, recipe.model.vocab_size, (4, recipe.model.context_tokens + 1), generator=generator

@@ -12,6 +12,7 @@
     |   `-- DivergedError    what is trained is not finite any more
     |-- WireError            bytes that are not a message of this protocol
     |-- DigestError          server and worker do not hold the same bits
+    |-- ShardError           one of several processes that are one server has ended, and so all do
     |-- StoppedError         this process was told to stop, and did not finish what it was at
     `-- RunEnded             the run is over (finished, stopped, or its server is gone)
         `-- FencedError      for this process alone: a newer one has taken its place
@@ -90,6 +91,10 @@ class WireError(LTEError):
 
 class DigestError(LTEError):
     """Server and worker do not hold the same bits."""
+
+
+class ShardError(LTEError):
+    """A process that holds a shard of the server's master is gone; the server ends, to be started again."""
 
 
 class StoppedError(LTEError):

@@ -15,7 +15,7 @@ from lte.lowrank import seed_of
 from lte.models import weights
 from lte.nested import Cuts
 from lte.nn import convert, describe
-from lte.server import Server, checkpoint, rollback
+from lte.server import Server, assembly, checkpoint, rollback
 from lte.server.master import Master
 from lte.tasks import micro_batches, task_of
 from lte.worker import Worker
@@ -316,7 +316,7 @@ def _loaded(folder: Path, recipe: Recipe) -> tuple[nn.Module, Master, int]:
     Raises:
         RunError: the folder holds no checkpoint, or a damaged one.
     """
-    progress, state = checkpoint.load(checkpoint.newest(folder))
+    progress, state = assembly.load(folder, recipe)
     model = initial_model(recipe)
     master = Master(model, recipe)
     master.enter(progress.version)
@@ -337,8 +337,11 @@ def recipe_of(folder: Path) -> Recipe:
 
 def roll_back(folder: Path, version: int) -> rollback.RolledBack:
     """Bring a recipe's run back to a version; see `rollback.roll_back`."""
-    if recipe_of(folder).train.method == "ddp":
+    recipe = recipe_of(folder)
+    if recipe.train.method == "ddp":
         raise RunError(f"{folder}: a data-parallel run keeps no journal, by which to go back")
+    if recipe.server.shards > 1:
+        raise RunError(f"{folder}: a run with server.shards = {recipe.server.shards} cannot go back yet")
     return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
 
 

@@ -26,6 +26,11 @@ Contributions and updates are as large as the model is, so their tensors travel 
 parts, each sent as soon as it is encoded; the message that names their number closes them. They are
 staged, and taken whole or not at all.
 
+Where several servers have a part of the model each (`server.shards`), a `Placement` tells of the others
+before each Welcome, and a worker says to each one what concerns its part: heartbeats, contributions,
+Behind and Recall. These answer with Receipt, Update, Pulse and Factors of their part; all else is said
+by the first, which decides. An update counts when it has come whole from all of them.
+
 A connection keeps order. So a pulse that answers a heartbeat sent after a contribution comes after
 that contribution's receipt, and one that names a version comes after the update to it: what has not
 come by then was lost with a broken connection, however slow the link. No timer decides it.
@@ -116,6 +121,15 @@ class Welcome(Message, frozen=True, kw_only=True):
     model: dict[str, str]
     holds: bool
     merged_digest: str
+
+
+class Placement(Message, frozen=True, kw_only=True):
+    """The model is divided among several servers: `names` are what each has of it, `addresses` those of
+    all but the one that says so. A Welcome follows. A host of 0.0.0.0 or [::] is this one's."""
+
+    generation: Whole
+    addresses: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
 
 
 class HelloAgain(Message, frozen=True, kw_only=True):
@@ -350,6 +364,7 @@ FromWorker = Hello | Part | Contribution | Heartbeat | Behind | Recall | Leave |
 AnyMessage = (
     Hello
     | Welcome
+    | Placement
     | HelloAgain
     | Refusal
     | Begin

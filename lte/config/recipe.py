@@ -570,6 +570,9 @@ class Server:
     insecure: bool = _doc(
         False, "bind beyond loopback without keys, which collective:// has none of: trusted networks only"
     )
+    shards: Annotated[int, Field(ge=1, le=8)] = _doc(
+        1, "processes that the master is divided among by bytes, each with an address of its own"
+    )
     num_threads: Count = _doc(1, "threads of merge and packing, a layer each, and of evaluations")
     checkpoint_every: Count = _doc(10, "rounds between checkpoints")
     keep_checkpoints: Count = _doc(2, "checkpoints kept; older ones are deleted")

@@ -83,6 +83,7 @@ def _faults(recipe: Recipe) -> list[str]:
     most_rank = max([lora.rank, *(override.rank or 0 for override in lora.overrides)])
     most_of_run = max(most_rank, recipe.as_built.lora.rank)
     most_drawn = max(lora.nested_ranks, default=most_rank)
+    undivided = _undivided(recipe)
     rules = [
         (
             recipe.data.kind in _READS[model.name],
@@ -387,6 +388,11 @@ def _faults(recipe: Recipe) -> list[str]:
             " inprocess://",
         ),
         (
+            recipe.server.shards == 1 or undivided is None,
+            f"server.shards: {recipe.server.shards} servers with a part of the model each cannot do what"
+            f" {undivided} asks for",
+        ),
+        (
             (recipe.server.key is None) == (recipe.server.allow is None),
             "server.key, server.allow: the server's key and the list of those allowed need each other",
         ),
@@ -396,3 +402,19 @@ def _faults(recipe: Recipe) -> list[str]:
         ),
     ]
     return [line for holds, line in rules if not holds]
+
+
+def _undivided(recipe: Recipe) -> str | None:
+    """A setting that needs the whole model in one server process, or one that is not divided yet."""
+    found = {
+        f"server.address={recipe.server.address}": not recipe.server.address.startswith(("tcp://", "ipc://")),
+        "train.method=ddp": recipe.train.method == "ddp",
+        "train.phases": bool(recipe.train.phases),
+        "lora.merge=never": recipe.lora.merge == "never",
+        "outer.when=arrival": recipe.outer.when == "arrival",
+        "outer.combine=factors": recipe.outer.combine == "factors",
+        "outer.bound_norm": recipe.outer.bound_norm is not None,
+        "log.diagnostics_every": recipe.log.diagnostics_every > 0,
+        "compress.measure_entropy": recipe.compress.measure_entropy,
+    }
+    return next((setting for setting, is_set in found.items() if is_set), None)

@@ -68,6 +68,11 @@ def to_peft(run: Path, out: Path, states: Sequence[Path] = ()) -> list[str]:
         UserError: PEFT is not installed, or has no such heads; or `out` holds something.
     """
     recipe = recipes.recipe_of(run)
+    if recipe.server.shards > 1:
+        raise RunError(
+            f"{run}: heads of a run with server.shards = {recipe.server.shards} are not exported yet; its"
+            " merged model is (--format hf or safetensors)"
+        )
     _need_peft()
     workers = _saved(run, states)
     with written_whole(out) as folder:

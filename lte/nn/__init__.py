@@ -5,6 +5,7 @@ from lte.nn.attention import LoRAMultiheadAttention
 from lte.nn.constants import changing_buffers, constant_tensors, statistics
 from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
+from lte.nn.division import divide, part_of
 from lte.nn.embedding import LoRAEmbedding
 from lte.nn.linear import LoRALinear
 from lte.nn.plan import (
@@ -37,6 +38,7 @@ __all__ = [
     "dense_parameters",
     "describe",
     "difference",
+    "divide",
     "draw_A",
     "draw_heads",
     "fit_heads",
@@ -44,6 +46,7 @@ __all__ = [
     "frozen_parameters",
     "lora_of",
     "parameter_groups",
+    "part_of",
     "plan",
     "plan_of",
     "recompute_activations",

@@ -46,7 +46,7 @@ class Evaluation:
     def __init__(
         self,
         model: nn.Module,
-        master: Master,
+        master: Callable[[], Master],
         evaluate: Evaluate | None,
         *,
         num_threads: int,
@@ -55,7 +55,7 @@ class Evaluation:
         """Make it.
 
         Args:
-            model: in eval mode; the weights are filled into it.
+            model: in eval mode; the weights are filled into it. master: gives the whole master of now.
             is_stopped: asked before every module that the model runs.
         """
         self._model, self._master, self._evaluate = model, master, evaluate
@@ -65,14 +65,14 @@ class Evaluation:
         """The losses on so many tokens, or on all for 0; None if told to stop meanwhile."""
         if self._evaluate is None:
             return Losses(None, None)
-        measured = {}
-        weights = ("published", "master", "ema") if self._master.ema.tensors else ("published", "master")
+        measured, master = {}, self._master()
+        weights = ("published", "master", "ema") if master.ema.tensors else ("published", "master")
         others = torch.get_num_threads()
         torch.set_num_threads(self._num_threads)
         try:
             with self._given_up_when_stopped(), torch.no_grad():
                 for which in weights:
-                    self._master.fill(self._model, which)
+                    master.fill(self._model, which)
                     found = self._evaluate(self._model, max_tokens)
                     measured[which] = found if isinstance(found, Measured) else Measured(found)
         except StoppedError:

@@ -13,6 +13,7 @@ from lte.config import Recipe
 from lte.errors import RunError
 from lte.server import checkpoint
 from lte.server.journal import GENERATION, read_generation
+from lte.server.shards import SHARDS
 from lte.track import METRICS, Records
 
 LOCKS = ("lock", "starting")
@@ -43,7 +44,7 @@ def _check_settings(folder: Path, recipe: Recipe) -> None:
     differences = config.differences(
         config.load(folder / "config.yaml"),
         recipe,
-        ("model", "lora", "base", "train", "ddp", "run", "outer.when"),
+        ("model", "lora", "base", "train", "ddp", "run", "outer.when", "server.shards"),
     )
     free = ("train.rounds", "run.resume", "run.dir")
     if fixed := sorted(line for line in differences if not line.startswith(free)):
@@ -115,7 +116,7 @@ def claim(folder: Path, recipe: Recipe, *, take_over: bool) -> Claim:
 def _move_aside(folder: Path) -> None:
     """Rename what an earlier run left, so that nothing is lost and nothing is mixed."""
     kept = [path for path in folder.iterdir() if path.name not in (*LOCKS, KEYS)]
-    if not any(path.name in ("checkpoints", "metrics.jsonl") for path in kept):
+    if not any(path.name in ("checkpoints", "metrics.jsonl", SHARDS) for path in kept):
         return
     n = 1
     while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():

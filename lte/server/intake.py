@@ -26,6 +26,10 @@ OTHER_VERSION = (
     "install the server's version of lte on every machine",
 )
 """Why a message of another schema is refused, and the cure."""
+BEHIND_A_RELAY = (
+    "this run's master is divided among several servers (server.shards), and a relay stands before one",
+    "connect to the server itself",
+)
 
 
 def objection(hello: wire.Hello, plan: Plan, lora: LoRA) -> tuple[str, str] | None:

@@ -28,7 +28,7 @@ from lte.compress import (
 from lte.config import Codec, Outer, Recipe
 from lte.errors import ConfigError, WireError
 from lte.merge import HeadDelta, Robust
-from lte.nn import Plan, adapted_modules, blocks, from_matrix, plan, to_matrix
+from lte.nn import Plan, adapted_modules, blocks, from_matrix, part_of, plan, to_matrix
 from lte.quantize import Quantized
 from lte.server.average import Average
 
@@ -66,17 +66,23 @@ class Outcome:
     """What a merge came to.
 
     Attributes:
-        in_steps: root mean square of the change of W, in steps of the base's quantization; 0 for a base
-            without any.
+        change: length of the change of W. step: that of one where each weight changes by a step of its
+            base's quantization; 0 for a base without any.
         bounded: worker_id -> share of its contribution's length that was merged, where bounds cut it.
         trimmed: workers whose contribution was left out of the change, though it counts as merged.
         heads: by module, the weighted deltas of all heads, where they were to be kept.
     """
 
-    in_steps: float
+    change: float
+    step: float
     bounded: dict[str, float]
     trimmed: tuple[str, ...]
     heads: dict[str, list[HeadDelta]] = field(default_factory=dict)
+
+    @property
+    def in_steps(self) -> float:
+        """Root mean square of the change of W, in steps of the base's quantization; 0 without any."""
+        return self.change / self.step if self.step else 0.0
 
     @property
     def held_down(self) -> dict[str, Any]:
@@ -105,9 +111,13 @@ class Master:
     server knows them. Where factors are averaged these are dense parameters, and what is published of them
     makes what is published of W.
 
+    Of a model that is divided among several servers (`server.shards`) each one's master holds its part:
+    names and merges are of that part alone.
+
     Attributes:
-        recipe: with the settings of the round on the version at hand. plan: what becomes of the model by
-            them; built: what becomes of one that joins, before its worker brings it to these.
+        recipe: with the settings of the round on the version at hand. plan: what becomes of the model, or
+            of this part, by them; built: what becomes of a whole one that joins, before its worker brings
+            it to these.
         weights: W of every adapted module, by `MODULE`. dense: every dense parameter and statistic, by
             name, and the factors where these are averaged. averaged: the shapes of all these.
         constants: all that stays as it is, by name.
@@ -120,8 +130,11 @@ class Master:
             that was sent last (B' is zero), where A is trained and sent lossily.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, names: Collection[str] | None = None) -> None:
         """Take the initial weights of a plain (unconverted) model, which is not changed.
+
+        Args:
+            names: of the modules with heads, and other tensors, that are this master's; None: all.
 
         Raises:
             ConfigError: the model is converted, or the recipe's patterns do not fit it.
@@ -130,8 +143,9 @@ class Master:
             raise ConfigError(["the server needs the plain model; this one was converted"])
         self.recipe = recipe = recipe.in_round(0)
         self.built = plan(model, recipe.as_built.lora, recipe.as_built.base.quant)
+        self._names = names
         self.plan = self.plan_in(0)
-        optim.check_patterns(self.plan, recipe.optimizer)
+        optim.check_patterns(self.built, recipe.optimizer)
         if recipe.train.checkpoint_activations:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
         parameters = _named_tensors(model)
@@ -176,7 +190,8 @@ class Master:
     def plan_in(self, number: int) -> Plan:
         """The plan by the settings of a round."""
         recipe = self.recipe.in_round(number)
-        return self.built.of_settings(recipe.lora, recipe.base.quant, full_rank=recipe.train.full_rank)
+        whole = self.built.of_settings(recipe.lora, recipe.base.quant, full_rank=recipe.train.full_rank)
+        return whole if self._names is None else part_of(whole, self._names)
 
     # Contributions
 
@@ -322,7 +337,8 @@ class Master:
         change, step = (math.hypot(*sizes) for sizes in zip((0.0, 0.0), *measured, strict=True))
         who = [contribution.worker_id for contribution in contributions]
         return Outcome(
-            in_steps=change / step if step else 0.0,
+            change=change,
+            step=step,
             bounded={w: kept for w, kept in zip(who, robust.kept, strict=True) if kept < 1} if robust else {},
             trimmed=tuple(w for k, w in enumerate(who) if robust and k in robust.trimmed),
             heads=kept,

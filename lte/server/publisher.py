@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -106,6 +106,11 @@ class Publisher:
         """Send the whole published model."""
         self._send_update([peer], None, self._master.snapshot().items(), merged)
 
+    def whole(self) -> Callable[[Peer], None]:
+        """What sends the model as it is published now, also when it is another."""
+        snapshot, now = self._master.snapshot(), (self.version, self.base_digest, self.num_merged)
+        return lambda peer: self._send_update([peer], None, snapshot.items(), (), now)
+
     def bring_up(self, peer: Peer, version: int, merged: Sequence[int]) -> None:
         """Send the published version to a worker that holds an older one and missed what came since:
         the changes folded into one, or the whole model where that is smaller.
@@ -135,20 +140,27 @@ class Publisher:
         since: int | None,
         blobs: Iterable[tuple[str, Tensor]],
         merged: Sequence[int],
+        published: tuple[int, str, int] | None = None,
     ) -> None:
-        """Send an update to these peers in parts, then the message that closes them."""
-        stream, num_parts = self._send_parts(peers, blobs)
+        """Send an update to these peers in parts, then the message that closes them.
+
+        Args:
+            published: version, digest of the base and number of contributions that it leads to; None: those
+                of now.
+        """
+        version, base_digest, num_merged = published or (self.version, self.base_digest, self.num_merged)
+        stream, num_parts = self._send_parts(peers, blobs, version)
         recipe = self._recipe
         update = wire.Update(
             generation=self._generation,
-            version=self.version,
+            version=version,
             since=since,
-            step=recipe.step_of(self.version, self.num_merged),
+            step=recipe.step_of(version, num_merged),
             stream=stream,
             parts=num_parts,
             merged=tuple(merged),
-            base_digest=self.base_digest,
-            last=recipe.round_of(self.version, self.num_merged) >= recipe.train.rounds,
+            base_digest=base_digest,
+            last=recipe.round_of(version, num_merged) >= recipe.train.rounds,
         )
         for peer in peers:
             self._send(peer, update)
@@ -156,13 +168,15 @@ class Publisher:
     def send_factors(self, peer: Peer, merged: Mapping[str, Tensor]) -> None:
         """Send what is merged of a worker."""
         blobs = ((name, tensor.reshape(-1).view(torch.uint8)) for name, tensor in merged.items())
-        stream, num_parts = self._send_parts([peer], blobs)
+        stream, num_parts = self._send_parts([peer], blobs, self.version)
         factors = wire.Factors(
             generation=self._generation, version=self.version, stream=stream, parts=num_parts
         )
         self._send(peer, factors)
 
-    def _send_parts(self, peers: Sequence[Peer], blobs: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
+    def _send_parts(
+        self, peers: Sequence[Peer], blobs: Iterable[tuple[str, Tensor]], version: int
+    ) -> tuple[int, int]:
         """Send named bytes in parts, each as soon as it is full. Returns the stream and how many."""
         self._stream += 1
         stream = self._stream
@@ -172,7 +186,7 @@ class Publisher:
                 generation=self._generation,
                 worker_id="",
                 incarnation=0,
-                version=self.version,
+                version=version,
                 stream=stream,
                 index=index,
             )

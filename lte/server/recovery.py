@@ -12,7 +12,7 @@ import torch
 
 from lte import config
 from lte.errors import RunError
-from lte.server import checkpoint, journal
+from lte.server import checkpoint, journal, rounds
 from lte.server.checkpoint import Progress
 from lte.server.diagnosis import Diagnosis
 from lte.server.master import Master, Received
@@ -192,6 +192,20 @@ class _Replay:
                 **(outcome.held_down if master.recipe.outer.bound_norm else {}),
             }
         )
+
+
+def member(admitted: journal.Admitted, now_s: float) -> rounds.Member:
+    """A worker as the rounds know it, heard now."""
+    return rounds.Member(
+        worker_id=admitted.worker_id,
+        session=admitted.session,
+        incarnation=admitted.incarnation,
+        slot=admitted.slot,
+        heads=admitted.heads,
+        rank=admitted.rank,
+        scale=admitted.scale,
+        heard_s=now_s,
+    )
 
 
 def in_arrival(contributions: int, staleness: Sequence[int]) -> dict[str, Any]:

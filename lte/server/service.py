@@ -22,15 +22,16 @@ from lte import config, schedule, signals, transport, wire
 from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
-from lte.errors import FencedError, WireError
+from lte.errors import FencedError, RunError, WireError
 from lte.quantize import Quantized
-from lte.server import folder, recovery, rounds
+from lte.server import assembly, commit, folder, recovery, rounds
 from lte.server.admission import Complaints, Joins, inquiries, not_vouched, vouched
 from lte.server.checkpoint import Progress
 from lte.server.diagnosis import Diagnosis
 from lte.server.evaluation import Evaluate, Evaluation, Losses
-from lte.server.intake import OTHER_VERSION, Intake, Offered, objection, so_many
+from lte.server.intake import BEHIND_A_RELAY, OTHER_VERSION, Intake, Offered, objection, so_many
 from lte.server.journal import Admitted, Gone, Kept, Merged
+from lte.server.links import Links
 from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
 from lte.server.status import Roll, in_words
@@ -87,7 +88,10 @@ class Server:
         recipe = config.checked(recipe)
         self.folder = Path(recipe.run.dir)
         self._resources = ExitStack()
+        self._stop_reason: str | None = None
         try:
+            self._links = Links(model, recipe, lambda: self._stop_reason is not None)
+            self._resources.callback(self._links.close)
             self._endpoint = transport.bind(
                 recipe.server.address,
                 max_message_bytes=recipe.server.max_message_bytes,
@@ -103,10 +107,12 @@ class Server:
             torch.set_num_threads(1)  # the master shares layers out among threads of its own
             self.recipe = recipe
             model = (model if isinstance(model, nn.Module) else model()).eval()
-            self.master = Master(model, recipe)
+            self._names = assembly.names(model, recipe)
+            self.master = Master(model, recipe, self._names[0] if self._names else None)
+            self._model, self._whole = model, self.master
             self._evaluation = Evaluation(
                 model,
-                self.master,
+                self._whole_master,
                 evaluate,
                 num_threads=recipe.server.num_threads,
                 is_stopped=lambda: self._stop_reason is not None,
@@ -115,7 +121,17 @@ class Server:
             self.generation = folder.next_generation(self.folder)
             self.run_id = folder.run_id(self.folder)
             self._diagnosis = Diagnosis(self.folder, self.master)
+            of_others = self._links.recover(self.generation, recipe.server.address)
             found = recovery.recover(self.folder, self.master, diagnosis=self._diagnosis)
+            found.faults += [fault for other in of_others for fault in other.faults]
+            version = commit.agreed([found.progress.version, *(other.version for other in of_others)])
+            if found.progress.version != version:
+                raise RunError(
+                    f"{self.folder}: its shards lead to version {version}, its own journal to"
+                    f" {found.progress.version}; what is missing in them is damaged or was deleted"
+                )
+            of_bases = self._links.begin(version)
+            self._endpoint.watch(self._links.descriptors)
             left_out = self._diagnosis.begin(found.progress.version)
             (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
             tracker = Tracker(self.folder, recipe, version=found.progress.version, display=display)
@@ -143,7 +159,7 @@ class Server:
             self._train_losses, self._eval_losses = Divergence(rise, window=3), Divergence(rise, window=2)
             # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
             self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
-            self._take_up(found)
+            self._take_up(found, of_bases)
             if not self.address.startswith("inprocess://"):
                 posted.post(self.folder, self.address, recipe.server.host)
             claim.started()
@@ -162,21 +178,25 @@ class Server:
         self._merged_s: float | None = None
         # What is told to whoever asks how the run is; who does.
         self._roll, self._inquiries, self._asking = Roll(), inquiries(), list[Peer]()
-        self._stop_reason: str | None = None
+        # Of a divided model: which parts of contributions are durable; this shard's, until all are; the
+        # last one of each worker that was refused.
+        self._gathering = commit.Gathering(recipe.server.shards)
+        self._parked: dict[str, tuple[Peer, Offered]] = {}
+        self._refused: dict[str, commit.Edition] = {}
         self.stopped_by = 0
         self._said = ""
         self._event(
             "started",
             f"generation {self.generation} of the server at {self.address}",
-            num_parameters=self.master.plan.num_parameters,
-            num_adapted_parameters=self.master.plan.num_adapted_parameters,
+            num_parameters=self.master.built.num_parameters,
+            num_adapted_parameters=self.master.built.num_adapted_parameters,
         )
         for fault in found.faults:
             self._event("damaged", fault)
         if left_out:
             self._event("diagnostics", left_out)
 
-    def _take_up(self, found: recovery.Recovered) -> None:
+    def _take_up(self, found: recovery.Recovered, of_bases: Sequence[str]) -> None:
         """Go on from what was recovered: its records, its workers, a journal and checkpoint of its own."""
         progress, recipe = found.progress, self.recipe
         recorded = set()
@@ -198,8 +218,10 @@ class Server:
         self._merged_in = dict(progress.merged_in)
         told = progress.told if recipe.merges_on_arrival else {}
         # Digests of the version that is published, and of those that members were told last.
-        self._digests = {**dict(told.values()), progress.version: self._publisher.base_digest}
-        members = {member.worker_id: _member(member, self._watch.now_s()) for member in progress.members}
+        digest = " ".join([self._publisher.base_digest, *of_bases])
+        self._digests = {**dict(told.values()), progress.version: digest}
+        now_s = self._watch.now_s()
+        members = {member.worker_id: recovery.member(member, now_s) for member in progress.members}
         self._state = rounds.resumed(
             rounds.State(
                 rules=_rules(recipe),
@@ -207,7 +229,7 @@ class Server:
                 num_merged=progress.num_merged,
                 told={who: version for who, (version, _) in told.items() if who in members},
                 members=members,
-                known={member.worker_id: _member(member, self._watch.now_s()) for member in progress.known},
+                known={member.worker_id: recovery.member(member, now_s) for member in progress.known},
                 contributed=frozenset(progress.merged_in),
                 next_incarnation=progress.next_incarnation,
             ),
@@ -251,6 +273,7 @@ class Server:
                 self._publish_if_durable()
                 self._say_waiting()
                 received = self._endpoint.receive(self._patience_s())
+                self._hear_shards()
                 num_heard = 0
                 while received is not None:  # all that has come: an evaluation made it wait, not silent
                     self._hear(*received)
@@ -291,6 +314,7 @@ class Server:
             if received := self._endpoint.receive(self._patience_s()):
                 self._hear(*received)
                 self._answer_inquiries()
+            self._hear_shards()
             self._happened(rounds.Ticked())
 
     def stop(self, reason: str) -> None:
@@ -366,6 +390,8 @@ class Server:
             return
         plan, lora = self.master.built, self.recipe.as_built.lora
         refusal = objection(hello, plan, lora)
+        if not refusal and self._links.num and self._endpoint.is_relayed:
+            refusal = BEHIND_A_RELAY
         if not refusal and is_new and not self._joins.may(self._endpoint.sender):
             refusal = "too many workers have joined lately", "try again in a minute"
         if refusal:
@@ -422,16 +448,55 @@ class Server:
         if is_current and self._state.awaits(message.worker_id, message.version):
             assert member is not None
             try:
-                self._offered = self._intake.close(message, member, self._digests[message.version])
+                base_digest = self._digests[message.version].partition(" ")[0]  # of this shard's part
+                self._offered = self._intake.close(message, member, base_digest)
             except WireError as error:
-                self._complain("refused", f"a contribution of {message.worker_id} was refused: {error}")
-                self._outliers.started_over(message.worker_id)
-                self._receipt(peer, message.version, "refused", str(error))
+                self._refuse_contribution(peer, _edition(message), str(error))
                 return
             if self._offered is None:
                 return  # parts were lost: without a receipt they come again
+            if self._links.num:
+                self._parked[message.worker_id] = (peer, self._offered)
+                self._receipt(peer, message.version, "held", "")
+                self._is_durable_at(0, _edition(message))
+                return
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
+
+    def _refuse_contribution(self, peer: Peer, edition: commit.Edition, reason: str) -> None:
+        """Say so, once, whichever shards refuse it."""
+        worker_id = edition.worker_id
+        if self._links.num and self._refused.get(worker_id) == edition:
+            return
+        self._refused[worker_id] = edition
+        self._complain("refused", f"a contribution of {worker_id} was refused: {reason}")
+        self._outliers.started_over(worker_id)
+        self._receipt(peer, edition.version, "refused", reason)
+
+    def _hear_shards(self) -> None:
+        """Hear what the holders have said unasked."""
+        self._links.listen()
+        while self._links.heard:
+            shard, report = self._links.heard.popleft()
+            match report:
+                case commit.Durable(edition=edition):
+                    self._is_durable_at(shard, edition)
+                case commit.Refused(edition=edition, reason=reason):
+                    peer = self._peers.get(edition.worker_id)
+                    is_member = self._is_member(edition.worker_id, edition.incarnation)
+                    if peer is not None and is_member and edition.version == self.version:
+                        self._refuse_contribution(peer, edition, reason)
+                case commit.Happened(what=what, message=message):
+                    self._event(what, message)
+
+    def _is_durable_at(self, shard: int, edition: commit.Edition) -> None:
+        """A shard has its part of a contribution: it counts if all do."""
+        worker_id, incarnation, version, _, _ = edition
+        if version != self.version or not self._is_member(worker_id, incarnation):
+            return
+        if self._gathering.durable(shard, edition) and worker_id in self._parked:
+            peer, self._offered = self._parked.pop(worker_id)
+            self._happened(rounds.Contributed(worker_id, incarnation, version), peer)
 
     def _is_stale(self, peer: Peer, generation: int) -> bool:
         if generation == self.generation:
@@ -502,6 +567,9 @@ class Server:
                 self._roll.left(member, reason)
                 self._intake.drop(member.worker_id)
                 self._attempts.pop(member.worker_id, None)
+                self._parked.pop(member.worker_id, None)
+                self._gathering.drop(member.worker_id)
+                self._links.tell(commit.Dismiss(worker_id=member.worker_id))
                 self._store.write(Gone(incarnation=member.incarnation))
                 if not self.finished:
                     self._event("left", f"{member.worker_id} is gone: {reason}", worker_id=member.worker_id)
@@ -519,8 +587,28 @@ class Server:
         on_arrival = self.recipe.merges_on_arrival
         if not on_arrival:  # parts of what others send belong to the round that is over
             self._intake.clear()
+        self._parked = {}
+        self._gathering.clear()
         version, contributions = self.version + 1, [received for received, _ in held]
         num_merged = self._state.num_merged + len(held)
+        is_last = self.recipe.round_of(version, num_merged) >= self.recipe.train.rounds
+        incarnations = [message.incarnation for _, message in held]
+        # A round's contributions that are merged on arrival make so many versions at most.
+        most_versions = self.recipe.train.workers if on_arrival else 1
+        recent = version - self.recipe.server.remember_rounds * most_versions
+        absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
+        remain = sorted(absent.union(self._state.members, worker_ids))
+        self._tokens += sum(message.tokens for _, message in held)
+        self._links.tell(
+            commit.Merge(
+                version=version,
+                incarnations=tuple(incarnations),
+                num_missing_heads=num_missing_heads,
+                remain=tuple(remain),
+                tokens=self._tokens,
+                is_last=is_last,
+            )
+        )
         staleness = [self.version - message.version for _, message in held]
         is_due = self._diagnosis.is_due(version)
         outcome = self.master.merge(
@@ -530,20 +618,14 @@ class Server:
             keep_heads=is_due,
         )
         merged_s = self._now_s()
-        is_last = self.recipe.round_of(version, num_merged) >= self.recipe.train.rounds
         self.master.enter(version)
         before = self.master.requantize(last=is_last)
         dense = self.master.publish_dense(last=is_last)
         digests = self.master.base_digest(), self.master.master_digest()
         requantized_s = self._now_s()
-        incarnations = [message.incarnation for _, message in held]
-        # A round's contributions that are merged on arrival make so many versions at most.
-        most_versions = self.recipe.train.workers if on_arrival else 1
-        recent = version - self.recipe.server.remember_rounds * most_versions
-        absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
-        remain = sorted(absent.union(self._state.members, worker_ids))
         self.master.keep_only(remain)
-        self._tokens += sum(message.tokens for _, message in held)
+        prepared = self._links.prepared()  # on disk everywhere else: from the next line on it is decided
+        outcome = assembly.outcome(outcome, prepared)
         self._store.write(
             Merged(
                 version=version,
@@ -561,12 +643,15 @@ class Server:
             self._merged_in |= {message.worker_id: (version, message.incarnation) for _, message in held}
             self._merged_in = {who: last for who, last in self._merged_in.items() if who in self._state.known}
             base_digest, self._master_digest = digests
+            self._digests[version] = " ".join([base_digest, *(shard.base_digest for shard in prepared)])
             round_before, told = self._round, dict(self._peers)
             if on_arrival and not is_last:  # others hear of it when they are done with what they have
                 told = {who: peer for who, peer in told.items() if who in worker_ids}
             peers = [] if on_arrival else list(told.values())
+            self._links.tell(commit.Publish(told=tuple(told)))
             changed = self._publisher.publish(peers, before, dense, incarnations, base_digest)
-            self._digests[version] = base_digest
+            published = self._links.published()
+            changed = assembly.changed(self.master, changed, published)
             if on_arrival:
                 bases = {**self._state.told, **{message.worker_id: message.version for _, message in held}}
                 for who, peer in told.items():
@@ -584,6 +669,7 @@ class Server:
             typical_loss = self._record_round(
                 [message for _, message in held],
                 len(told),
+                published,
                 **changed,
                 **(recovery.in_arrival(num_merged, staleness) if on_arrival else {}),
                 merge_in_steps=outcome.in_steps,
@@ -636,11 +722,17 @@ class Server:
             )
         )
 
-    def _record_round(self, merged: list[wire.Contribution], num_told: int, **measured: Any) -> float | None:
+    def _record_round(
+        self,
+        merged: list[wire.Contribution],
+        num_told: int,
+        published: Sequence[commit.Published],
+        **measured: Any,
+    ) -> float | None:
         """Write the round's line. Returns the typical training loss."""
         losses = [message.loss for message in merged if message.loss is not None]
-        uplink, downlink, by_kind = self._publisher.close_round()
-        bits = 8 / self.master.plan.num_parameters
+        uplink, downlink, by_kind = assembly.traffic(self._publisher.close_round(), published)
+        bits = 8 / self.master.built.num_parameters
         train_loss, typical_loss = sum(losses) / len(losses) if losses else None, typical(losses)
         self._tracker.record(
             "round",
@@ -699,6 +791,7 @@ class Server:
         if self.finished or self._stop_reason is not None:
             return  # a checkpoint of the end follows
         if is_due(self.recipe.server.checkpoint_every):
+            self._links.tell(commit.Save(is_awaited=False))
             self._store.save_meanwhile(self._progress(), self.master.state())
 
     def _warn(self, which: str, rise: Rise | None) -> None:
@@ -726,6 +819,14 @@ class Server:
             number, last_step = version - 1, self.recipe.in_round(version - 1).train.local_steps - 1
         return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, number, last_step)
 
+    def _whole_master(self) -> Master:
+        """The master of now; of a divided model, put together from its parts."""
+        if self._links.num:
+            if self._whole is self.master:
+                self._whole = Master(self._model, self.recipe)
+            assembly.fill(self._whole, self.version, [self.master.state(), *self._links.states()])
+        return self._whole
+
     def _measure(self, max_tokens: int) -> Losses | None:
         """Measure the published model and the master, and record both; None if told to stop meanwhile."""
         losses = self._evaluation.losses(max_tokens)
@@ -751,12 +852,12 @@ class Server:
             version=self.version,
             tokens=self._tokens,
             workers=self.recipe.train.workers,
-            num_parameters=self.master.plan.num_parameters,
-            num_adapted_parameters=self.master.plan.num_adapted_parameters,
+            num_parameters=self.master.built.num_parameters,
+            num_adapted_parameters=self.master.built.num_adapted_parameters,
             uplink_bytes=self._tracker.uplink_bytes,
             downlink_bytes=self._tracker.downlink_bytes,
             **measured.recorded(),
-            master_digest=self._master_digest,
+            master_digest=self._whole.master_digest(),
         )
         return True
 
@@ -765,6 +866,10 @@ class Server:
     def _welcome(self, peer: Peer, member: rounds.Member) -> None:
         held = self._hello.version
         is_known = self._state.expects(member.worker_id, held) and held in self._digests
+        of_others = self._links.admit(commit.Admit(worker=_admitted(member)))
+        merged_digest = self.master.merged_digest(member.worker_id, member.heads, member.rank)
+        if self._links.num:
+            self._send(peer, self._links.placement(self.generation, self._names))
         welcome = wire.Welcome(
             run_id=self.run_id,
             generation=self.generation,
@@ -775,11 +880,12 @@ class Server:
             settings=config.to_dict(self.recipe),
             model=self._described(member),
             holds=is_known and self._hello.base_digest == self._digests[held],
-            merged_digest=self.master.merged_digest(member.worker_id, member.heads, member.rank),
+            merged_digest=" ".join([merged_digest, *of_others]),
         )
         self._send(peer, welcome)
         if not welcome.holds:
             merged = self._merged_since(member.worker_id, self._hello.version)
+            self._links.tell(commit.SendWhole(worker_id=member.worker_id))
             self._publisher.send_whole(peer, merged)
             self._happened(rounds.Told(member.worker_id))
 
@@ -952,20 +1058,8 @@ class Server:
         self._publish_if_durable()
         if self._unpublished:  # the master is ahead of the version that it would be saved as
             return False
-        return self._store.save(replace(self._progress(), members=()), self.master.state())
-
-
-def _member(admitted: Admitted, now_s: float) -> rounds.Member:
-    return rounds.Member(
-        worker_id=admitted.worker_id,
-        session=admitted.session,
-        incarnation=admitted.incarnation,
-        slot=admitted.slot,
-        heads=admitted.heads,
-        rank=admitted.rank,
-        scale=admitted.scale,
-        heard_s=now_s,
-    )
+        own = replace(self._progress(), members=())
+        return self._links.is_saved() and self._store.save(own, self.master.state())
 
 
 def _admitted(member: rounds.Member) -> Admitted:
@@ -977,6 +1071,12 @@ def _admitted(member: rounds.Member) -> Admitted:
         heads=member.heads,
         rank=member.rank,
         scale=member.scale,
+    )
+
+
+def _edition(message: wire.Contribution) -> commit.Edition:
+    return commit.Edition(
+        message.worker_id, message.incarnation, message.version, message.stream, message.tokens
     )
 
 

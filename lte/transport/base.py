@@ -26,11 +26,13 @@ class ServerEndpoint(Protocol):
             there are no keys. A peer's name for its connection proves nothing, this does. A name that
             begins with `keys.RELAY` is a relay's, which is no worker.
         origin: the address of the machine that the last message came from, or ""; for people to read.
+        is_relayed: whether the last message came by way of a relay.
     """
 
     address: str
     sender: str
     origin: str
+    is_relayed: bool
 
     @property
     def received_bytes(self) -> int: ...
@@ -46,6 +48,9 @@ class ServerEndpoint(Protocol):
 
         Where there are keys, messages of one that is not allowed any more are dropped.
         """
+
+    def watch(self, descriptors: Sequence[int]) -> None:
+        """Have `receive` return early, with None, whenever one of these is readable."""
 
     def speaks_for(self, worker_id: str) -> bool:
         """Whether the key behind the last message received may speak for this worker: it is bound to it, or
@@ -63,6 +68,10 @@ class ServerEndpoint(Protocol):
 
 class WorkerEndpoint(Protocol):
     """Where a worker hears its server."""
+
+    @property
+    def address(self) -> str:
+        """Where it is connected to now; "" while a file that is to say so holds none."""
 
     def send(self, frames: Frames, lane: bytes = b"") -> None:
         """Send to the server. Where `connect` was told that lanes take turns, only messages of one lane keep

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lte.errors import ConnectError
 from lte.transport import meeting
@@ -126,6 +126,7 @@ class CollectiveServer:
         self.address = self._listener.address
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
+        self.is_relayed = False
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.Queue[tuple[Peer, str, list[memoryview], _Link] | None] = queue.Queue()
         self._lock = threading.Lock()
@@ -154,6 +155,9 @@ class CollectiveServer:
         link.heard()
         self.received_bytes += sum(map(len, frames))
         return peer, frames
+
+    def watch(self, descriptors: Sequence[int]) -> None:
+        assert not descriptors, "nothing but its own queue can be waited for"
 
     def speaks_for(self, worker_id: str) -> bool:
         return True
@@ -220,7 +224,7 @@ class CollectiveWorker:
     """See `base.WorkerEndpoint`. One thread looks for the server, and receives once it has found it."""
 
     def __init__(self, address: str) -> None:
-        self._find = meeting.finder(address)
+        self.address, self._find = address, meeting.finder(address)
         self._inbox: queue.Queue[list[memoryview]] = queue.Queue()
         self._outbox = _Outbox()
         self._lock = threading.Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from collections.abc import Sequence
 
 from lte.errors import ConnectError
 from lte.transport.base import Frames, Peer
@@ -25,6 +26,7 @@ class InprocessServer:
         self.address, self.max_message_bytes = address, max_message_bytes
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
+        self.is_relayed = False
         self.inbox: queue.Queue[tuple[Peer, list[bytes]] | None] = queue.Queue()
         self.peers: dict[Peer, InprocessWorker] = {}
 
@@ -44,6 +46,9 @@ class InprocessServer:
         peer, frames = received
         self.received_bytes += sum(map(len, frames))
         return peer, frames
+
+    def watch(self, descriptors: Sequence[int]) -> None:
+        assert not descriptors, "nothing but its own queue can be waited for"
 
     def speaks_for(self, worker_id: str) -> bool:
         return True
@@ -67,6 +72,10 @@ class InprocessWorker:
         self.inbox: queue.Queue[list[bytes]] = queue.Queue()
         self._address, self._peer = address, b"%d" % next(_names)
         self._closed = False
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     def send(self, frames: Frames, lane: bytes = b"") -> None:
         copied = _copied(frames)

@@ -37,7 +37,7 @@ class RelayedServer:
     def __init__(self, own: ServerEndpoint) -> None:
         """Args: own: on which both workers and relays are heard."""
         self._own = own
-        self.address, self.sender, self.origin = own.address, "", ""
+        self.address, self.sender, self.origin, self.is_relayed = own.address, "", "", False
         self._shelves: dict[Peer, Shelf[bool]] = {}  # of the connections of relays, by last word
         self._hashed: tuple[Frames, Sequence[bytes]] = (), ()
         self._notices: deque[str] = deque(maxlen=_NUM_NOTICES)
@@ -89,13 +89,14 @@ class RelayedServer:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for _ in range(_MOST_IN_A_ROW):
             received = self._own.receive(None if deadline_s is None else deadline_s - time.monotonic())
-            self.sender, self.origin = self._own.sender, self._own.origin
+            self.sender, self.origin, self.is_relayed = self._own.sender, self._own.origin, False
             if received is None:
                 return None
             connection, frames = received
             if not envelope.is_sealed(frames):
                 return _peer(connection), frames
             if route := self._open(connection, frames):
+                self.is_relayed = True
                 return _peer(connection, route), frames[1:]
         return None
 
@@ -123,6 +124,9 @@ class RelayedServer:
 
     def speaks_for(self, worker_id: str) -> bool:
         return self._own.speaks_for(worker_id)
+
+    def watch(self, descriptors: Sequence[int]) -> None:
+        self._own.watch(descriptors)
 
     def wake(self) -> None:
         self._own.wake()

@@ -19,6 +19,7 @@ import stat
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
@@ -139,6 +140,7 @@ class ZmqServer:
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
         self.sender = self.origin = ""
+        self.is_relayed = False
 
     def send(self, peer: Peer, frames: Frames) -> None:
         if self._socket.closed:
@@ -159,7 +161,7 @@ class ZmqServer:
             if self._bell is not None and self._bell in ready:
                 os.eventfd_read(self._bell)
                 return None
-            if not ready:
+            if self._socket not in ready:  # but what else is waited for
                 return None
             peer, *frames = self._socket.recv_multipart(copy=False)
             if self._allowed is not None:
@@ -171,6 +173,10 @@ class ZmqServer:
             views = [frame.buffer for frame in frames]
             self.received_bytes += _frame_bytes(views)
             return bytes(peer.buffer), views
+
+    def watch(self, descriptors: Sequence[int]) -> None:
+        for each in descriptors:
+            self._poller.register(each, zmq.POLLIN)
 
     def speaks_for(self, worker_id: str) -> bool:
         return self._allowed is None or self._allowed.speaks_for(self.sender, worker_id)
@@ -236,6 +242,10 @@ class ZmqWorker:
         self._bell.connect("inproc://outbox")
         self._thread = threading.Thread(target=self._serve, args=(bell, monitor), name="lte-zmq", daemon=True)
         self._thread.start()
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     def send(self, frames: Frames, lane: bytes = b"") -> None:
         self._put(frames, lane)

@@ -121,6 +121,7 @@ class Worker:
                 step=server.step,
                 scale=server.scale,
                 optimizer=optimizer,
+                shards=server.shards,
             )
             server.base = {}  # the model holds it now
             self._count(Tally())
@@ -397,7 +398,7 @@ class Worker:
             blobs,
             update.base_digest,
             merged=merged,
-            whole=update.since is None,
+            whole=self._session.whole,
             step=update.step,
         )
         self._pushed = None

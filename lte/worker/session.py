@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 import msgspec
 from torch import Tensor
 
-from lte import config, transport, wire
+from lte import config, wire
 from lte.clock import Watch
+from lte.compress.shards import Shards
 from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded, StoppedError, WireError
 from lte.worker import state
+from lte.worker.ends import Ends
+from lte.worker.staging import Staging
 
 _ASK_AGAIN_S = 3.0
 """A Hello without an answer is sent again after this: no server may have been there."""
@@ -99,6 +102,8 @@ class Session:
         merged: incarnations of this worker's name whose contribution to the version that it said it
             had pushed to, or a later one, is in that model.
         scale: lora_scale of this worker's heads; 0: the recipe's.
+        shards: which of the run's servers has what of the model. whole: those of them whose part of the
+            last update was whole.
         folder: of this worker's state, or None. saved: what an earlier process left there, or None.
         num_damaged: messages that could not be read.
     """
@@ -138,22 +143,23 @@ class Session:
         self.folder = None if folder is None else Path(folder)
         self.saved: state.Saved | None = None
         version = self._read_state()
-        self._endpoint = transport.connect(address, key=key, server_key=server_key)
+        self._ends = Ends(address, key=key, server_key=server_key)
         self._address, self._say, self.scale = address, say, scale
         self._progress = (0, 0)
-        # A contribution until a version that follows it: its blobs and the message that closes them;
-        # whether its receipt is due, and the last heartbeat that was sent before it.
+        # A contribution until a version that follows it: its blobs and the message that closes them; the
+        # shards whose receipts are due, and the last heartbeat that was sent before its part to each.
         self._pushed: tuple[dict[str, Tensor], wire.Contribution] | None = None
         # Whether the round that it is for was not open, or not for this worker; it may be opened yet.
-        self._unanswered = self._came_too_early = False
-        self._pushed_after = self._number = self._stream = 0
+        self._unanswered, self._came_too_early = set[int](), False
+        self._pushed_after: dict[int, int] = {}
+        self._number = self._stream = 0
         # When this worker last said Hello to a server that was started anew; None: it is welcome.
         self._asked_s: float | None = None
-        # The last heartbeat before merged factors were asked for, until they come.
-        self._recalled_after: int | None = None
+        # The last heartbeat before merged factors were asked for, of each shard until these come.
+        self._recalled_after: dict[int, int] = {}
         # The last heartbeat before an update was asked for: what answers it or an earlier one is older.
-        self._asked_after = -1
-        self._assembly: wire.Assembly | None = None
+        self._asked_after: dict[int, int] = {}
+        self._place(Shards())
         self.num_damaged = 0
         self._told_to_stop = False
         self._beating = threading.Lock()
@@ -172,7 +178,7 @@ class Session:
         try:
             self._join(wait_s)
         except BaseException:
-            self._endpoint.close()
+            self._ends.close()
             raise
         recipe = config.from_dict(self.welcome.settings)
         interval_s, self._patience_s = recipe.heartbeat_s, recipe.worker.patience_s
@@ -213,49 +219,70 @@ class Session:
                 kept[name] = blob
                 yield name, blob
 
-        num_parts = self._send_parts(keeping(), version)
-        self._pushed = kept, close(num_parts, kept)
-        self._close_parts()  # not before `close` has returned
-
-    def _send_parts(self, blobs: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """Send them as a new stream. Returns how many parts there were."""
-        part_bytes, num_parts = int(self.welcome.settings["compress"]["part_bytes"]), 0
         self._stream += 1
+        if self.shards.num == 1:
+            num_parts = [self._send_parts(keeping(), version)]
+        else:
+            parts = self.shards.split(keeping())
+            num_parts = [self._send_parts(part.items(), version, k) for k, part in enumerate(parts)]
+        self._pushed = kept, close(num_parts[0], kept)
+        for k, num in enumerate(num_parts):
+            self._close_parts(num, k)  # not before `close` has returned
+
+    def _send_parts(self, blobs: Iterable[tuple[str, Tensor]], version: int, shard: int = 0) -> int:
+        """Send them to a shard, as its part of the stream at hand. Returns how many parts there were."""
+        part_bytes, num_parts = int(self.welcome.settings["compress"]["part_bytes"]), 0
 
         def part(index: int) -> wire.Part:
             return self._named(wire.Part, version=version, stream=self._stream, index=index)
 
         for frames, _ in wire.in_parts(blobs, part_bytes, part):
-            self._endpoint.send(frames)
+            self._ends.send(frames, shard)
             num_parts += 1
         return num_parts
 
-    def _close_parts(self) -> None:
-        """Send the message of the contribution whose parts were sent, and expect its receipt."""
+    def _close_parts(self, num_parts: int, shard: int) -> None:
+        """Send a shard the message that closes the parts sent to it, and expect its receipt."""
         assert self._pushed is not None
-        welcome = self.welcome
+        welcome, message = self.welcome, self._pushed[1]
         contribution = msgspec.structs.replace(
-            self._pushed[1],
+            message,
             generation=welcome.generation,
             incarnation=welcome.incarnation,
             stream=self._stream,
+            parts=num_parts,
+            base_digest=self.shards.parts_of(message.base_digest)[shard],
+            merged_digest=self.shards.parts_of(message.merged_digest)[shard],
+            given_digest=self.shards.parts_of(message.given_digest)[shard],
         )
         with self._beating:  # so that no heartbeat is numbered later than this and sent earlier
-            self._pushed_after, self._unanswered = self._number, True
+            self._pushed_after[shard] = self._number
+            self._unanswered.add(shard)
             self._came_too_early = False
-            self._endpoint.send(wire.encode(contribution))
+            self._ends.send(wire.encode(contribution), shard)
 
     def _push_again(self) -> None:
+        self._stream += 1
+        for shard in range(self.shards.num):
+            self._push_part_again(shard)
+
+    def _push_part_again(self, shard: int) -> None:
+        """In the stream at hand: with the other shards' parts in that, it makes one contribution."""
         assert self._pushed is not None
         blobs, contribution = self._pushed
-        self._send_parts(blobs.items(), contribution.version)
-        self._close_parts()
+        part = self.shards.split(blobs.items())[shard]
+        self._close_parts(self._send_parts(part.items(), contribution.version, shard), shard)
 
     def recall(self) -> None:
         """Ask for what the server has merged of this worker; `next_step` returns the answer."""
+        self._staged_factors.clear()
+        for shard in range(self.shards.num):
+            self._recall_part(shard)
+
+    def _recall_part(self, shard: int) -> None:
         with self._beating:
-            self._recalled_after = self._number
-            self._endpoint.send(wire.encode(self._named(wire.Recall)))
+            self._recalled_after[shard] = self._number
+            self._ends.send(wire.encode(self._named(wire.Recall)), shard)
 
     def next_step(self) -> tuple[Step, dict[str, Tensor]]:
         """Wait until a round opens, a version is published, a contribution is refused, or what was
@@ -271,16 +298,17 @@ class Session:
             StoppedError: `stop` was called.
         """
         patience, begin = _Patience(self._patience_s, self._unheard_s, self._say), None
-        while begin is None or self._endpoint.pending():
+        while begin is None or self._ends.pending():
             if self._told_to_stop:
                 raise StoppedError
             if self._asked_s is not None and time.monotonic() - self._asked_s >= _ASK_AGAIN_S:
                 self._say_hello()
-            frames = self._endpoint.receive(_LOOK_UP_S)
-            if frames is None:
+            received = self._ends.receive(_LOOK_UP_S)
+            if received is None:
                 patience.not_heard()
                 continue
             patience.heard()
+            shard, frames = received
             message, entries = self._decoded(frames)
             if message is None or self._is_stale(message):
                 continue
@@ -294,16 +322,21 @@ class Session:
                     self._say(f"the server went and is to come back ({message.reason})")
                 case wire.Farewell():
                     raise RunEnded(message.reason, finished=message.finished)
+                case wire.Placement() if self._asked_s is not None:
+                    self._placed(message)
                 case wire.Welcome() if self._asked_s is not None:
                     self._welcome_again(message)
                 case wire.Part():
-                    self._take(message, frames, entries)
+                    self._take(message, frames, entries, shard)
                 case wire.Update() if message.version > self._progress[0]:
-                    blobs = self._closed(message)
-                    if blobs is not None and message.since in (None, self._progress[0]):
-                        self._pushed, self._unanswered, self._came_too_early = None, False, False
-                        return message, blobs
-                    self._fall_behind()
+                    blobs = self._closed(message, shard)
+                    if blobs is None or message.since not in (None, self._progress[0]):
+                        self._fall_behind(shard)
+                    elif whole := self._staged.add(shard, message, blobs):
+                        self._pushed, self._came_too_early = None, False
+                        self._unanswered.clear()
+                        self._staged.clear()
+                        return self._joined(*whole)
                 case wire.Begin() if self._came_too_early and message.version == self._progress[0]:
                     self._push_again()  # a contribution of before the server, or this process, was restarted
                 case wire.Begin():
@@ -311,42 +344,73 @@ class Session:
                 case wire.Receipt() if not self._pushed or message.version != self._pushed[1].version:
                     pass  # of a contribution before that one
                 case wire.Receipt(status="refused"):
-                    self._pushed, self._unanswered = None, False
+                    self._pushed = None
+                    self._unanswered.clear()
                     return message, {}
-                case wire.Factors() if self._recalled_after is not None:
-                    if (factors := self._closed(message)) is not None:
-                        self._recalled_after = None
-                        return message, factors
-                    self.recall()
-                case wire.Pulse() if self._recalled_after is not None:
-                    if message.number > self._recalled_after:
-                        self.recall()
+                case wire.Factors() if shard in self._recalled_after:
+                    if (factors := self._closed(message, shard)) is None:
+                        self._recall_part(shard)
+                    else:
+                        del self._recalled_after[shard]
+                        if recalled := self._staged_factors.add(shard, message, factors):
+                            return recalled[0][0], recalled[1]
+                case wire.Pulse() if shard in self._recalled_after:
+                    if message.number > self._recalled_after[shard]:
+                        self._recall_part(shard)
                 case wire.Receipt():
-                    self._unanswered = False
-                    self._came_too_early = message.status == "superseded"
-                case wire.Pulse() if message.version > self._progress[0]:
-                    if message.number > self._asked_after:
-                        self._fall_behind()
-                case wire.Pulse() if self._unanswered and message.number > self._pushed_after:
-                    self._push_again()
+                    self._unanswered.discard(shard)
+                    if not shard:  # the first decides
+                        self._came_too_early = message.status == "superseded"
+                case wire.Pulse() if message.version > max(self._progress[0], self._staged.version(shard)):
+                    if message.number > self._asked_after.get(shard, -1):
+                        self._fall_behind(shard)
+                case wire.Pulse() if shard in self._unanswered and not self._staged.version(shard):
+                    if message.number > self._pushed_after[shard]:
+                        self._stream += self.shards.num == 1
+                        self._push_part_again(shard)
         return begin, {}
+
+    def _joined(
+        self, updates: Sequence[wire.Update], blobs: dict[str, Tensor]
+    ) -> tuple[wire.Update, dict[str, Tensor]]:
+        """The update that the shards' parts make, which all belong to one version."""
+        self.whole = frozenset(k for k, update in enumerate(updates) if update.since is None)
+        first = updates[0]
+        since = first.since if not self.whole else None
+        digest = " ".join(update.base_digest for update in updates)
+        return msgspec.structs.replace(first, since=since, base_digest=digest), blobs
 
     def stop(self) -> None:
         """Make `next_step` end, within a second. May be called from a signal handler or another thread."""
         self._told_to_stop = True
 
-    def _take(self, part: wire.Part, frames: wire.Frames, entries: Sequence[wire.TensorEntry]) -> None:
-        """Stage a part. The server is trusted with its size: its model is to be trained here."""
-        if self._assembly is None or part.stream > self._assembly.stream:
-            self._assembly = wire.Assembly(part.stream, part.version)
-        if part.stream == self._assembly.stream:
-            self._assembly.add(part, frames, entries)
+    def _place(self, shards: Shards) -> None:
+        """Go on with servers of which each one has this of the model."""
+        self.shards, self.whole = shards, frozenset[int]()
+        self._assemblies: list[wire.Assembly | None] = [None] * shards.num
+        self._staged = Staging[wire.Update](shards.num)
+        self._staged_factors = Staging[wire.Factors](shards.num)
 
-    def _closed(self, update: wire.Update | wire.Factors) -> dict[str, Tensor] | None:
-        """All parts of an update or of factors, or None where some were lost."""
-        if self._assembly is None or self._assembly.stream != update.stream:
+    def _placed(self, placement: wire.Placement) -> None:
+        self._ends.go_to(placement.addresses)
+        self._place(Shards(placement.names))
+
+    def _take(
+        self, part: wire.Part, frames: wire.Frames, entries: Sequence[wire.TensorEntry], shard: int
+    ) -> None:
+        """Stage a part. The server is trusted with its size: its model is to be trained here."""
+        assembly = self._assemblies[shard]
+        if assembly is None or part.stream > assembly.stream:
+            assembly = self._assemblies[shard] = wire.Assembly(part.stream, part.version)
+        if part.stream == assembly.stream:
+            assembly.add(part, frames, entries)
+
+    def _closed(self, update: wire.Update | wire.Factors, shard: int) -> dict[str, Tensor] | None:
+        """All parts of a shard's update or factors, or None where some were lost."""
+        assembly = self._assemblies[shard]
+        if assembly is None or assembly.stream != update.stream:
             return {} if not update.parts else None
-        return self._assembly.close(update.parts)
+        return assembly.close(update.parts)
 
     def _decoded(self, frames: wire.Frames) -> tuple[wire.AnyMessage | None, tuple[wire.TensorEntry, ...]]:
         """The message; None, and counted, if it was damaged on its way: what is missed comes again."""
@@ -356,10 +420,10 @@ class Session:
             self.num_damaged += 1
             return None, ()
 
-    def _fall_behind(self) -> None:
+    def _fall_behind(self, shard: int) -> None:
         with self._beating:
-            self._asked_after = self._number
-            self._endpoint.send(wire.encode(self._named(wire.Behind, version=self._progress[0])))
+            self._asked_after[shard] = self._number
+            self._ends.send(wire.encode(self._named(wire.Behind, version=self._progress[0])), shard)
 
     def close(self, reason: str) -> None:
         """Say that this worker goes, and close. Closing again does nothing."""
@@ -368,8 +432,8 @@ class Session:
         self._stopping.set()
         if self._heartbeats is not None:
             self._heartbeats.join()
-        self._endpoint.send(wire.encode(self._named(wire.Leave, reason=reason[: wire.MAX_TEXT])))
-        self._endpoint.close()
+        self._ends.send(wire.encode(self._named(wire.Leave, reason=reason[: wire.MAX_TEXT])))
+        self._ends.close()
 
     def _join(self, wait_s: float) -> None:
         """Say Hello until a whole welcome has come."""
@@ -380,14 +444,16 @@ class Session:
         while (now := watch.now_s()) < deadline:
             if now - heard_s >= _STALLED_S:  # a part of its answer was lost
                 hello = msgspec.structs.replace(hello, attempt=hello.attempt + 1)
-                heard_s, asked_s, is_welcome, self._assembly = now, -float("inf"), False, None
+                heard_s, asked_s, is_welcome = now, -float("inf"), False
+                self._place(self.shards)
             if now - asked_s >= _ASK_AGAIN_S:
-                self._endpoint.send(wire.encode(hello))
+                self._ends.send(wire.encode(hello))
                 asked_s = now
             wait_until = min(asked_s + _ASK_AGAIN_S, deadline, now + _LOOK_UP_S)
-            frames = self._endpoint.receive(max(0.0, wait_until - now))
-            if frames is None:
+            received = self._ends.receive(max(0.0, wait_until - now))
+            if received is None:
                 continue
+            shard, frames = received
             message, entries = self._decoded(frames)
             heard_s = now
             match message:
@@ -399,21 +465,30 @@ class Session:
                     raise RunEnded(reason, finished=finished)
                 case wire.Pulse():  # it is there; the model that comes next may be large
                     deadline = now + _WELCOME_S
+                case wire.Placement():
+                    self._placed(message)
                 case wire.Welcome():
                     self.welcome, is_welcome = message, True
+                    self._show_up()
                 case wire.Part():
                     deadline = now + _WELCOME_S
-                    self._take(message, frames, entries)
-                case wire.Update(since=None) if is_welcome and (base := self._closed(message)) is not None:
+                    self._take(message, frames, entries, shard)
+                case wire.Update(since=None) if (
+                    is_welcome and (part := self._closed(message, shard)) is not None
+                ):
+                    if (whole := self._staged.add(shard, message, part)) is None:
+                        continue  # the other shards' are to come
+                    self._staged.clear()
                     # Until it was fenced, a process that this one replaces may have gone on. What the server
                     # was told and what this worker goes on from must be the same state, and the last one.
                     if (version := self._read_state()) != hello.version:
                         hello = msgspec.structs.replace(hello, version=version, attempt=hello.attempt + 1)
                         asked_s, is_welcome = -float("inf"), False
                         continue
-                    self.base, self.base_digest = base, message.base_digest
-                    self.merged, self.step = frozenset(message.merged), message.step
-                    self._progress = (message.version, 0)
+                    update, self.base = self._joined(*whole)
+                    self.base_digest = update.base_digest
+                    self.merged, self.step = frozenset(update.merged), update.step
+                    self._progress = (update.version, 0)
                     return
                 case wire.Update(since=None):
                     heard_s = -float("inf")
@@ -431,7 +506,7 @@ class Session:
     def _is_stale(self, message: wire.AnyMessage) -> bool:
         """Whether a message is not of the server that welcomed this worker. A newer one is asked to."""
         generation = getattr(message, "generation", 0)
-        answers = wire.Welcome | wire.Refusal | wire.HelloAgain | wire.Farewell
+        answers = wire.Welcome | wire.Placement | wire.Refusal | wire.HelloAgain | wire.Farewell
         if isinstance(message, answers) and generation >= self.welcome.generation:
             return False
         if generation > self.welcome.generation and self._asked_s is None:
@@ -448,7 +523,7 @@ class Session:
             version=self._progress[0],
             base_digest=self.base_digest,
         )
-        self._endpoint.send(wire.encode(hello))
+        self._ends.send(wire.encode(hello))
 
     def _welcome_again(self, welcome: wire.Welcome) -> None:
         mine = self.welcome
@@ -469,19 +544,29 @@ class Session:
             )
         with self._beating:
             self.welcome, self._asked_s = welcome, None
-        self._assembly = None
+        self._place(self.shards)
+        self._show_up()
         if self._pushed and welcome.holds:
             self._push_again()
 
+    def _show_up(self) -> None:
+        """Have the other shards know where this worker is, before the first of its heartbeats is due."""
+        if self.shards.num > 1:
+            self._send_heartbeat()
+
     def _beat(self, interval_s: float) -> None:
         while not self._stopping.wait(interval_s):
-            version, local_step = self._progress
-            with self._beating:
-                self._number += 1
-                heartbeat = self._named(
-                    wire.Heartbeat, number=self._number, version=version, local_step=local_step
-                )
-                self._endpoint.send(wire.encode(heartbeat))
+            self._send_heartbeat()
+
+    def _send_heartbeat(self) -> None:
+        version, local_step = self._progress
+        with self._beating:
+            self._number += 1
+            heartbeat = wire.encode(
+                self._named(wire.Heartbeat, number=self._number, version=version, local_step=local_step)
+            )
+            for shard in range(self._ends.num):
+                self._ends.send(heartbeat, shard)
 
     def _named(self, kind: type[Named], **fields: Any) -> Named:
         """A message that says from whom it is, and to which generation of the server."""

@@ -5,7 +5,7 @@ No socket and no clock: a trainer is a function of its batches and of the update
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from lte.compress import (
     factors,
     tensors_of,
 )
+from lte.compress.shards import Shards
 from lte.config import Codec, Recipe
 from lte.errors import ConfigError, DigestError, DivergedError, WireError
 from lte.nn import (
@@ -53,13 +54,17 @@ class _Published:
 
     Attributes:
         bases: by module. averaged: dense parameters and statistics. constants: those that came with it.
-        constants_digests: see `compress.constants.digests`.
+        constants_digests: see `compress.shards.Shards.digests_of_constants`.
     """
 
     bases: Mapping[str, Quantized]
     averaged: dict[str, Tensor]
     constants: Mapping[str, Tensor]
     constants_digests: tuple[str, ...]
+
+
+ONE_SHARD = Shards()
+"""One server has the whole model."""
 
 
 class Trainer:
@@ -90,6 +95,7 @@ class Trainer:
         step: int | None = None,
         scale: float = 0.0,
         optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
+        shards: Shards = ONE_SHARD,
     ) -> None:
         """Fill the model from a base and draw its heads.
 
@@ -100,11 +106,12 @@ class Trainer:
             step: local steps that the run has come to with it; None: those of as many rounds.
             scale: lora_scale of the model's heads, where it is not the recipe's; else 0.
             optimizer: over the model's parameters, or what makes one; None: the recipe's.
+            shards: which of the servers has what; digests are of each one's part.
 
         Raises:
             DigestError: the base does not have its digest.
         """
-        self.model, self.recipe = model, recipe.in_round(version)
+        self.model, self.recipe, self._shards = model, recipe.in_round(version), shards
         recipe = self.recipe
         self._come_to(version, step)
         self.round, self.local_step, self.lost = self._round_done, 0, 0.0
@@ -129,7 +136,7 @@ class Trainer:
             self.dense |= self._common_factors
         self._statistics = dict(statistics(model))
         self._constants = {name: tensor for name, tensor, _ in constant_tensors(model)}
-        self._constants_digests: tuple[str, ...] = ()
+        self._constants_digests: tuple[str, ...] = ("",) * shards.num
         self._has_merged = False
         # Of the dense parameters, then of the statistics: in the order of digests.
         self._published = {name: torch.zeros(t.shape) for name, t in self._averaged()}
@@ -387,7 +394,7 @@ class Trainer:
         """Digest of the base and the published dense parameters that this model holds."""
         bases = {name: module.base for name, module in self.modules.items()}
         published = tensors_of(bases, self._published)
-        return quantize.digest(published.items(), *self._constants_digests)
+        return self._shards.digest(published.items(), self._constants_digests)
 
     def merged_digest(self) -> str:
         """Digest of the factors that the server remembers of this worker."""
@@ -396,13 +403,14 @@ class Trainer:
             for name, module in self.modules.items():
                 assert module.merged_A is not None and module.merged_B is not None
                 merged[name + A], merged[name + B] = module.merged_A, module.merged_B
-        return quantize.digest(sorted(merged.items()))
+        return self._shards.digest(sorted(merged.items()))
 
     def given_digest(self) -> str:
         """Digest of A where it is not sent, because the server draws it too; else ''."""
         if not self.recipe.is_A_given or not self.modules:
             return ""
-        return quantize.digest((name + A, module.lora_A) for name, module in self.modules.items())
+        given = self._shards.split((name + A, module.lora_A) for name, module in self.modules.items())
+        return " ".join(quantize.digest(part.items()) if part else "" for part in given)
 
     # Updates
 
@@ -414,13 +422,14 @@ class Trainer:
         base_digest: str,
         *,
         merged: bool,
-        whole: bool,
+        whole: bool | Collection[int],
         step: int | None = None,
     ) -> None:
         """Take over a published version whole, or not at all.
 
         Args:
-            blobs: the change from the version at hand, or the `whole` model.
+            blobs: the change from the version at hand, or the `whole` model; of several servers those are
+                named whose parts are whole.
             merged: whether the last `contribution` is in it. Only then do the heads change; what
                 was not merged stays in them and is sent by the next contribution.
             step: local steps that the run has come to with this version; None: those of as many rounds.
@@ -774,39 +783,44 @@ class Trainer:
     # The base
 
     def _staged(
-        self, blobs: Mapping[str, Tensor], base_digest: str, version: int, *, whole: bool
+        self, blobs: Mapping[str, Tensor], base_digest: str, version: int, *, whole: bool | Collection[int]
     ) -> _Published:
         """A version, complete and with the right digest."""
         quant = self.recipe.in_round(version).base.quant
         left = dict(blobs)
         bases, published, found = dict[str, Quantized](), dict[str, Tensor](), dict[str, Tensor]()
-        digests = self._constants_digests
+        digests = list(self._constants_digests)
+
+        def is_whole(name: str) -> bool:
+            return whole if isinstance(whole, bool) else self._shards.of(name) in whole
+
         try:
             for name, module in self.modules.items():
                 held = _on_cpu(module.base)
-                if whole:
+                if is_whole(name):
                     held = quantize.empty(held.shape, quant, "cpu")
                 bases[name] = changes.apply(held, left.pop(name + CODES), left.pop(name + SCALES))
             for name, now in self._published.items():
                 shape, k = tuple(now.shape), 0
-                if whole:
+                if is_whole(name):
                     published[name] = blockwise.decode(left.pop(name + DENSE), "fp32", shape)
                     continue
                 while (blob := left.pop(f"{name}{DENSE}.{k}", None)) is not None:
                     now, k = now + blockwise.decode_rows(blob, self._codec(name), shape), k + 1
                 published[name] = now
-            if whole:
-                for name, tensor in self._constants.items():
+            for name, tensor in self._constants.items():
+                if is_whole(name):
                     blob = left.pop(name + CONSTANT)
                     found[name] = constants.decode(blob, tuple(tensor.shape), tensor.dtype)
-                digests = constants.digests(found)
+            for k, digest in enumerate(self._shards.digests_of_constants(found)):
+                digests[k] = digest or digests[k]
         except (KeyError, WireError) as error:
             raise DigestError(f"what arrived of the server's version cannot be read ({error})") from None
         if left:
             raise DigestError(f"the server published what this model does not have ({next(iter(left))})")
-        if quantize.digest(tensors_of(bases, published).items(), *digests) != base_digest:
+        if self._shards.digest(tensors_of(bases, published).items(), digests) != base_digest:
             raise DigestError("what arrived of the server's version differs from what it published")
-        return _Published(bases, published, found, digests)
+        return _Published(bases, published, found, tuple(digests))
 
     @torch.no_grad()
     def _load(self, published: _Published) -> None:

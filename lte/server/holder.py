@@ -1,0 +1,404 @@
+"""A holder: one shard of a divided master, in a process of its own, that does what its coordinator orders.
+
+See `commit` for the protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lte import config, durable, transport, wire
+from lte.config import Recipe
+from lte.errors import FencedError, LTEError, RunError, UserError, WireError
+from lte.quantize import Quantized
+from lte.server import assembly, commit, recovery, rounds
+from lte.server.admission import Complaints, vouched
+from lte.server.checkpoint import Progress
+from lte.server.commit import Edition
+from lte.server.intake import Intake
+from lte.server.journal import GENERATION, Admitted, Kept, Merged, read_generation
+from lte.server.master import Master, Received
+from lte.server.publisher import Publisher
+from lte.server.shards import folder_of
+from lte.server.store import Store
+from lte.server.watch import Outliers
+from lte.transport import Frames, Peer
+
+_LONGEST_WAIT_S = 1.0
+"""How often a holder whose disk is full tries again."""
+
+
+def serve(link: Connection, shard: int, model: nn.Module | Callable[[], nn.Module], recipe: Recipe) -> int:
+    """Be the holder of a shard until its coordinator needs it no more.
+
+    Returns:
+        The exit code of its process.
+    """
+    try:
+        Holder(link, shard, model, recipe).serve()
+    except (EOFError, ConnectionError):  # the coordinator has gone
+        return 0
+    except FencedError:
+        return 0
+    except (LTEError, OSError) as error:
+        return _say_failed(link, str(error), is_users=isinstance(error, UserError))
+    except Exception as error:
+        traceback.print_exc()
+        return _say_failed(link, f"{type(error).__name__}: {error}", is_users=False)
+    return 0
+
+
+def _say_failed(link: Connection, reason: str, *, is_users: bool) -> int:
+    with contextlib.suppress(OSError):  # nobody may be there to hear it
+        link.send_bytes(commit.encode(commit.Failed(reason=reason, is_users=is_users)))
+    return 1
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A merge that is on disk and not decided yet: what its publishing needs."""
+
+    version: int
+    incarnations: tuple[int, ...]
+    before: dict[str, Quantized]
+    dense: dict[str, Tensor]
+    progress: Progress
+
+
+class Holder:
+    """Master, journal, endpoint of one shard."""
+
+    def __init__(
+        self, link: Connection, shard: int, model: nn.Module | Callable[[], nn.Module], recipe: Recipe
+    ) -> None:
+        """Recover as the coordinator orders, and be ready.
+
+        Raises:
+            EOFError: the coordinator has gone. LTEError: this shard cannot go on.
+        """
+        self._link, self._shard, self._recipe = link, shard, recipe
+        self._folder = folder_of(Path(recipe.run.dir), shard)
+        self._complain = Complaints(self._say)
+        self._members: dict[str, rounds.Member] = {}
+        self._peers: dict[str, Peer] = {}
+        # Contributions to the published version that are on disk, by incarnation.
+        self._kept: dict[int, tuple[Edition, Received]] = {}
+        # Those that were written, until they are known to be on disk; who waits for word of it.
+        self._written: list[tuple[Peer, Edition]] = []
+        self._ahead: _Ahead | None = None
+        # What is to be sent to workers as soon as they are heard here.
+        self._whole: dict[str, Callable[[Peer], None]] = {}
+        order = commit.order_of(link.recv_bytes())
+        assert isinstance(order, commit.Recover)
+        torch.set_num_threads(1)
+        self._generation = order.generation
+        server = recipe.server
+        self._endpoint = transport.bind(
+            order.address,
+            max_message_bytes=server.max_message_bytes,
+            insecure=server.insecure,
+            key=server.key,
+            allow=server.allow,
+        )
+        self._endpoint.watch([link.fileno()])
+        _raise_generation(self._folder, order.generation)
+        self._build = model
+        self.master, found = self._recovered(None)
+        self._report(
+            commit.Found(
+                version=found.progress.version,
+                address=self._endpoint.address,
+                faults=tuple(found.faults),
+            )
+        )
+        begin = commit.order_of(link.recv_bytes())
+        assert isinstance(begin, commit.Begin)
+        if found.progress.version != begin.version:  # its last merge was never decided
+            self.master, found = self._recovered(begin.version)
+        if found.progress.version != begin.version:
+            raise RunError(
+                f"{self._folder}: leads to version {found.progress.version}, the other shards to"
+                f" {begin.version}; what is missing in it is damaged or was deleted"
+            )
+        del self._build
+        self._progress = found.progress
+        self._publisher = Publisher(
+            self._endpoint,
+            self.master,
+            recipe,
+            generation=self._generation,
+            version=begin.version,
+            num_merged=found.progress.num_merged,
+        )
+        self._progress = Progress(
+            version=begin.version,
+            tokens=found.progress.tokens,
+            master_digest=self.master.master_digest(),
+            base_digest=self._publisher.base_digest,
+            num_merged=found.progress.num_merged,
+        )
+        self._intake = Intake(self.master, recipe, Outliers())
+        self._store = Store(
+            self._folder,
+            self._generation,
+            config.to_dict(recipe),
+            keep=server.keep_checkpoints,
+            say=self._say,
+        )
+        self._store.begin(self._progress, self.master.state(), found.follows)
+        self._report(commit.Ready(base_digest=self._publisher.base_digest))
+
+    def _recovered(self, until: int | None) -> tuple[Master, recovery.Recovered]:
+        model = (self._build if isinstance(self._build, nn.Module) else self._build()).eval()
+        master = Master(model, self._recipe, assembly.names(model, self._recipe)[self._shard])
+        return master, recovery.recover(self._folder, master, until=until)
+
+    def serve(self) -> None:
+        """Hear workers and the coordinator, until that goes (EOFError)."""
+        try:
+            while True:
+                received = self._endpoint.receive(_LONGEST_WAIT_S)
+                # Orders first: whoever is heard here was admitted before.
+                self._obey_all()
+                while received is not None:
+                    self._hear(*received)
+                    self._obey_all()
+                    received = self._endpoint.receive(0)
+                self._settle()
+                for notice in self._endpoint.notices():
+                    self._complain("admission", notice)
+        finally:
+            self._endpoint.close()
+            self._store.close()
+
+    # The coordinator
+
+    def _report(self, report: commit.Report) -> None:
+        self._link.send_bytes(commit.encode(report))
+
+    def _say(self, what: str, message: str, **_: str) -> None:
+        self._report(commit.Happened(what=what, message=f"shard {self._shard}: {message}"))
+
+    def _obey_all(self) -> None:
+        while self._link.poll(0):
+            self._obey(commit.order_of(self._link.recv_bytes()))
+
+    def _obey(self, order: commit.Order) -> None:
+        match order:
+            case commit.Admit(worker=worker):
+                self._admit(worker)
+            case commit.Dismiss(worker_id=worker_id):
+                for known in (self._members, self._peers, self._whole):
+                    known.pop(worker_id, None)
+                self._intake.drop(worker_id)
+            case commit.Merge():
+                self._merge(order)
+            case commit.Publish(told=told):
+                self._publish(told)
+            case commit.SendWhole(worker_id=worker_id):
+                send = self._publisher.whole()
+                if worker_id in self._peers:
+                    send(self._peers[worker_id])
+                else:
+                    self._whole[worker_id] = send
+            case commit.Save(is_awaited=True):
+                saved = self._store.save(self._progress, self.master.state())
+                self._report(commit.Saved(is_there=saved))
+            case commit.Save():
+                self._store.save_meanwhile(self._progress, self.master.state())
+            case commit.Tell():
+                self._report(commit.State(tensors=self._state()))
+
+    def _admit(self, worker: Admitted) -> None:
+        last = self._members.get(worker.worker_id)
+        if last is None or last.incarnation != worker.incarnation:
+            self._peers.pop(worker.worker_id, None)
+            self._intake.drop(worker.worker_id)
+        self._members[worker.worker_id] = recovery.member(worker, 0.0)
+        digest = self.master.merged_digest(worker.worker_id, worker.heads, worker.rank)
+        self._report(commit.Remembered(merged_digest=digest))
+
+    def _merge(self, order: commit.Merge) -> None:
+        """Merge, and have the journal say so."""
+        assert self._ahead is None and order.version == self._publisher.version + 1
+        self._settle()
+        held = [self._kept[incarnation] for incarnation in order.incarnations]
+        self._kept = {}
+        self._intake.clear()
+        outcome = self.master.merge([received for _, received in held], order.num_missing_heads)
+        self.master.enter(order.version)
+        before = self.master.requantize(last=order.is_last)
+        dense = self.master.publish_dense(last=order.is_last)
+        self.master.keep_only(order.remain)
+        progress = Progress(
+            version=order.version,
+            tokens=order.tokens,
+            master_digest=self.master.master_digest(),
+            base_digest=self.master.base_digest(),
+            num_merged=self._progress.num_merged + len(held),
+        )
+        self._store.write(
+            Merged(
+                version=order.version,
+                incarnations=order.incarnations,
+                num_missing_heads=order.num_missing_heads,
+                remain=order.remain,
+                tokens=order.tokens,
+                master_digest=progress.master_digest,
+                base_digest=progress.base_digest,
+            )
+        )
+        self._ahead = _Ahead(order.version, order.incarnations, before, dense, progress)
+        while not self._store.is_durable(f"version {order.version} is published"):
+            time.sleep(_LONGEST_WAIT_S)  # the coordinator waits, too
+        self._report(
+            commit.Prepared(base_digest=progress.base_digest, change=outcome.change, step=outcome.step)
+        )
+
+    def _publish(self, told: tuple[str, ...]) -> None:
+        assert self._ahead is not None
+        ahead, self._ahead = self._ahead, None
+        self._progress = ahead.progress
+        peers = [self._peers[worker_id] for worker_id in told if worker_id in self._peers]
+        changed = self._publisher.publish(
+            peers, ahead.before, ahead.dense, ahead.incarnations, ahead.progress.base_digest
+        )
+        uplink, downlink, by_kind = self._publisher.close_round()
+        self._report(
+            commit.Published(
+                changed=changed,
+                num_parameters=self.master.plan.num_adapted_parameters,
+                num_scales=sum(base.scales.numel() for base in self.master.base.values()),
+                uplink_bytes=uplink,
+                downlink_bytes=downlink,
+                by_kind=by_kind,
+            )
+        )
+
+    def _state(self) -> bytes:
+        groups = self.master.state()
+        tensors = {
+            f"{group}:{name}": tensor.contiguous()
+            for group in ("master", "base", "constants", "ema")
+            for name, tensor in groups.get(group, {}).items()
+        }
+        return save({name: tensor.clone() for name, tensor in tensors.items()})
+
+    # Workers
+
+    def _hear(self, peer: Peer, frames: Frames) -> None:
+        try:
+            message, entries = wire.decode_from_worker(frames)
+        except WireError as error:
+            self._complain("malformed", f"a message was dropped: {error}")
+            return
+        own = vouched(message, self._endpoint.sender)
+        if not isinstance(own, wire.Part | wire.Contribution | wire.Heartbeat | wire.Behind | wire.Recall):
+            return  # the rest is for the coordinator
+        member = self._members.get(own.worker_id)
+        is_current = member is not None and member.incarnation == own.incarnation
+        if member is None or not is_current or own.generation != self._generation:
+            return  # as the coordinator tells it
+        match own:
+            case wire.Heartbeat():
+                self._follow(peer, own)
+            case wire.Part() if own.version == self._publisher.version and self._ahead is None:
+                self._publisher.count("uplink", self._intake.add(own, member, frames, entries))
+            case wire.Contribution():
+                self._contributed(peer, own, member)
+            case wire.Behind() if own.version < self._publisher.version and self._ahead is None:
+                self._publisher.bring_up(peer, own.version, ())
+            case wire.Recall() if self._ahead is None:
+                merged = self.master.merged_of(own.worker_id, member.heads, member.rank)
+                self._publisher.send_factors(peer, merged)
+
+    def _follow(self, peer: Peer, heartbeat: wire.Heartbeat) -> None:
+        """Answer a worker where it was heard last, with what was to be sent first."""
+        self._peers[heartbeat.worker_id] = peer
+        if send := self._whole.pop(heartbeat.worker_id, None):
+            send(peer)
+        if self._settle():  # receipts come before the answer to a later heartbeat
+            version = self._publisher.version
+            pulse = wire.Pulse(generation=self._generation, number=heartbeat.number, version=version)
+            self._endpoint.send(peer, wire.encode(pulse))
+
+    def _contributed(self, peer: Peer, message: wire.Contribution, member: rounds.Member) -> None:
+        """Write a worker's part of a contribution to the published version."""
+        worker_id, incarnation = message.worker_id, message.incarnation
+        edition = Edition(worker_id, incarnation, message.version, message.stream, message.tokens)
+        if message.version != self._publisher.version or self._ahead is not None:
+            self._receipt(peer, message.version, "superseded")
+            return
+        if incarnation in self._kept and self._kept[incarnation][0] == edition:
+            self._written.append((peer, edition))
+            return
+        try:
+            offered = self._intake.close(message, member, self._publisher.base_digest)
+        except WireError as error:
+            self._report(commit.Refused(edition=edition, reason=str(error)))
+            return
+        if offered is None:
+            return  # parts were lost: without a receipt they come again
+        received = offered.received
+        self._store.write(
+            Kept(
+                version=message.version,
+                worker_id=worker_id,
+                incarnation=incarnation,
+                heads=received.heads,
+                rank=received.rank,
+                scale=received.scale,
+                first_head=received.first_head,
+                draw=received.draw,
+                tokens=received.tokens,
+                loss=message.loss,
+                blobs={name: blob.numpy().tobytes() for name, blob in offered.blobs.items()},
+            )
+        )
+        self._kept[incarnation] = edition, received
+        self._written.append((peer, edition))
+
+    def _settle(self) -> bool:
+        """Tell of contributions that are on disk now. False while the disk is full."""
+        if not self._written:
+            return True
+        if not self._store.is_durable("contributions count"):
+            return False
+        written, self._written = self._written, []
+        for peer, edition in written:
+            self._receipt(peer, edition.version, "held")
+            self._report(commit.Durable(edition=edition))
+        return True
+
+    def _receipt(self, peer: Peer, version: int, status: str) -> None:
+        receipt = wire.Receipt(
+            generation=self._generation,
+            version=version,
+            status="held" if status == "held" else "superseded",
+            reason="",
+        )
+        self._endpoint.send(peer, wire.encode(receipt))
+
+
+def _raise_generation(folder: Path, generation: int) -> None:
+    """Have this generation be the newest of a holder's folder, durably.
+
+    Raises:
+        FencedError: a newer one is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / GENERATION, folder / f".{GENERATION}"
+    if (newest := read_generation(path)) > generation:
+        raise FencedError(f"generation {newest} of the server has taken this run over")
+    partial.write_text(f"{generation}\n")
+    durable.name(partial, path)

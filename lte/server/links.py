@@ -1,0 +1,230 @@
+"""The coordinator's end of a group of shards (see `commit`): starts holders, orders, hears them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import TypeVar
+
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from lte import wire
+from lte.config import Recipe
+from lte.errors import RunError, ShardError
+from lte.server import commit, holder
+
+Kind = TypeVar("Kind", bound=commit.Word)
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_LOOK_EVERY_S = 1.0
+"""How often who waits for a holder looks whether it is to stop."""
+_LEAVE_S = 10.0
+"""How long holders have to end once nobody needs them; and to answer once the server was told to stop."""
+_PORT = re.compile(r"(?P<host>tcp://.*):(?P<port>\d+)")
+
+
+class Links:
+    """Connections to the holders of shards 1 and on; none where there is one shard, and then nothing here
+    does anything.
+
+    Attributes:
+        num: how many holders there are. addresses: where workers reach them. heard: what they said
+            unasked, of each its shard, until somebody takes it.
+    """
+
+    def __init__(
+        self, model: nn.Module | Callable[[], nn.Module], recipe: Recipe, is_stopped: Callable[[], bool]
+    ) -> None:
+        """Fork the holders, before this process has threads and sockets of its own.
+
+        Args:
+            is_stopped: whether the server was told to stop, so that no answer is waited for long.
+        """
+        self.num = recipe.server.shards - 1
+        self.addresses: tuple[str, ...] = ()
+        self.heard: deque[tuple[int, commit.Durable | commit.Refused | commit.Happened]] = deque()
+        self._is_stopped, self._patience_s = is_stopped, recipe.worker.patience_s
+        self._ends: list[Connection] = []
+        self._pids: list[int] = []
+        for shard in range(1, recipe.server.shards):
+            self._fork(shard, model, recipe)
+
+    def _fork(self, shard: int, model: nn.Module | Callable[[], nn.Module], recipe: Recipe) -> None:
+        ours, theirs = Pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            theirs.close()
+            self._ends.append(ours)
+            self._pids.append(pid)
+            return
+        code = 1
+        try:
+            for end in (*self._ends, ours):
+                end.close()
+            _be_holder(shard, parent)
+            code = holder.serve(theirs, shard, model, recipe)
+        finally:
+            os._exit(code)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """That are readable when a holder has said something."""
+        return [end.fileno() for end in self._ends]
+
+    # Starting
+
+    def recover(self, generation: int, address: str) -> list[commit.Found]:
+        """Have the holders bind beside the server's address and find their last versions."""
+        found = self._ask(
+            commit.Found,
+            *(
+                commit.Recover(generation=generation, address=_beside(address, shard))
+                for shard in range(1, self.num + 1)
+            ),
+        )
+        self.addresses = tuple(report.address for report in found)
+        return found
+
+    def begin(self, version: int) -> list[str]:
+        """Have them go on from this version. Returns the digests of their bases."""
+        return [ready.base_digest for ready in self._ask_all(commit.Ready, commit.Begin(version=version))]
+
+    def placement(self, generation: int, names: Sequence[Sequence[str]]) -> wire.Placement:
+        """What a worker must know of the group."""
+        return wire.Placement(generation=generation, addresses=self.addresses, names=tuple(map(tuple, names)))
+
+    # Orders
+
+    def tell(self, order: commit.Order) -> None:
+        """Give all holders an order that nobody answers, or one whose answer is awaited later."""
+        for shard in range(1, self.num + 1):
+            self._send(shard, order)
+
+    def admit(self, order: commit.Admit) -> list[str]:
+        """Returns the digests of what they have merged of that worker."""
+        return [remembered.merged_digest for remembered in self._ask_all(commit.Remembered, order)]
+
+    def prepared(self) -> list[commit.Prepared]:
+        """Wait until the merge that was told is durable everywhere."""
+        return self._answers(commit.Prepared)
+
+    def published(self) -> list[commit.Published]:
+        """Wait until the update that was told of has left everywhere."""
+        return self._answers(commit.Published)
+
+    def is_saved(self) -> bool:
+        """Have them write a checkpoint each, and wait for it."""
+        return all(saved.is_there for saved in self._ask_all(commit.Saved, commit.Save(is_awaited=True)))
+
+    def states(self) -> list[dict[str, dict[str, Tensor]]]:
+        """Master and base of each, as groups of tensors."""
+        states: list[dict[str, dict[str, Tensor]]] = []
+        for report in self._ask_all(commit.State, commit.Tell()):
+            groups: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in load(report.tensors).items():
+                group, _, name = key.partition(":")
+                groups.setdefault(group, {})[name] = tensor
+            states.append(groups)
+        return states
+
+    def listen(self) -> None:
+        """Add what they have said to `heard`.
+
+        Raises:
+            ShardError: one has ended.
+        """
+        for shard, end in enumerate(self._ends, 1):
+            while end.poll(0):
+                unasked = self._receive(shard)
+                assert isinstance(unasked, commit.Durable | commit.Refused | commit.Happened)
+                self.heard.append((shard, unasked))
+
+    def _ask_all(self, kind: type[Kind], order: commit.Order) -> list[Kind]:
+        return self._ask(kind, *[order] * self.num)
+
+    def _ask(self, kind: type[Kind], *orders: commit.Order) -> list[Kind]:
+        for shard, order in enumerate(orders, 1):
+            self._send(shard, order)
+        return self._answers(kind)
+
+    def _answers(self, kind: type[Kind]) -> list[Kind]:
+        return [self._answer(shard, kind) for shard in range(1, self.num + 1)]
+
+    def _answer(self, shard: int, kind: type[Kind]) -> Kind:
+        end, gives_up_s = self._ends[shard - 1], time.monotonic() + self._patience_s
+        while True:
+            if not end.poll(_LOOK_EVERY_S):
+                if self._is_stopped():
+                    gives_up_s = min(gives_up_s, time.monotonic() + _LEAVE_S)
+                if time.monotonic() > gives_up_s:
+                    raise ShardError(f"shard {shard} does not answer")
+                continue
+            report = self._receive(shard)
+            if isinstance(report, kind):
+                return report
+            assert isinstance(report, commit.Durable | commit.Refused | commit.Happened)
+            self.heard.append((shard, report))
+
+    def _send(self, shard: int, order: commit.Order) -> None:
+        try:
+            self._ends[shard - 1].send_bytes(commit.encode(order))
+        except OSError:
+            raise self._lost(shard) from None
+
+    def _receive(self, shard: int) -> commit.Report:
+        try:
+            report = commit.report_of(self._ends[shard - 1].recv_bytes())
+        except (EOFError, OSError):
+            raise self._lost(shard) from None
+        if isinstance(report, commit.Failed):
+            kind = RunError if report.is_users else ShardError
+            raise kind(f"shard {shard}: {report.reason}")
+        return report
+
+    def _lost(self, shard: int) -> ShardError:
+        return ShardError(
+            f"shard {shard} of the server has ended, and with it this server; the same command goes on"
+        )
+
+    def close(self) -> None:
+        """Have the holders end, and wait for it."""
+        for end in self._ends:
+            end.close()
+        for pid in self._pids:
+            descriptor = os.pidfd_open(pid)
+            try:
+                if not select.select([descriptor], [], [], _LEAVE_S)[0]:
+                    os.kill(pid, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+            os.waitpid(pid, 0)
+        self._ends, self._pids = [], []
+
+
+def _be_holder(shard: int, parent: int) -> None:
+    """Be named as such, end with the coordinator, and leave the signals that end commands to it."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_NAME, f"lte shard {shard}".encode())
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _beside(address: str, shard: int) -> str:
+    """Where a holder binds: at the ports after the server's, or any where that is; at paths beside its."""
+    if (tcp := _PORT.fullmatch(address)) is not None:
+        return f"{tcp['host']}:{int(tcp['port']) + shard}"
+    return address if address.startswith("tcp://") else f"{address}.{shard}"

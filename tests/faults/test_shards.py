@@ -1,0 +1,178 @@
+"""A master divided among several processes: the same bits as one's, also when any of them is killed."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import ROUNDS, Cluster, Fault, audit
+
+from lte import recipes
+from lte.server.shards import folder_of
+from lte.tasks import task_of
+from lte.transport import keys
+
+HOLDER = "lte.server.holder:Holder"
+
+
+@dataclass(frozen=True)
+class At(Fault):
+    """A fault of one shard's process; 0 is the coordinator."""
+
+    shard: int = 0
+
+    def happen(self) -> None:
+        name = Path("/proc/self/comm").read_text().strip()
+        if name == f"lte shard {self.shard}" or (not self.shard and not name.startswith("lte shard")):
+            super().happen()
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_several_shards_give_the_bits_of_one(cluster: Cluster, undisturbed: str, num: int) -> None:
+    for process in (cluster.serve(server__shards=num), cluster.work("a"), cluster.work("b")):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    assert [line["version"] for line in cluster.lines("round")] == list(range(1, ROUNDS + 1))
+    for shard in range(num):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+    assert cluster.events("refused") == cluster.events("recalled") == cluster.events("superseded") == []
+
+
+JOURNAL, PUBLISHER, SAVE = (
+    "lte.server.journal:Journal",
+    "lte.server.publisher:Publisher",
+    "lte.server.checkpoint",
+)
+LINKS, SERVER = "lte.server.links:Links", "lte.server.service:Server"
+KILLED = {
+    "a holder before its first checkpoint": At(f"{SAVE}:save", call=1, shard=1),
+    "the coordinator before its first checkpoint": At(f"{SAVE}:save", call=1),
+    "a holder before a contribution is kept": At(f"{HOLDER}._contributed", call=5, shard=1),
+    "a holder when one is written": At(f"{HOLDER}._contributed", call=5, after=True, shard=1),
+    "a holder when one is durable": At(f"{HOLDER}._settle", call=9, after=True, shard=1),
+    "the coordinator before one counts": At(f"{SERVER}._keep", call=5),
+    "the coordinator when one counts": At(f"{SERVER}._keep", call=5, after=True),
+    "the coordinator when a merge is ordered": At(f"{LINKS}.tell", call=3, given="Merge", after=True),
+    "a holder before it merges": At(f"{HOLDER}._merge", call=3, shard=1),
+    "a holder before its merge is in its journal": At(f"{JOURNAL}.write", call=3, given="Merged", shard=1),
+    "a holder when that is written": At(f"{JOURNAL}.write", call=3, given="Merged", after=True, shard=1),
+    "a holder when it is prepared": At(f"{HOLDER}._merge", call=3, after=True, shard=1),
+    "the coordinator when all are prepared": At(f"{LINKS}.prepared", call=3, after=True),
+    "the coordinator when it has decided": At(f"{JOURNAL}.write", call=3, given="Merged", after=True),
+    "the coordinator before anyone publishes": At(f"{LINKS}.tell", call=3, given="Publish"),
+    "the coordinator when a holder may publish": At(f"{LINKS}.tell", call=3, given="Publish", after=True),
+    "the coordinator between two workers": At(f"{PUBLISHER}._send", call=7, given="Update"),
+    "the coordinator when its part is out": At(f"{PUBLISHER}.publish", call=3, after=True),
+    "a holder before it publishes": At(f"{HOLDER}._publish", call=3, shard=1),
+    "a holder between two workers": At(f"{PUBLISHER}._send", call=7, given="Update", shard=1),
+    "a holder when its part is out": At(f"{HOLDER}._publish", call=3, after=True, shard=1),
+    "a holder before the last part is out": At(f"{HOLDER}._publish", call=ROUNDS, shard=1),
+    "the coordinator before the last part is out": At(f"{PUBLISHER}.publish", call=ROUNDS),
+    "a holder in a checkpoint": At(f"{SAVE}:_name", call=2, shard=1),
+    "a holder after a checkpoint": At(f"{SAVE}:_name", call=2, after=True, shard=1),
+    "the coordinator in a checkpoint": At(f"{SAVE}:_name", call=2),
+}
+
+
+@pytest.mark.parametrize("fault", KILLED.values(), ids=KILLED.keys())
+def test_a_killed_shard_loses_nothing(cluster: Cluster, undisturbed: str, fault: At) -> None:
+    workers = [cluster.work(name) for name in ("a", "b")]
+    killed = cluster.serve(fault, server__shards=2)
+    # Where a holder is killed, its coordinator ends by itself.
+    cluster.ended(killed, 1 if fault.shard else -signal.SIGKILL)
+    cluster.ended(cluster.serve(server__shards=2), 0)
+    for worker in workers:
+        cluster.ended(worker, 0)
+    assert cluster.master_digest() == undisturbed
+    assert [line["version"] for line in cluster.lines("round")] == list(range(1, ROUNDS + 1))
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+    assert cluster.events("damaged") == cluster.events("refused") == cluster.events("recalled") == []
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_worker_killed_between_its_parts_goes_on_bit_for_bit(
+    cluster: Cluster, undisturbed: str, after: bool
+) -> None:
+    """The third contribution has reached one shard, or both."""
+    server, other = cluster.serve(server__shards=2), cluster.work("a")
+    cluster.ended(
+        cluster.work("b", Fault("lte.worker.session:Session._close_parts", call=6, after=after)),
+        -signal.SIGKILL,
+    )
+    for process in (cluster.work("b"), server, other):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+    assert cluster.events("refused") == cluster.events("recalled") == []
+
+
+def test_a_worker_without_its_state_starts_over_at_all_shards(cluster: Cluster) -> None:
+    server, other = cluster.serve(server__shards=2), cluster.work("a")
+    cluster.ended(cluster.work("b", Fault("lte.worker.trainer:Trainer.step", call=6)), -signal.SIGKILL)
+    shutil.rmtree(cluster.state_of("b"))
+    for process in (cluster.work("b"), server, other):
+        cluster.ended(process, 0)
+    assert cluster.events("recalled") != []
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+def test_keys_are_for_all_shards_and_evaluations_see_all(
+    cluster: Cluster, undisturbed: str, tmp_path: Path
+) -> None:
+    public = {name: keys.create(tmp_path / name).public for name in ("server", "a", "b")}
+    (tmp_path / "allow").write_text("".join(f"{name} {public[name]}\n" for name in ("a", "b")))
+    server = cluster.serve(
+        server__shards=2,
+        server__key=str(tmp_path / "server.secret"),
+        server__allow=str(tmp_path / "allow"),
+        server__address="tcp://127.0.0.1:*",
+        eval__every=2,
+    )
+    cluster.until(lambda: cluster.events("started"), "server")
+    address = cluster.events("started")[0].rpartition(" ")[2]
+    known = {"server_key": tmp_path / "server.public"}
+    workers = [
+        cluster.work(name, address=address, key=tmp_path / f"{name}.secret", **known) for name in ("a", "b")
+    ]
+    for process in (server, *workers):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    assert [line["version"] for line in cluster.lines("eval")] == [2, 4, 6]
+    (done,) = cluster.lines("done")
+    model, recipe, version = recipes.load_run(cluster.run)
+    assert version == ROUNDS
+    with torch.no_grad():
+        assert task_of(recipe).evaluate(model, 64).loss == pytest.approx(done["loss"])
+
+
+def test_a_group_that_hangs_is_taken_over_and_writes_nothing_when_it_wakes(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    hangs = At(f"{LINKS}.prepared", call=3, after=True, number=signal.SIGSTOP)
+    old = cluster.serve(hangs, server__shards=2)
+    workers = [cluster.work(name, address=f"file://{cluster.run}/address") for name in ("a", "b")]
+    cluster.stopped(old)
+    new = cluster.serve(take_over=True, server__shards=2, server__address=f"{cluster.address}-2")
+    for process in (new, *workers):
+        cluster.ended(process, 0)
+    cluster.wake(old)
+    cluster.ended(old, 1)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+def test_a_worker_behind_a_relay_is_told_that_shards_are_not(cluster: Cluster) -> None:
+    cluster.serve(server__shards=2)
+    cluster.relay()
+    cluster.ended(cluster.work("a", address=cluster.relay_address), 1)
+    assert "a relay stands before one" in cluster.logs()
+    (refused,) = cluster.events("refused")
+    assert "divided among several servers (server.shards)" in refused
