@@ -831,8 +831,8 @@ def _add_simulate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "           --workers 1000 --links configs/links/mixed.yaml --from runs/gpt-10m --json\n"
         "  lte simulate configs/gpt-10m.yaml --workers 1000 --links configs/links/mixed.yaml --shards 4\n\n"
         "Needs simpy (pip install 'lte[simulate]'). Classes of workers and what may be said of them:\n"
-        "configs/links/mixed.yaml. Equal seeds give equal figures. Shards are modelled here and not yet in\n"
-        "the product. What is not modelled: pydoc lte.simulate.",
+        "configs/links/mixed.yaml. Equal seeds give equal figures. Shards have a machine each here; those\n"
+        "of server.shards share one. What is not modelled: pydoc lte.simulate.",
     )
     _add_recipe(command)
     command.add_argument(

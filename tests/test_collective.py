@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 from lte import config, transport
 from lte.config import Recipe
 from lte.errors import ConnectError
-from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, meeting, pair
+from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, collective, meeting, pair
 
 WAIT_S = 60.0
 ADDRESS = "collective://127.0.0.1:*"
@@ -309,12 +309,12 @@ def test_a_worker_that_is_not_heard_is_held_up_and_loses_nothing(
 ) -> None:
     """Else whoever sends faster than a server hears would fill its memory."""
     monkeypatch.setattr("lte.transport.collective._MOST_WAITING", 3)
-    server = bind(opened)
+    server = opened.enter_context(contextlib.closing(collective.bind(ADDRESS, max_message_bytes=1 << 24, insecure=False)))
     worker = connect(opened, server.address)
     for n in range(20):
         worker.send([b"%d" % n])
     first = hear(server)
-    assert server._inbox.qsize() <= 4  # type: ignore[attr-defined]
+    assert server._inbox.qsize() <= 4
     assert [first[1], *(hear(server)[1] for _ in range(19))] == [[b"%d" % n] for n in range(20)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -407,8 +407,8 @@ def test_what_was_merged_of_whom_is_forgotten_with_them(
     """A worker that the rounds know no more leaves no record of its merges, which strangers could fill."""
     take_up = Server._take_up
 
-    def remembering(server: Server, found: recovery.Recovered) -> None:
-        take_up(server, found)
+    def remembering(server: Server, found: recovery.Recovered, of_bases: Sequence[str]) -> None:
+        take_up(server, found, of_bases)
         server._merged_in["long gone"] = (0, 7)
 
     monkeypatch.setattr(Server, "_take_up", remembering)

@@ -535,7 +535,7 @@ def test_without_simpy_it_says_what_to_install(lte: Command, monkeypatch: pytest
     assert "pip install 'lte[simulate]'" in err
 
 
-def test_its_help_says_what_is_only_modelled(lte: Command) -> None:
+def test_its_help_says_what_is_modelled_otherwise(lte: Command) -> None:
     code, out, _ = lte("--help")
     assert code == 0
-    assert "not yet in the product" in out
+    assert "Shards have a machine each here" in out

@@ -30,6 +30,7 @@ MESSAGES: list[wire.AnyMessage] = [
         settings={"train": {"rounds": 5, "lr": 1e-300}, "modules": ["*"], "none": None, "text": "Ω\x00\n"},
         model={"a.weight": "dense 3x4"},
     ),
+    wire.Placement(generation=1, addresses=("tcp://0.0.0.0:5556",), names=(("a.weight",), ("b.weight",))),
     wire.HelloAgain(generation=2),
     wire.Refusal(generation=1, reason="no", cure="yes"),
     wire.Begin(generation=1, version=0),

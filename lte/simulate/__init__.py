@@ -20,8 +20,8 @@ unless the open one still waits for it. A worker that is late does what the prod
 in vain, then takes all versions that have come (with `train.overlap` the next one).
 
 Not modelled: merging on arrival, evaluations, checkpoints, the journal's disk, the start of a run (all are
-there and hold version 0), packets and other traffic. Shards are modelled and not in the product:
-each of K shards has a machine and a link of its own and 1 / K of the work, and how they agree takes no time.
+there and hold version 0), packets and other traffic. Each of K shards has a machine and a link of its own,
+where those of `server.shards` share one, and 1 / K of the work, and how they agree takes no time.
 A relay takes each update once for its workers and hands it on at once; uplinks stay the workers' own.
 """
 
