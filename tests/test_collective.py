@@ -309,7 +309,9 @@ def test_a_worker_that_is_not_heard_is_held_up_and_loses_nothing(
 ) -> None:
     """Else whoever sends faster than a server hears would fill its memory."""
     monkeypatch.setattr("lte.transport.collective._MOST_WAITING", 3)
-    server = opened.enter_context(contextlib.closing(collective.bind(ADDRESS, max_message_bytes=1 << 24, insecure=False)))
+    server = opened.enter_context(
+        contextlib.closing(collective.bind(ADDRESS, max_message_bytes=1 << 24, insecure=False))
+    )
     worker = connect(opened, server.address)
     for n in range(20):
         worker.send([b"%d" % n])

@@ -130,8 +130,9 @@ def test_a_late_joiner_gets_the_model_through_the_relay(cluster: Cluster) -> Non
 def test_eight_workers_download_each_update_once(tmp_path: Path, settings: dict[str, Any]) -> None:
     """By what a TCP proxy before the server counts; with and without a relay the master is the same. What the
     records say travelled is that, too."""
-    # Welcomes are each worker's own, and the more of this small model's bytes the fewer rounds there are.
-    larger = {"model.width": 128, "model.mlp_width": 256, "train.rounds": 20, "train.local_steps": 1}
+    # What is each worker's own (its Welcome, receipts, names of what is held) is a kilobyte or two a round,
+    # of which a smaller model would make too much.
+    larger = {"model.width": 256, "model.mlp_width": 1024, "train.rounds": 6, "train.local_steps": 1}
     own = {"train.workers": 8, "worker.heartbeat_s": 5.0, "server.silence_s": 90.0}
     runs = {}
     for name in ("direct", "relayed"):
