@@ -35,7 +35,7 @@ from lte.transport import Frames, Peer, envelope
 from lte.transport.limits import Buckets
 from lte.transport.shelf import Shelf
 
-_LOOK_UP_S = 1.0
+_LOOK_UP_S = 0.1
 """Both threads look at least this often whether they are to end."""
 _MOST_IN_A_ROW = 100
 """Messages of workers before those of the server are looked at."""

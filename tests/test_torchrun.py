@@ -58,7 +58,7 @@ def start_node(
     return family.execute_python(
         *("-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "2"),
         *("--max-restarts", "3", "--rdzv-id", "test", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", f"127.0.0.1:{store.port}", "--rdzv-conf", "is_host=0"),
+        *("--rdzv-endpoint", f"127.0.0.1:{store.port}", "--rdzv-conf", "is_host=0,last_call_timeout=8"),
         *("-m", "launch.torchrun", *words),
         env={**os.environ, **environment},
     )
