@@ -37,7 +37,7 @@ from typing import Any
 import torch
 import zmq
 from mutations import Frames, Mutations, kind_of, renamed
-from runs import header, row
+from runs import header, packed_bottles, row
 from torch import nn
 from watched import Watched
 
@@ -45,7 +45,6 @@ from launch import local
 from lte import config, quantize, recipes, wire
 from lte.compress import DENSE, blockwise, changes, factors
 from lte.config import Recipe
-from lte.data import pack
 from lte.errors import WireError
 from lte.server import folder, recovery
 from lte.server.master import Master
@@ -744,9 +743,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        text, shards = folder / "text.txt", folder / "shards"
-        text.write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-        pack([text], shards, num_shards=2, force=True)
+        shards = packed_bottles(folder)
         shares = {"strangers": 0.5, "floods": 0.1, "members": 0.2, "keys": 0.2}
         names = [name for name in SCENARIOS if name in arguments.only]
         if names:

@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import header, row
+from runs import header, packed_bottles, row
 from watched import Watched
 
 from lte import config, wire
-from lte.data import pack
 from lte.errors import RunEnded
 from lte.models import build
 from lte.nn import convert
@@ -175,13 +174,11 @@ def encoded(session: Session) -> dict[str, torch.Tensor]:
 
 
 def load(folder: Path, arguments: argparse.Namespace) -> int:
-    text, run = folder / "text.txt", folder / "run"
-    text.write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([text], folder / "shards", num_shards=2)
+    run = folder / "run"
     (folder / "recipe.yaml").write_text("")
     own = {
         "run.dir": run,
-        "data.shards": folder / "shards",
+        "data.shards": packed_bottles(folder),
         "server.address": "tcp://127.0.0.1:*",
         "train.workers": arguments.workers,
     }

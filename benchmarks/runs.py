@@ -14,6 +14,7 @@ from typing import Any
 
 from launch import local
 from lte import config
+from lte.data import pack
 
 Figures = list[dict[str, Any]]
 """What an experiment came to, a dictionary a case."""
@@ -32,6 +33,14 @@ def shards_of(text: str, folder: Path, valid: str | None = None) -> Path:
     shards = folder / "shards" / Path(text).name
     if not (shards / "index.json").exists():
         lte("data", "pack", text, "--out", str(shards), *(["--valid", valid] if valid else []))
+    return shards
+
+
+def packed_bottles(folder: Path) -> Path:
+    """A text of few bytes, for benchmarks that measure no loss, packed in the folder."""
+    text, shards = folder / "text.txt", folder / "packed"
+    text.write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
+    pack([text], shards, num_shards=2, force=True)
     return shards
 
 

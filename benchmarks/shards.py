@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 from load import JOINED_WITHIN_S, SETTINGS, client
-from runs import header, row
+from runs import header, packed_bottles, row
 
-from lte.data import pack
 from lte.server.shards import folder_of
 from lte.track import METRICS, Records
 from lte.worker.session import Session
@@ -83,13 +82,11 @@ def clients(address: str, number: int, pace_s: float) -> None:
 
 def measured(folder: Path, workers: int, shards: int, arguments: argparse.Namespace) -> list[str]:
     """Run it. Returns what the table says of it."""
-    text, run = folder / "text.txt", folder / "run"
-    text.write_text("".join(f"{n} bottles of beer on the wall. " for n in range(700)))
-    pack([text], folder / "packed", num_shards=2)
+    run = folder / "run"
     (folder / "recipe.yaml").write_text("")
     own = {
         "run.dir": run,
-        "data.shards": folder / "packed",
+        "data.shards": packed_bottles(folder),
         "server.address": "tcp://127.0.0.1:*",
         "server.shards": shards,
         "train.workers": workers,

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from cluster import TINY
+from ends import WAIT_S, hear, hear_at, plain
 from forks import fork
 from processes import Family, done
 from torch.distributed import ProcessGroupGloo, TCPStore
@@ -26,9 +27,8 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 from lte import config, transport
 from lte.config import Recipe
 from lte.errors import ConnectError
-from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, collective, meeting, pair
+from lte.transport import Peer, ServerEndpoint, WorkerEndpoint, collective, meeting, pair
 
-WAIT_S = 60.0
 ADDRESS = "collective://127.0.0.1:*"
 
 
@@ -49,22 +49,6 @@ def connect(opened: contextlib.ExitStack, address: str) -> WorkerEndpoint:
     worker = transport.connect(address)
     opened.callback(worker.close)
     return worker
-
-
-def hear(server: ServerEndpoint) -> tuple[Peer, list[bytes]]:
-    received = server.receive(WAIT_S)
-    assert received is not None, "nothing arrived"
-    return received[0], plain(received[1])
-
-
-def hear_at(worker: WorkerEndpoint) -> list[bytes]:
-    received = worker.receive(WAIT_S)
-    assert received is not None, "nothing arrived"
-    return plain(received)
-
-
-def plain(frames: Frames) -> list[bytes]:
-    return [bytes(frame) for frame in frames]
 
 
 # Between processes

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from cluster import TINY
+from ends import WAIT_S, hear, hear_at
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Family, done
@@ -25,12 +26,11 @@ from lte import transport, wire
 from lte.errors import ConnectError, KeysError, WireError
 from lte.relay import Relay
 from lte.server.admission import not_vouched, vouched
-from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, envelope, keys
+from lte.transport import Frames, Peer, WorkerEndpoint, envelope, keys
 from lte.transport.keys import AllowList
 from lte.transport.lanes import SMALL_BYTES, Lanes
 from lte.transport.shelf import MOST_PIECES, Shelf
 
-WAIT_S = 20.0
 PIECE = bytes(range(256)) * 100
 
 
@@ -84,18 +84,6 @@ class Site:
 
     def close(self) -> None:
         self._open.close()
-
-
-def hear(server: ServerEndpoint) -> tuple[Peer, list[bytes]]:
-    received = server.receive(WAIT_S)
-    assert received is not None, "nothing arrived"
-    return received[0], [bytes(frame) for frame in received[1]]
-
-
-def hear_at(worker: WorkerEndpoint) -> list[bytes]:
-    received = worker.receive(WAIT_S)
-    assert received is not None, "nothing arrived"
-    return [bytes(frame) for frame in received]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from ends import WAIT_S, hear, hear_at, plain
 
 from lte import transport
 from lte.errors import ConnectError
@@ -24,8 +25,6 @@ from lte.relay import Relay
 from lte.transport import Frames, Peer, ServerEndpoint, WorkerEndpoint, keys
 from lte.transport import zmq as zmq_transport
 
-WAIT_S = 20.0
-"""How long a message may take on a machine that does other things, too."""
 PROMPT_S = 3.0
 """What does not wait takes less; a linger of one second is in it."""
 MAX_MESSAGE_BYTES = 64 << 20
@@ -115,22 +114,6 @@ def sockets(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     """As `link`, but only those between processes."""
     with contextlib.closing(Link(request.param, tmp_path)) as opened:
         yield opened
-
-
-def plain(frames: Frames) -> list[bytes]:
-    return [bytes(frame) for frame in frames]
-
-
-def hear(server: ServerEndpoint) -> tuple[Peer, list[bytes]]:
-    received = server.receive(WAIT_S)
-    assert received is not None, "nothing arrived"
-    return received[0], plain(received[1])
-
-
-def hear_at(worker: WorkerEndpoint) -> list[bytes]:
-    received = worker.receive(WAIT_S)
-    assert received is not None, "nothing arrived"
-    return plain(received)
 
 
 def all_together(*jobs: Callable[[], None]) -> None:

@@ -26,7 +26,7 @@ from lte.server.admission import Complaints, vouched
 from lte.server.checkpoint import Progress
 from lte.server.commit import Edition
 from lte.server.intake import Intake
-from lte.server.journal import GENERATION, Admitted, Kept, Merged, read_generation
+from lte.server.journal import GENERATION, Admitted, Merged, read_generation
 from lte.server.master import Master, Received
 from lte.server.publisher import Publisher
 from lte.server.shards import folder_of
@@ -349,23 +349,8 @@ class Holder:
             return
         if offered is None:
             return  # parts were lost: without a receipt they come again
-        received = offered.received
-        self._store.write(
-            Kept(
-                version=message.version,
-                worker_id=worker_id,
-                incarnation=incarnation,
-                heads=received.heads,
-                rank=received.rank,
-                scale=received.scale,
-                first_head=received.first_head,
-                draw=received.draw,
-                tokens=received.tokens,
-                loss=message.loss,
-                blobs={name: blob.numpy().tobytes() for name, blob in offered.blobs.items()},
-            )
-        )
-        self._kept[incarnation] = edition, received
+        self._store.write(offered.kept())
+        self._kept[incarnation] = edition, offered.received
         self._written.append((peer, edition))
 
     def _settle(self) -> bool:

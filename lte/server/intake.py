@@ -11,6 +11,7 @@ from lte import wire
 from lte.config import LoRA, Recipe
 from lte.errors import WireError
 from lte.nn import Plan, difference
+from lte.server.journal import Kept
 from lte.server.master import Master, Received
 from lte.server.rounds import Member
 from lte.server.watch import TRIMS_IN_A_ROW, Outliers
@@ -83,6 +84,23 @@ class Offered:
     received: Received
     message: wire.Contribution
     blobs: dict[str, Tensor]
+
+    def kept(self) -> Kept:
+        """What the journal holds of it."""
+        received, message = self.received, self.message
+        return Kept(
+            version=message.version,
+            worker_id=received.worker_id,
+            incarnation=message.incarnation,
+            heads=received.heads,
+            rank=received.rank,
+            scale=received.scale,
+            first_head=received.first_head,
+            draw=received.draw,
+            tokens=received.tokens,
+            loss=message.loss,
+            blobs={name: blob.numpy().tobytes() for name, blob in self.blobs.items()},
+        )
 
 
 class Intake:

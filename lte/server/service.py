@@ -30,7 +30,7 @@ from lte.server.checkpoint import Progress
 from lte.server.diagnosis import Diagnosis
 from lte.server.evaluation import Evaluate, Evaluation, Losses
 from lte.server.intake import BEHIND_A_RELAY, OTHER_VERSION, Intake, Offered, objection, so_many
-from lte.server.journal import Admitted, Gone, Kept, Merged
+from lte.server.journal import Admitted, Gone, Merged
 from lte.server.links import Links
 from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
@@ -706,21 +706,7 @@ class Server:
         """Hold a contribution, and write it ahead: it counts once a merge of it is in the journal."""
         received, message = offered.received, offered.message
         self._held[received.worker_id] = (received, message)
-        self._store.write(
-            Kept(
-                version=message.version,
-                worker_id=received.worker_id,
-                incarnation=message.incarnation,
-                heads=received.heads,
-                rank=received.rank,
-                scale=received.scale,
-                first_head=received.first_head,
-                draw=received.draw,
-                tokens=received.tokens,
-                loss=message.loss,
-                blobs={name: blob.numpy().tobytes() for name, blob in offered.blobs.items()},
-            )
-        )
+        self._store.write(offered.kept())
 
     def _record_round(
         self,

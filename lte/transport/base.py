@@ -8,6 +8,7 @@ must not change afterwards. `close` may be called twice; after it, `send` does n
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -89,3 +90,13 @@ class WorkerEndpoint(Protocol):
 
     def close(self) -> None:
         """Hand what was sent to the network, for at most a second, and close."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, a name or an IP address without brackets, is this machine and nobody else's."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -9,7 +9,6 @@ restarts is no name for a group, as each of its agents counts only the failures 
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -21,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from lte.errors import ConnectError
 from lte.transport import posted
+from lte.transport.base import is_loopback
 
 SCHEME = "collective://"
 ENV = "collective://env"
@@ -68,7 +68,7 @@ class Listener:
             ConnectError: it cannot be bound, or other machines reach it and nobody insists on that.
         """
         place = _to_bind(address)
-        if not insecure and not _is_loopback(place.host):
+        if not insecure and not is_loopback(place.host):
             raise ConnectError(
                 f"{address}: other machines reach this address, and this transport has no keys; use tcp://"
                 " with server.key and server.allow, or set server.insecure=true on a network that you trust"
@@ -161,7 +161,7 @@ def _to_bind(address: str) -> Place:
     if address != ENV:
         return _parsed(address)
     master = _master()  # its name may mean loopback here, and this machine elsewhere
-    host = "127.0.0.1" if _is_loopback(master.host) else "*"
+    host = "127.0.0.1" if is_loopback(master.host) else "*"
     return Place(host, 0 if has_agent() else master.port)
 
 
@@ -184,15 +184,6 @@ def _placed(address: str) -> Place:
     if not address.startswith(SCHEME):
         raise ConnectionError(f"no server has posted its address yet, but {address!r}")
     return _parsed(address)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 # The store that the two meet at
@@ -249,7 +240,7 @@ def _post(address: str) -> None:
         with socket.create_connection(master, timeout=_ANSWER_S) as probe:
             own_ip = str(probe.getsockname()[0])
         if host == "0.0.0.0":  # as others reach it: the way to torchrun's store, unless it is on this machine
-            host = master.host if _is_loopback(own_ip) else own_ip
+            host = master.host if is_loopback(own_ip) else own_ip
         _opened(master).set(_POSTED, f"{SCHEME}{host}:{port}")
     except (OSError, RuntimeError) as error:
         raise _agent_is_gone(master, error) from None

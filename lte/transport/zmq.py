@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import math
 import os
 import queue
@@ -27,7 +26,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from lte.errors import ConnectError
 from lte.transport import keys, posted
-from lte.transport.base import Frames, Peer
+from lte.transport.base import Frames, Peer, is_loopback
 from lte.transport.gate import DOMAIN, Gate
 from lte.transport.lanes import Lanes
 
@@ -450,7 +449,7 @@ def bind(
     tcp = _parse(address)
     if tcp is None:
         _check_path(address)
-    elif key is None and not insecure and not _is_loopback(tcp["host"].strip("[]")):
+    elif key is None and not insecure and not is_loopback(tcp["host"].strip("[]")):
         raise ConnectError(
             f"{address}: other machines reach this address and there are no keys; make them ('lte keys new"
             " keys/server') and set server.key and server.allow (a relay's are --key, --server-key and"
@@ -485,15 +484,6 @@ def _parse(address: str) -> re.Match[str] | None:
     if tcp["port"] != "*" and int(tcp["port"]) > 65_535:
         raise ConnectError(f"{address}: ports end at 65535")
     return tcp
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_path(address: str) -> None:
