@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ SETTINGS: dict[str, Any] = TINY | {
     "server.checkpoint_every": 3,
     "run.dir": "run",
 }
+RANKS = {b"launch.torchrun", b"lte"}
+"""Modules that ranks run."""
 
 
 @pytest.fixture
@@ -51,7 +53,12 @@ def write(folder: Path, shards: Path, name: str = "recipe.yaml", **settings: Any
 
 
 def start_node(
-    family: Family, store: TCPStore, *words: str | Path, nodes: str = "2", **environment: str
+    family: Family,
+    store: TCPStore,
+    *words: str | Path,
+    nodes: str = "2",
+    module: Sequence[str] = ("launch.torchrun",),
+    **environment: str,
 ) -> Command:
     """One node's torchrun with two ranks; all nodes of a test meet. Nothing is forked: a fork of torchrun
     would inherit what its threads were at."""
@@ -59,7 +66,7 @@ def start_node(
         *("-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "2"),
         *("--max-restarts", "3", "--rdzv-id", "test", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"127.0.0.1:{store.port}", "--rdzv-conf", "is_host=0,last_call_timeout=8"),
-        *("-m", "launch.torchrun", *words),
+        *("-m", *module, *words),
         env={**os.environ, **environment},
     )
 
@@ -78,7 +85,7 @@ def rank_pid(family: Family, rank: int) -> int | None:
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             said = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            is_rank = b"launch.torchrun" in words and b"torch.distributed.run" not in words
+            is_rank = RANKS & {*words} and b"torch.distributed.run" not in words
             if is_rank and b"RANK=%d" % rank in said:
                 return pid
     return None
@@ -120,6 +127,25 @@ def test_a_rank_that_is_killed_changes_no_bit(
     assert versions(tmp_path / "run") == list(range(1, 13))
     starts = [line for line in lines(tmp_path / "run", "event") if line["what"] == "started"]
     assert len(starts) > 1, "it was killed too late"
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_of_data_parallel_training_is_killed(
+    family: Family, store: TCPStore, shards: Path, tmp_path: Path
+) -> None:
+    """The node that it was on counts a restart, the other one does not: they meet all the same."""
+    of_method: dict[str, Any] = {"train__method": "ddp", "train__rounds": 6, "train__local_steps": 20}
+    recipe = write(tmp_path, shards, **of_method)
+    start = {"module": ("lte", "train"), "GLOO_SOCKET_IFNAME": "lo"}
+    nodes = [start_node(family, store, recipe, **start) for _ in range(2)]
+    nodes[0].until_round(tmp_path / "run", 3)
+    pid = rank_pid(family, 3)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    ended(*nodes)
+    whole = write(tmp_path, shards, "whole.yaml", **of_method, run__dir="whole")
+    ended(family.start("train", whole))
+    assert done(tmp_path / "run")["master_digest"] == done(tmp_path / "whole")["master_digest"]
 
 
 @pytest.mark.timeout(300)

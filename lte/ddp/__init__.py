@@ -4,6 +4,7 @@ The same tasks, data, optimizers, schedules and records as LTE's, and no server:
 worker of slot n would, and all step by the mean of their gradients.
 
     place       which worker this process is
+    attempt     which processes are alive at the same time
     traffic     bytes that the kernel counted on the group's connections
     exchange    how gradients travel
     group       the workers, as each sees the others

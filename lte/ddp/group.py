@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import TracebackType
@@ -10,15 +11,16 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from lte import recipes
 from lte.config import Recipe
 from lte.ddp import traffic
+from lte.ddp.attempt import agreed
 from lte.ddp.place import Place
 from lte.ddp.traffic import Moved
 from lte.errors import RunEnded
+from lte.transport import meeting
 
 _OF_GLOO = "gloo"
 """What the words of its errors hold, which are plain RuntimeErrors."""
@@ -57,18 +59,29 @@ class Group:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         before = set(traffic.sockets().values())
-        store: Store
-        if place.meeting:
-            store = FileStore(place.meeting, place.size)
-        else:
-            store, _, _ = next(rendezvous("env://", place.number, place.size, timeout=patience))
-        # Of their own for each attempt: torchrun keeps its store, and with it addresses of those gone.
-        store = PrefixStore(f"lte-{place.attempt}", store)
-        dist.init_process_group(
-            self.backend, store=store, rank=place.number, world_size=place.size, timeout=patience
-        )
+        try:
+            store = self._store(patience)
+            dist.init_process_group(
+                self.backend, store=store, rank=place.number, world_size=place.size, timeout=patience
+            )
+        except dist.DistError as error:
+            raise RunEnded(f"the workers did not meet ({_last_line(error)})", finished=False) from error
         self._sockets = [number for number, name in traffic.sockets().items() if name not in before]
         return self
+
+    def _store(self, patience: timedelta) -> Store:
+        """Where these processes meet, and no others that were started before or will be."""
+        place = self.place
+        if place.meeting:
+            return FileStore(place.meeting, place.size)
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=place.number == 0 and not meeting.has_agent(),
+            wait_for_workers=False,
+            timeout=patience,
+        )
+        return PrefixStore(f"lte/{agreed(store, place.number, place.size, self._patience_s)}", store)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -83,8 +96,7 @@ class Group:
             _left.append(dist.group.WORLD)
         dist.destroy_process_group()
         if is_theirs:
-            reason = str(error).strip().splitlines()[-1]
-            raise RunEnded(f"another worker is gone ({reason})", finished=False) from error
+            raise RunEnded(f"another worker is gone ({_last_line(error)})", finished=False) from error
 
     def largest(self, number: int) -> Callable[[], int]:
         """Begin to find the largest of the workers' numbers; calling the result waits for it."""
@@ -135,3 +147,7 @@ class Group:
             return Moved(by_ring, by_ring)
         moved, self._before = now.since(self._before), now
         return moved
+
+
+def _last_line(error: BaseException | None) -> str:
+    return str(error).strip().splitlines()[-1]

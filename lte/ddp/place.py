@@ -20,7 +20,6 @@ class Place:
         number: of this worker, torch's rank. size: workers in all.
         local_number, local_size: on this machine.
         meeting: file of `MEETING`; '' where torchrun's variables tell where to meet.
-        attempt: how often torchrun has started the group before.
     """
 
     number: int
@@ -28,7 +27,6 @@ class Place:
     local_number: int
     local_size: int
     meeting: str = ""
-    attempt: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -68,5 +66,4 @@ def place_of(recipe: Recipe, environment: Mapping[str, str]) -> Place | None:
         local_number=int(environment.get("LOCAL_RANK", number)),
         local_size=int(environment.get("LOCAL_WORLD_SIZE", size)),
         meeting=environment.get(MEETING, ""),
-        attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
     )
