@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.arguments import Parser
 from lte import config
 from lte.config import Recipe
 from lte.errors import LTEError, UserError
@@ -38,8 +39,8 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         The exit code.
     """
-    arguments = _parser().parse_args(words)
     try:
+        arguments = _parser().parse_args(words)
         settings = reachable(arguments.config, arguments.overrides)
         recipe = config.load(arguments.config, settings)
         if arguments.role == "keys":
@@ -68,7 +69,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launch.slurm", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m launch.slurm", description=__doc__.splitlines()[0])
     roles = parser.add_subparsers(dest="role", metavar="ROLE", required=True)
     for role, help in (
         ("keys", "make the run's keys, if it has none yet"),

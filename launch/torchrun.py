@@ -24,11 +24,12 @@ from types import TracebackType
 from typing import Self
 
 from launch import children
+from launch.arguments import Parser
 from launch.local import EXIT_RUN_ENDED
 from launch.slurm import LOOPBACK
 from lte import config, recipes, signals
 from lte.config import Recipe
-from lte.errors import ConnectError, LTEError, RunEnded, UserError
+from lte.errors import AbsentError, LTEError, RunEnded, UserError
 from lte.server import folder
 from lte.transport import meeting, posted
 
@@ -65,7 +66,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="torchrun ... -m launch.torchrun",
         description="Be one rank of a run: a worker, and on rank 0 its server, too (server.place).",
         epilog="example: torchrun --nproc-per-node 4 -m launch.torchrun configs/quickstart.yaml",
@@ -184,7 +185,7 @@ def _work(recipe: Recipe, name: str, keys: Path | None) -> int:
                 say=lambda line: print(line, flush=True),
             )
             break
-        except ConnectError:
+        except AbsentError:
             if time.monotonic() > until_s:
                 raise
     return 0

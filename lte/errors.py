@@ -6,6 +6,7 @@
     |   |-- DataError        shards, texts or tokenizers that are missing or unreadable
     |   |-- RunError         a run folder that is missing, in use, or of another recipe
     |   |-- ConnectError     no server answers or admits the key, or the address cannot be bound
+    |   |   |-- AbsentError  no server answers yet
     |   |-- KeysError        key files or allow-lists that are missing, damaged or open to others
     |   |-- RefusedError     the server refused this worker, and said why
     |   |   `-- JoinAnewError    its place is another's, or the run went back; it may join anew
@@ -53,6 +54,10 @@ class RunError(UserError):
 
 class ConnectError(UserError):
     """No server answers at an address or admits this key, or an address cannot be bound."""
+
+
+class AbsentError(ConnectError):
+    """No server has answered yet: one may come."""
 
 
 class KeysError(UserError):

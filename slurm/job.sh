@@ -80,15 +80,24 @@ was_told() { if [ "$1" = 138 ] || [ "$1" = 143 ]; then told=yes; fi; }
 leave() {
   if [ -n "$told" ] && is_ours; then
     echo "lte: not finished; job $job is queued again"
-    scontrol requeue "$job"
+    scontrol requeue "$job" || echo "lte: SLURM refused to; submit the same command again, which goes on" >&2
   fi
   exit "$1"
 }
 
 # Whether SLURM runs this job, and here: nobody cancelled it, and this is not what it was before SLURM started it
-# again, on a node that was cut off.
+# again, on a node that was cut off. A controller with much to do, as when it preempts many, is asked again.
 is_ours() {
-  local state restarts
-  read -r state restarts <<<"$(squeue --noheader --jobs="$job" --Format=State,RestartCnt)"
+  local said state restarts asked=1
+  until said=$(squeue --noheader --jobs="$job" --Format=State,RestartCnt 2>&1); do
+    if [[ $said == *"Invalid job id"* ]]; then return 1; fi
+    if [ "$asked" -ge 6 ]; then
+      echo "lte: SLURM does not answer ($said): job $job is left to it; if it is gone, submit the same command again" >&2
+      return 1
+    fi
+    asked=$((asked + 1))
+    sleep 2
+  done
+  read -r state restarts <<<"$said"
   [ "$state" = RUNNING ] && [ "$restarts" = "${SLURM_RESTART_COUNT:-0}" ]
 }

@@ -508,8 +508,18 @@ def test_torchrun_starts_it_too(family: Family, folder: Path) -> None:
     [
         (
             ("train", "recipe.yaml"),
-            {"RANK": "0", "WORLD_SIZE": "2"},
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"},
             "train.workers: 3, but torchrun started 2 processes; set train.workers=2",
+        ),
+        (
+            ("train", "recipe.yaml"),
+            {"RANK": "0", "WORLD_SIZE": "3"},
+            "MASTER_PORT, MASTER_ADDR: not as torchrun sets it",
+        ),
+        (
+            ("train", "recipe.yaml"),
+            {"RANK": "x", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"},
+            "RANK: not as torchrun sets it",
         ),
         (
             ("server", "recipe.yaml"),

@@ -218,10 +218,17 @@ STAND_INS = {
         """,
     "squeue": """
         echo "squeue $*" >>"$SAID"
+        if [ "$(grep -c ^squeue "$SAID")" -le "$UNANSWERED" ]; then
+          echo "slurm_load_jobs error: $NO_ANSWER" >&2
+          exit 1
+        fi
         printf '%-20s%-20s\\n' $STATE
         """,
     "scontrol": """
         echo "scontrol $*" >>"$SAID"
+        """,
+    "sleep": """
+        echo "slept $*" >>"$SAID"
         """,
 }
 
@@ -243,6 +250,8 @@ class Job:
             "SAID": str(self._said),
             "NEVER": str(folder / "never"),
             "STATE": "RUNNING 0",
+            "UNANSWERED": "0",
+            "NO_ANSWER": "Socket timed out on send/recv operation",
             **JOB,
             **environment,
         }
@@ -319,6 +328,25 @@ def test_workers_that_slurm_ended_come_again_with_their_server(submit: Callable[
     job = submit("train", SERVER=STAYS, WORKER=f"exit {code}")
     assert job.ended() == code
     assert job.said()[-1] == REQUEUED
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(submit: Callable[..., Job]) -> None:
+    """Both before the workers are told and before the job is queued again."""
+    job = submit("train", SERVER=STAYS, WORKER=STAYS, UNANSWERED="3")
+    job.until_said("server came", "worker came")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.ended() == 138
+    assert "worker left" in job.said()
+    assert job.said().count("slept 2") == 3
+    assert job.said()[-1] == REQUEUED
+
+
+@pytest.mark.parametrize(("answer", "asked"), [("Invalid job id specified", 1), ("Connection refused", 6)])
+def test_a_job_that_slurm_does_not_know_is_left(submit: Callable[..., Job], answer: str, asked: int) -> None:
+    job = submit("train", SERVER=STAYS, WORKER="exit 143", UNANSWERED="1000", NO_ANSWER=answer)
+    assert job.ended() == 143
+    said = [line.split()[0] for line in job.said()]
+    assert (said.count("squeue"), said.count("scontrol")) == (asked, 0)
 
 
 @pytest.mark.parametrize("state", ["COMPLETING 0", "CANCELLED 0", "RUNNING 1", "PENDING 1", ""])

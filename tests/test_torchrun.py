@@ -255,6 +255,12 @@ def test_workers_look_where_the_server_is_said_to_be(
         ),
         (["train.method=ddp"], {"RANK": "0", "WORLD_SIZE": "4"}, "train.method: ddp has no server"),
         (["train.wrkers=3"], {}, "train.workers"),
+        (["--wrong"], {}, "--wrong"),
+        (
+            ["server.place=elsewhere", "server.address=tcp://127.0.0.1"],
+            {"RANK": "1", "WORLD_SIZE": "4"},
+            "tcp://127.0.0.1",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(

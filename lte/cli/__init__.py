@@ -1,7 +1,7 @@
 """The `lte` command.
 
-pieces      parser, options that several commands have, readers of numbers
-run         train, server, worker, relay
+pieces      options that several commands have, readers of numbers
+start       train, server, worker, relay
 runs        status, report, rollback
 models      eval, generate, export, ranks
 recipe      plan, simulate, convert

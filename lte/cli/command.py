@@ -10,10 +10,12 @@ import textwrap
 from collections.abc import Sequence
 
 from launch import children, local
+from launch.arguments import Parser
 from lte import __version__, signals
-from lte.cli import files, models, pieces, recipe, runs, start
+from lte.cli import files, models, recipe, runs, start
 from lte.errors import ConfigError, LTEError, RunEnded, UserError
 
+EXIT_USER_ERROR = 2
 EXIT_PIPE = 128 + signal.SIGPIPE
 
 
@@ -35,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         for line in error.faults:
             print(f"lte: {line}", file=sys.stderr)
-        return pieces.EXIT_USER_ERROR
+        return EXIT_USER_ERROR
     except UserError as error:
         print(f"lte: {error}", file=sys.stderr)
-        return pieces.EXIT_USER_ERROR
+        return EXIT_USER_ERROR
     except RunEnded as error:
         print(f"lte: the run ended: {error}", file=sys.stderr)
         return 0 if error.finished else local.EXIT_RUN_ENDED
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = pieces.Parser(
+    parser = Parser(
         prog="lte",
         description="Pretrain neural networks from scratch with LoRA workers and a parameter server.",
         epilog=textwrap.dedent("""\

@@ -1,31 +1,22 @@
-"""Of which the command line is made: its parser, options that several commands have, readers of numbers."""
+"""What commands have in common: options, readers of numbers."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from launch import local
+from launch.arguments import Parser
 from lte import config, report
 from lte.errors import UserError
 
-EXIT_USER_ERROR = 2
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """Where a parser's commands are added."""
 Read = TypeVar("Read")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"lte: {message} (see '{self.prog} --help')", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR)
 
 
 def command(commands: Commands, name: str, help: str, epilog: str) -> Parser:

@@ -64,7 +64,9 @@ class Group:
             dist.init_process_group(
                 self.backend, store=store, rank=place.number, world_size=place.size, timeout=patience
             )
-        except dist.DistError as error:
+        except RuntimeError as error:
+            if not _is_of_others(error):
+                raise
             raise RunEnded(f"the workers did not meet ({_last_line(error)})", finished=False) from error
         self._sockets = [number for number, name in traffic.sockets().items() if name not in before]
         return self
@@ -86,9 +88,7 @@ class Group:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_theirs = isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and _OF_GLOO in str(error).lower()
-        )
+        is_theirs = _is_of_others(error)
         # Torch frees what is under way only with Python's lock held, and may hold it while it ends.
         if self._asked is not None and not is_theirs:
             self._asked.wait()
@@ -149,5 +149,12 @@ class Group:
         return moved
 
 
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether it tells that the connections to the others do not work."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _OF_GLOO in str(error).lower()
+    )
+
+
 def _last_line(error: BaseException | None) -> str:
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

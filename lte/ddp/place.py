@@ -48,10 +48,21 @@ def place_of(recipe: Recipe, environment: Mapping[str, str]) -> Place | None:
     """The place that the environment gives this process; None where it says nothing of any.
 
     Raises:
-        ConfigError: the group is not of the recipe's size.
+        ConfigError: the group is not of the recipe's size, or the environment says only half of it.
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
+    needed = ["RANK", "WORLD_SIZE", *([] if environment.get(MEETING) else ["MASTER_PORT"])]
+    wrong = [name for name in needed if not environment.get(name, "").isdecimal()]
+    if not environment.get(MEETING) and not environment.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR")
+    if wrong:
+        raise ConfigError(
+            [
+                f"{', '.join(wrong)}: not as torchrun sets it, while RANK and WORLD_SIZE are set; start this by"
+                " torchrun, or unset these"
+            ]
+        )
     number, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if size != recipe.train.workers:
         raise ConfigError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from lte import config, wire
 from lte.clock import Watch
 from lte.compress.shards import Shards
-from lte.errors import ConnectError, JoinAnewError, RefusedError, RunEnded, StoppedError, WireError
+from lte.errors import AbsentError, JoinAnewError, RefusedError, RunEnded, StoppedError, WireError
 from lte.worker import state
 from lte.worker.ends import Ends
 from lte.worker.staging import Staging
@@ -492,7 +492,7 @@ class Session:
                     return
                 case wire.Update(since=None):
                     heard_s = -float("inf")
-        raise ConnectError(
+        raise AbsentError(
             f"no server answers at {self._address} after {wait_s:g} s; start one with 'lte server CONFIG'"
             " and give the address that it prints"
         )
