@@ -1,5 +1,6 @@
 # make train   install, pack the text that ships with the project, train the quickstart recipe
 # make test    install, run the tests: JOBS of them at a time (2)
+# make test-nodes    torchrun on two nodes, of which ranks die and that come later: minutes of waiting
 # make test-slurm    the batch files on a real SLURM cluster of this machine; make can-test-slurm says what that needs
 # make setup   install alone;  make check: lint and types
 # PYTHON=python3.12 chooses the interpreter, RECIPE=... what `make train` trains, ARGS="key=value ..."
@@ -12,13 +13,16 @@ VENV := .venv
 SLURM_UP ?= ../shared/infra/start_slurm.sh
 SHARDS ?= data/tinyshakespeare/shards
 
-.PHONY: train test test-slurm can-test-slurm check setup clean
+.PHONY: train test test-nodes test-slurm can-test-slurm check setup clean
 
 train: setup $(SHARDS)/index.json
 	@$(VENV)/bin/lte train $(RECIPE) $(ARGS)
 
 test: setup
 	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal
+
+test-nodes: setup
+	$(VENV)/bin/pytest -m nodes -n $(JOBS)
 
 test-slurm: can-test-slurm setup
 	@which slurmctld slurmd sbatch munged ip >/dev/null || { apt-get update -qq && \

@@ -1,4 +1,5 @@
-"""launch/torchrun.py by torchrun itself: two nodes of two ranks on this machine, disturbed and not."""
+"""launch/torchrun.py by torchrun itself: on one node, and, by `make test-nodes`, two of two ranks that are
+disturbed."""
 
 from __future__ import annotations
 
@@ -110,6 +111,7 @@ def ended(*nodes: Command) -> None:
         assert node.ended() == 0, "\n".join(each.out + each.err for each in nodes)
 
 
+@pytest.mark.nodes
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("killed", [0, 3])
 def test_a_rank_that_is_killed_changes_no_bit(
@@ -129,6 +131,7 @@ def test_a_rank_that_is_killed_changes_no_bit(
     assert len(starts) > 1, "it was killed too late"
 
 
+@pytest.mark.nodes
 @pytest.mark.timeout(300)
 def test_a_rank_of_data_parallel_training_is_killed(
     family: Family, store: TCPStore, shards: Path, tmp_path: Path
@@ -148,6 +151,7 @@ def test_a_rank_of_data_parallel_training_is_killed(
     assert done(tmp_path / "run")["master_digest"] == done(tmp_path / "whole")["master_digest"]
 
 
+@pytest.mark.nodes
 @pytest.mark.timeout(300)
 def test_nodes_may_join_a_run_that_goes(
     family: Family, store: TCPStore, shards: Path, tmp_path: Path

@@ -59,8 +59,8 @@ def place_of(recipe: Recipe, environment: Mapping[str, str]) -> Place | None:
     if wrong:
         raise ConfigError(
             [
-                f"{', '.join(wrong)}: not as torchrun sets it, while RANK and WORLD_SIZE are set; start this by"
-                " torchrun, or unset these"
+                f"{', '.join(wrong)}: not as torchrun sets it, while RANK and WORLD_SIZE are set; start this"
+                " by torchrun, or unset these"
             ]
         )
     number, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
