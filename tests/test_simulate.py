@@ -519,6 +519,7 @@ def test_runs_as_json_say_where_the_server_saturates(lte: Command, tmp_path: Pat
         ((RECIPE, *LINKS, "--shards", "0"), "argument --shards: '0' is not a whole number"),
         ((RECIPE, "outer.when=arrival", *LINKS), "outer.when: simulated are rounds"),
         ((RECIPE, "train.method=ddp", *LINKS), "train.method: simulated is lte"),
+        ((RECIPE, *LINKS, "--shards", "2", "--relay-group", "8"), "a divided server has no relays"),
     ],
 )
 def test_a_mistake_gets_one_line(lte: Command, arguments: tuple[str, ...], fault: str) -> None:

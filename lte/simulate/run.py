@@ -75,12 +75,14 @@ def simulate(
         shards: of the server. relay_group: workers of one class that one relay updates.
 
     Raises:
-        ConfigError: the recipe has no rounds, or no server. UserError: simpy is not installed.
+        ConfigError: the recipe has no rounds, or no server, or there are relays before a divided one. UserError: simpy is not installed.
     """
     if recipe.merges_on_arrival:
         raise ConfigError(["outer.when: simulated are rounds, not merges on arrival; set outer.when=round"])
     if recipe.train.method != "lte":
         raise ConfigError([f"train.method: simulated is lte, not {recipe.train.method}"])
+    if shards > 1 and relay_group > 1:
+        raise ConfigError(["server.shards: a divided server has no relays; simulate the one or the other"])
     world = World(recipe, costs_of(recipe, rates), seed=seed, shards=shards)
     with _no_collector():
         return _Run(world, fleet, relay_group).figures(rounds)
