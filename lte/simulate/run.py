@@ -75,7 +75,8 @@ def simulate(
         shards: of the server. relay_group: workers of one class that one relay updates.
 
     Raises:
-        ConfigError: the recipe has no rounds, or no server, or there are relays before a divided one. UserError: simpy is not installed.
+        ConfigError: the recipe has no rounds, or no server, or there are relays before a divided one.
+        UserError: simpy is not installed.
     """
     if recipe.merges_on_arrival:
         raise ConfigError(["outer.when: simulated are rounds, not merges on arrival; set outer.when=round"])
