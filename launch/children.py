@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,7 +15,6 @@ from lte import signals
 PARENT_VARIABLE = "LTE_PARENT_PID"
 DEATH_VARIABLE = "LTE_PARENT_DEATH"
 """Environment of a child: number of the signal that it gets when its parent dies; else SIGTERM."""
-_PR_SET_PDEATHSIG = 1
 
 Child = subprocess.Popen[bytes]
 
@@ -28,16 +26,10 @@ def end_with_parent() -> None:
     number = int(os.environ.pop(DEATH_VARIABLE, signal.SIGTERM))
     if parent is None:
         return
-    signal_at_parents_death(number)
+    signals.at_parents_death(number)
     if os.getppid() != int(parent):  # it died before the line above
         raise SystemExit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDINGS)
-
-
-def signal_at_parents_death(number: int) -> None:
-    """Have the kernel send this process a signal when its parent dies (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], **options: object) -> Child:

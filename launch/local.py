@@ -91,6 +91,7 @@ class _Processes:
                 # By name, so that after a crash it takes the place of the one that it replaces.
                 state = self.folder / "workers" / f"w{k}"
                 command = ["worker", "--server", address, "--id", f"w{k}", "--state", str(state)]
+                command += ["--local-number", str(k)]
                 self.workers[k] = self._spawn(command, stdout=log, stderr=log)
 
     def _spawn(self, command: list[str], **options: object) -> Child:

@@ -65,7 +65,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         return 1
     sys.stdout.flush()
     python = [sys.executable, "-m", "lte", *command]
-    os.execve(python[0], python, {**environment, **own_gpu(environment)})
+    os.execve(python[0], python, {**environment, **own_gpus(environment, recipe.worker.processes)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,12 +112,15 @@ def missing_workers(recipe: Recipe, environment: Mapping[str, str]) -> str:
     )
 
 
-def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables by which this task sees one GPU, where SLURM shows it all that its node has for the step."""
+def own_gpus(environment: Mapping[str, str], processes: int) -> dict[str, str]:
+    """Variables by which this task sees as many GPUs as it has processes, where SLURM shows it all that its
+    node has for the step."""
     gpus = [gpu for gpu in environment.get(_GPUS, "").split(",") if gpu]
     if len(gpus) < 2:
         return {}
-    return {_GPUS: gpus[int(environment.get("SLURM_LOCALID", 0)) % len(gpus)]}
+    first = int(environment.get("SLURM_LOCALID", 0)) * processes
+    own = dict.fromkeys(gpus[(first + k) % len(gpus)] for k in range(processes))
+    return {_GPUS: ",".join(own)}
 
 
 def was_restarted(environment: Mapping[str, str]) -> bool:

@@ -49,7 +49,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     try:
         with signals.raised():
-            children.signal_at_parents_death(signal.SIGTERM)
+            signals.at_parents_death(signal.SIGTERM)
             return _run(_parser().parse_args(words), environment)
     except UserError as error:
         for line in str(error).splitlines():
@@ -102,12 +102,13 @@ def _run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         print(f"{recipe.run.dir}: finished already", flush=True)
         return 0
     number = rank + arguments.first - (recipe.server.place == "alone")
+    local_number = _local_number(recipe, rank, environment)
     if rank or recipe.server.place == "elsewhere":
-        return _work(recipe, f"w{number}", arguments.keys)
+        return _work(recipe, f"w{number}", arguments.keys, local_number)
     with _Server([arguments.config, *settings], recipe) as server:
         if recipe.server.place == "beside":
             with server.missed():
-                _work(recipe, f"w{number}", arguments.keys)
+                _work(recipe, f"w{number}", arguments.keys, local_number)
         return server.ended()
 
 
@@ -127,6 +128,13 @@ def place_of(environment: Mapping[str, str]) -> tuple[int, int]:
             "RANK and WORLD_SIZE are not set: start this by 'torchrun --nproc-per-node N -m launch.torchrun"
             " CONFIG', or use 'lte train CONFIG' on one machine"
         ) from None
+
+
+def _local_number(recipe: Recipe, rank: int, environment: Mapping[str, str]) -> int:
+    """Number of this rank's worker among those of its node: a server alone on rank 0 needs no GPU."""
+    local_rank = int(environment.get("LOCAL_RANK", 0))
+    is_after_server = recipe.server.place == "alone" and rank == local_rank
+    return max(local_rank - is_after_server, 0)
 
 
 def missing_workers(recipe: Recipe, size: int) -> str:
@@ -166,7 +174,7 @@ def address_of(recipe: Recipe) -> str:
     return f"{posted.SCHEME}{Path(recipe.run.dir) / posted.NAME}"
 
 
-def _work(recipe: Recipe, name: str, keys: Path | None) -> int:
+def _work(recipe: Recipe, name: str, keys: Path | None, local_number: int) -> int:
     """Be a worker until the run is finished. One that is started again may find the others done.
 
     Raises:
@@ -182,6 +190,7 @@ def _work(recipe: Recipe, name: str, keys: Path | None) -> int:
                 wait_s=_LOOK_S,
                 key=keys and keys / f"{name}.secret",
                 server_key=keys and keys / "server.public",
+                local_number=local_number,
                 say=lambda line: print(line, flush=True),
             )
             break

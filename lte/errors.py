@@ -14,6 +14,7 @@
     |-- WireError            bytes that are not a message of this protocol
     |-- DigestError          server and worker do not hold the same bits
     |-- ShardError           one of several processes that are one server has ended, and so all do
+    |-- ProcessError         one of several processes that are one worker has ended, and so all do
     |-- StoppedError         this process was told to stop, and did not finish what it was at
     `-- RunEnded             the run is over (finished, stopped, or its server is gone)
         `-- FencedError      for this process alone: a newer one has taken its place
@@ -100,6 +101,10 @@ class DigestError(LTEError):
 
 class ShardError(LTEError):
     """A process that holds a shard of the server's master is gone; the server ends, to be started again."""
+
+
+class ProcessError(LTEError):
+    """One of the processes of a worker is gone; the worker ends, to be started again."""
 
 
 class StoppedError(LTEError):

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from lte import config, diagnostics, ranks, signals
 from lte.config import Override, Recipe
-from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError
+from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError, StoppedError
 from lte.lowrank import seed_of
 from lte.models import weights
 from lte.nested import Cuts
-from lte.nn import convert, describe
+from lte.nn import describe
 from lte.server import Server, assembly, checkpoint, rollback
 from lte.server.master import Master
-from lte.tasks import micro_batches, task_of
+from lte.tasks import task_of
+from lte.team import Own, Share, Team, device_of, with_heads
 from lte.worker import Worker
 from lte.worker.session import Session
 from lte.worker.trainer import materialize
@@ -62,6 +63,8 @@ def work(
     rank: int = 0,
     heads: int = 0,
     scale: float = 0.0,
+    processes: int = 0,
+    local_number: int = 0,
     recipe: Recipe | None = None,
     say: Callable[[str], None] = print,
     began: Callable[[Worker], object] = lambda worker: None,
@@ -76,14 +79,17 @@ def work(
         shards: folder of the training data, where it is not at the recipe's path on this machine.
         rank, heads: train heads of this lora_rank, and so many, at most. scale: of this lora_scale in every
             module. 0: the recipe's.
+        processes: that this worker is, with this one, each with a share of every batch; 0: as many as the
+            recipe says. local_number: of this worker among those on this machine, which the machine's GPUs
+            are shared out among.
         recipe: refuse a server that trains another model than this one's.
         say: prints a line for a person. began: called with the worker before its first step.
 
     Raises:
         ConnectError, RefusedError, RunEnded: see `lte.Worker`. DataError: no data here. Ended: by a
-        signal; what is to be saved is.
+        signal; what is to be saved is. ProcessError: one of the worker's processes has ended.
     """
-    described = describe(_with_heads(recipe, rank, heads, scale)) if recipe else None
+    described = describe(with_heads(recipe, rank, heads, scale)) if recipe else None
     while True:
         with Session(
             server,
@@ -111,13 +117,28 @@ def work(
                 given = config.replace(given, **{"data.shards": shards})
             task_of(given).check()
             pieces = f", in {given.train.accumulate} pieces" if given.train.accumulate > 1 else ""
-            own = given.lora.capped(rank, heads)
-            if heads and given.train.batch_size % (own.num_slices * given.train.accumulate):
+            num_slices = given.lora.capped(rank, heads).num_slices
+            if heads and given.train.batch_size % (num_slices * given.train.accumulate):
                 batch = f"the recipe's batches of {given.train.batch_size}{pieces}"
                 raise ConfigError([f"--heads: {heads} heads cannot share {batch} equally"])
+            num = processes or given.worker.processes
+            samples = given.train.batch_size // (num_slices * given.train.accumulate)
+            if samples % num:
+                of_a_head = " of a head" if num_slices > 1 else ""
+                raise ConfigError(
+                    [
+                        f"--processes: {num} cannot share the {samples} samples{of_a_head} of the recipe's"
+                        f" batches of {given.train.batch_size}{pieces} equally"
+                    ]
+                )
             say(f"{welcome.worker_id} joined {server} at version {welcome.version}")
+            own = Own(welcome.slot, rank, heads or given.lora.heads, scale)
+            device = device_of(given, local_number * num)
             try:
-                _train(session, given, rank, heads or given.lora.heads, scale, say, began)
+                with Team(given, num, own, number=local_number, stop=session.stop) as team:
+                    share = Share(given, device, own, processes=num)
+                    team.meet()
+                    _train(session, given, team, share, say, began)
                 return
             except JoinAnewError as error:
                 say(f"{error.reason}; joining anew")
@@ -126,44 +147,39 @@ def work(
 def _train(
     session: Session,
     recipe: Recipe,
-    rank: int,
-    heads: int,
-    scale: float,
+    team: Team,
+    share: Share,
     say: Callable[[str], None],
     began: Callable[[Worker], object],
 ) -> None:
-    """Train for the server that a session has joined, on this worker's part of the data.
+    """Train for the server that a session has joined.
 
     Args:
-        recipe: the server's. rank: most that this worker's heads have. heads: how many. scale: theirs. 0:
-            as it says.
+        recipe: the server's. team, share: all processes of this worker, and what this one does of it.
     """
-    torch.set_num_threads(recipe.worker.num_threads)
-    task, device = task_of(recipe), device_of(recipe)
     # What a model draws in its forward pass, such as dropout, is another's on every worker, and repeats
     # itself where a worker has a process of its own.
     torch.manual_seed(seed_of(recipe.run.seed, "forward", session.welcome.slot))
-    stream = task.stream(session.welcome.slot)
-    model = materialize(_with_heads(recipe, rank, heads, scale), device)
-    worker, ended_by = Worker(model, session, say=say), list[int]()
-    slices = recipe.lora.capped(rank, heads).num_slices
+    try:
+        worker, ended_by = Worker(share.model, session, say=say), list[int]()
+    except StoppedError:  # it waited for the first round, and the team had it wait no more
+        team.check()
+        raise
 
     def stop(number: int) -> None:
         ended_by.append(number)
         worker.stop()
 
+    team.call_when_lost(worker.stop)
     began(worker)
     with signals.told(stop):
         goes_on = not worker.done
         while goes_on:
-            batch = stream.batch(worker.step_index).to(device)
-            total = torch.zeros((), device=device)
-            for part in micro_batches(batch, slices, recipe.train.accumulate):
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                    loss = task.loss(model, part) / recipe.train.accumulate
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-            goes_on = worker.step(total, tokens=task.num_tokens(batch))
+            team.lead(worker.trainer)
+            loss, tokens = share.backward(worker.step_index)
+            goes_on = worker.step(team.mean(worker.trainer, loss), tokens=tokens)
+    if not worker.done:
+        team.check()
     say(f"{worker.worker_id} {'finished' if worker.done else 'stopped'} at version {worker.version}")
     if session.num_damaged:
         say(f"{session.num_damaged} messages were damaged on their way, and dropped")
@@ -343,31 +359,3 @@ def roll_back(folder: Path, version: int) -> rollback.RolledBack:
     if recipe.server.shards > 1:
         raise RunError(f"{folder}: a run with server.shards = {recipe.server.shards} cannot go back yet")
     return rollback.roll_back(folder, version, lambda recipe: Master(initial_model(recipe), recipe))
-
-
-def _with_heads(recipe: Recipe, rank: int, heads: int, scale: float) -> nn.Module:
-    """The recipe's model with a worker's heads; no weight (out, in) takes memory.
-
-    Args:
-        rank: the most that they have. heads: how many there are, at most. scale: theirs in every module. 0:
-            as the recipe says.
-    """
-    built = recipe.as_built
-    return convert(task_of(recipe).build(), built.lora.capped(rank, heads, scale), built.base.quant)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The device that `worker.device` names.
-
-    Raises:
-        ConfigError: it is not on this machine.
-    """
-    name = recipe.worker.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError([f"worker.device: {name!r} is not on this machine; use auto or cpu"]) from None
-    return device

@@ -7,7 +7,9 @@ batch systems send several.
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,15 @@ from typing import NoReturn
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is how batch systems warn of a preemption (SLURM: --signal=USR1@60)."""
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def at_parents_death(number: int) -> None:
+    """Have the kernel send this process a signal when its parent dies (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 class Ended(KeyboardInterrupt):

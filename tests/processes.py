@@ -147,6 +147,17 @@ class Family:
                     found.append(int(entry.name))
         return sorted(set(found) - {os.getpid()})
 
+    def members_of(self, module: str) -> list[int]:
+        """Those who are `python -m MODULE`, forked ones, too."""
+        found = []
+        for pid in self.members():
+            with suppress(OSError):  # it has ended
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                name = Path(f"/proc/{pid}/comm").read_text()
+                if module.encode() in words or name.startswith(f"{module} "):
+                    found.append(pid)
+        return found
+
     def kill(self, *pids: int) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from ends import WAIT_S
 from torch import nn
 
 from launch import local
 from lte import cli, config, recipes, wire
 from lte.config import Recipe
-from lte.errors import RefusedError, RunEnded, RunError
+from lte.errors import RefusedError, RunError
 from lte.server import checkpoint, recovery, rounds
 from lte.server.evaluation import Measured
 from lte.server.intake import Intake
@@ -28,7 +23,6 @@ from lte.tasks import Text
 from lte.track import METRICS, Records
 from lte.transport import Frames, Peer
 from lte.transport.inprocess import InprocessServer
-from lte.worker.session import Session
 
 NAMES = itertools.count()
 KINDS = {"uplink": {"factors", "dense"}, "downlink": {"dense", "codes", "scales"}}
@@ -82,37 +76,6 @@ def test_what_an_evaluation_finds_beside_the_loss_is_recorded_of_both_weights(
         assert line["size"] != line["size_master"], "each is of its own weights"
     else:
         assert "size" not in line
-
-
-def test_who_comes_during_the_last_evaluation_is_told_that_the_run_is_finished(
-    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """As workers do that are started again with a server which was stopped in it: they are not to look for a
-    server until they give up, and with them the run."""
-    train()
-    (run,) = tmp_path.glob("run-*")
-    lines = [line for line in (run / METRICS).read_text().splitlines() if '"kind": "done"' not in line]
-    (run / METRICS).write_text("\n".join(lines) + "\n")
-    turned_away = threading.Event()
-
-    def join() -> None:
-        with pytest.raises(RunEnded, match="the run is finished") as ended:
-            Session(server.address, worker_id="w0", wait_s=WAIT_S)
-        assert ended.value.finished
-        turned_away.set()
-
-    def measured(task: Text, model: nn.Module, max_tokens: int) -> float:
-        deadline_s = time.monotonic() + WAIT_S
-        while not turned_away.is_set():
-            assert time.monotonic() < deadline_s, "nobody answered"
-            model(torch.zeros(1, 4, dtype=torch.long))
-        return 2.0
-
-    monkeypatch.setattr(Text, "evaluate", measured)
-    with recipes.make_server(recipes.recipe_of(run)) as server, ThreadPoolExecutor() as threads:
-        joining = threads.submit(join)
-        assert server.serve()
-        joining.result()
 
 
 class Lossy:

@@ -168,7 +168,15 @@ def test_a_task_sees_a_gpu_of_its_own(run: Path, visible: str, seen: str | None)
 
 def test_more_tasks_than_gpus_share_them(run: Path) -> None:
     environment = {**THIRD_TASK, "SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "4,5"}
-    assert slurm.own_gpu(environment) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert slurm.own_gpus(environment, 1) == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [("0,1,2,3", "2,3"), ("4,5", "4,5"), ("0,1,2", "2,0")], ids=["all", "own", "shared"]
+)
+def test_a_task_of_two_processes_sees_two_gpus(visible: str, seen: str) -> None:
+    environment = {**THIRD_TASK, "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": visible}
+    assert slurm.own_gpus(environment, 2) == {"CUDA_VISIBLE_DEVICES": seen}
 
 
 @pytest.mark.parametrize(

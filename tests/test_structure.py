@@ -37,6 +37,7 @@ FLOORS = [
     "server",
     "worker",
     "tasks",
+    "team",
     "nested",
     "ranks",
     "recipes",

@@ -278,7 +278,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     for variable in ("MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("launch.children.signal_at_parents_death", lambda number: None)
+    monkeypatch.setattr("lte.signals.at_parents_death", lambda number: None)
     recipe = str(write(tmp_path, shards, run__dir=str(tmp_path / "run")))
     assert torchrun.main([recipe, *overrides], environment) == 2
     (said,) = capsys.readouterr().err.splitlines()

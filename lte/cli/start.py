@@ -165,6 +165,7 @@ def _add_worker(commands: pieces.Commands) -> None:
         "  lte worker --server file://runs/book/address      where its folder is shared: also if it moves\n"
         "  lte worker --server tcp://127.0.0.1:5555 --rank 8       a small device, or a thin link\n"
         "  lte worker --server tcp://127.0.0.1:5555 --rank 8 --scale 8\n"
+        "  lte worker --server tcp://127.0.0.1:5555 --processes 4          a machine of four GPUs\n"
         "  lte worker --server tcp://10.0.0.1:5555 --key alice.secret --server-key server.public\n\n"
         "Workers may join and leave at any time, more of them than train.workers, too. Everything but the\n"
         "address comes from the server. A CONFIG makes the worker refuse a server of another model.\n"
@@ -211,6 +212,21 @@ def _add_worker(commands: pieces.Commands) -> None:
         metavar="S",
         help="lora_scale of its heads, in every module (default: the recipe's)",
     )
+    command.add_argument(
+        "--processes",
+        type=pieces.count,
+        default=0,
+        metavar="P",
+        help="processes that it is, each with a share of every batch, and a GPU of its own where there are as"
+        " many (default: the recipe's worker.processes)",
+    )
+    command.add_argument(
+        "--local-number",
+        type=pieces.whole,
+        default=0,
+        metavar="K",
+        help="its number, from 0, among the workers of this machine, which share out its GPUs (default: 0)",
+    )
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML recipe to insist on")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings of that recipe")
     command.set_defaults(run=_worker)
@@ -231,6 +247,8 @@ def _worker(arguments: argparse.Namespace) -> int:
         rank=arguments.rank,
         heads=arguments.heads,
         scale=arguments.scale,
+        processes=arguments.processes,
+        local_number=arguments.local_number,
         recipe=recipe,
         say=lambda line: print(line, flush=True),
     )

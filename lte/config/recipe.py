@@ -588,7 +588,10 @@ class WorkerSettings:
 
     __pydantic_config__ = _STRICT
     device: Name = _doc("auto", "auto: a GPU if there is one; or cpu, cuda, cuda:1")
-    num_threads: Count = _doc(1, "CPU threads of a worker")
+    processes: Count = _doc(
+        1, "processes of a worker, each with a share of every batch and, where it can be, a GPU of its own"
+    )
+    num_threads: Count = _doc(1, "CPU threads of each process of a worker")
     heartbeat_s: Annotated[Positive | None, _OrNone] = _doc(
         None, "seconds between signs of life; none: a tenth of server.silence_s, 1 at most"
     )

@@ -84,6 +84,7 @@ def _faults(recipe: Recipe) -> list[str]:
     most_of_run = max(most_rank, recipe.as_built.lora.rank)
     most_drawn = max(lora.nested_ranks, default=most_rank)
     undivided = _undivided(recipe)
+    pieces = lora.num_slices * train.accumulate
     rules = [
         (
             recipe.data.kind in _READS[model.name],
@@ -144,6 +145,21 @@ def _faults(recipe: Recipe) -> list[str]:
             f"train.accumulate: the {train.batch_size // lora.num_slices} samples of a head (train.batch_size"
             f"{' / lora.heads' if lora.num_slices > 1 else ''}) cannot be cut into {train.accumulate} equal"
             " pieces",
+        ),
+        (
+            train.batch_size % pieces != 0 or train.batch_size // pieces % recipe.worker.processes == 0,
+            f"worker.processes: {recipe.worker.processes} cannot share the"
+            f" {train.batch_size // pieces} samples"
+            f"{' of a head' if lora.num_slices > 1 else ''} of a micro-batch equally",
+        ),
+        (
+            recipe.worker.processes == 1 or train.method == "lte",
+            "worker.processes: workers of train.method=ddp are one process each; set train.workers",
+        ),
+        (
+            recipe.worker.processes == 1 or not recipe.server.address.startswith("inprocess://"),
+            f"worker.processes: {recipe.worker.processes} contradict server.address ="
+            f" {recipe.server.address}, where a worker is no process, but a thread",
         ),
         (
             (lora.scaling == "rank-stabilized") == (lora.alpha is not None),

@@ -23,6 +23,7 @@ from lte.nn import convert, dense_parameters, draw_heads
 from lte.quantize import Quant
 from lte.server.master import Master, Received
 from lte.tasks import task_of
+from lte.team import device_of
 from lte.track import METRICS, Records
 from lte.worker.trainer import Trainer, materialize
 
@@ -192,7 +193,7 @@ def _step_s(recipe: Recipe) -> float:
     """Median seconds of a local step of the recipe's model, its base all zeros."""
     torch.set_num_threads(recipe.worker.num_threads)
     model = convert(build(recipe.model), recipe.lora, recipe.base.quant)
-    materialize(model, recipes.device_of(recipe))
+    materialize(model, device_of(recipe))
     draw_heads(model, recipe.lora, seed=0, first_head=0, draw=0)
     with torch.no_grad():
         for _, parameter in dense_parameters(model):

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
-from lte import recipes
 from lte.config import Recipe
 from lte.ddp import traffic
 from lte.ddp.attempt import agreed
 from lte.ddp.place import Place
 from lte.ddp.traffic import Moved
 from lte.errors import RunEnded
+from lte.team import device_of
 from lte.transport import meeting
 
 _OF_GLOO = "gloo"
@@ -45,7 +45,7 @@ class Group:
     def __init__(self, recipe: Recipe, place: Place) -> None:
         """Raise ConfigError where `worker.device` is not on this machine."""
         self.place, self._patience_s = place, recipe.worker.patience_s
-        self.device, self.backend = recipes.device_of(recipe), "gloo"
+        self.device, self.backend = device_of(recipe), "gloo"
         if self.device.type == "cuda" and self.device.index is None:
             num_gpus = torch.cuda.device_count()
             self.device = torch.device("cuda", place.local_number % num_gpus)

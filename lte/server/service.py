@@ -115,7 +115,7 @@ class Server:
                 self._whole_master,
                 evaluate,
                 num_threads=recipe.server.num_threads,
-                is_stopped=self._is_stopped,
+                is_stopped=lambda: self._stop_reason is not None,
             )
             # Raised before the journal is read: from here on nobody else adds to what counts of it.
             self.generation = folder.next_generation(self.folder)
@@ -316,13 +316,6 @@ class Server:
                 self._answer_inquiries()
             self._hear_shards()
             self._happened(rounds.Ticked())
-
-    def _is_stopped(self) -> bool:
-        """Whether `stop` was called. Evaluations ask this often: who comes during the last one is told that
-        the run is finished."""
-        while self.finished and (received := self._endpoint.receive(0)):
-            self._hear(*received)
-        return self._stop_reason is not None
 
     def stop(self, reason: str) -> None:
         """Make `serve` save and return: an evaluation is given up, a merge under way is not. May be

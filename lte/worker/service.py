@@ -151,6 +151,11 @@ class Worker:
         return self._trainer.version
 
     @property
+    def trainer(self) -> Trainer:
+        """Of the model, for who takes part in its local steps; only this worker may call it."""
+        return self._trainer
+
+    @property
     def step_index(self) -> int:
         """Local steps since the start of the run, as this worker counts them: names the next batch."""
         return self.recipe.steps_before(self._trainer.round) + self._trainer.local_step

@@ -44,6 +44,7 @@ from lte.nn import (
 )
 from lte.optim import prune
 from lte.quantize import Quantized
+from lte.worker import draws
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -79,6 +80,7 @@ class Trainer:
         heads, rank: how many heads it trains, and the largest lora_rank of them in any round; the
             recipe's or less. scale: their lora_scale; 0: the recipe's.
         draw: which draw of A the heads have; see `_draw_now`.
+        revision: rises where more of the model has changed than what local steps train.
         lost: share of the heads' change that the last contribution, or the merge of the one before,
             left out and no later one owes. Without error feedback it is not measured in reset-less.
     """
@@ -116,6 +118,7 @@ class Trainer:
         self._come_to(version, step)
         self.round, self.local_step, self.lost = self._round_done, 0, 0.0
         self.is_ahead = False
+        self.revision = 0
         # Local steps of heads that began, with empty moments, in the middle of the run; None of others.
         self._own_steps = 0 if version else None
         self.draw = self._draw_now()
@@ -196,41 +199,25 @@ class Trainer:
             self._own_steps += 1
 
     def _seed_dropout(self) -> None:
-        """Choose the masks of the next forward pass: a function of run, head, local step and how many there
-        were in it, so that neither a restart nor threads of other workers change them."""
-        step = self._step_of_run
-        for name, module in self.modules.items():
-            module.dropout_seeds = [
-                lowrank.seed_of(self.recipe.run.seed, "dropout", name, head, step, self._num_forwards)
-                for head in range(self.first_head, self.first_head + module.num_slices)
-            ]
+        """Choose the masks of the next forward pass."""
+        draws.seed_dropout(
+            self.modules,
+            self.recipe,
+            first_head=self.first_head,
+            step=self.step_of_run,
+            forward=self._num_forwards,
+        )
         self._num_forwards += 1
 
     # Nested ranks
 
     def _ranks(self) -> list[int]:
-        """Rank b of each head in this local step: a function of run, head and step, so that a restart changes
-        none. Modules of a smaller lora_rank are used whole."""
-        ranks, seed = self._drawn_ranks(), self.recipe.run.seed
-        return [
-            lowrank.draw_rank(ranks, seed=seed, head=self.first_head + h, step=self._step_of_run)
-            for h in range(self.heads)
-        ]
-
-    def _drawn_ranks(self) -> tuple[int, ...]:
-        """The ranks that heads as they are now draw from."""
-        return self.recipe.lora.drawn_ranks(max((m.rank for m in self.modules.values()), default=1))
+        """Rank b of each head in this local step."""
+        return draws.ranks(self.modules, self.recipe, first_head=self.first_head, step=self.step_of_run)
 
     def _gate(self) -> None:
-        """Have the next forward pass use the first b columns of each B, at lora_alpha / b."""
-        if not self.recipe.draws_ranks:
-            return
-        used, lora = self._ranks(), self.recipe.lora
-        for module in self.modules.values():
-            gates = torch.zeros(module.heads, 1, module.rank)
-            for of_head, b in zip(gates, used, strict=True):
-                of_head[:, :b] = lora.nested_scale(module.rank, min(b, module.rank))
-            module.gates = gates.to(module.lora_B.device)
+        if self.recipe.draws_ranks:
+            draws.gate(self.modules, self.recipe, self._ranks())
 
     def _moving(self) -> dict[nn.Parameter, Tensor]:
         """The elements of factors that this local step trains; empty where it trains all.
@@ -244,7 +231,7 @@ class Trainer:
         last = torch.tensor(self._ranks())
         first = torch.zeros_like(last)
         if self.recipe.lora.nested == "frozen":
-            ranks = self._drawn_ranks()
+            ranks = draws.drawn_ranks(self.modules, self.recipe)
             first = torch.tensor([max((rank for rank in ranks if rank < b), default=0) for b in last])
         moving = dict[nn.Parameter, Tensor]()
         for module in self.modules.values():
@@ -256,7 +243,12 @@ class Trainer:
         return moving
 
     @property
-    def _step_of_run(self) -> int:
+    def constants_digests(self) -> tuple[str, ...]:
+        """Of the constants that the model holds, of each shard's part; see `Shards.digests_of_constants`."""
+        return self._constants_digests
+
+    @property
+    def step_of_run(self) -> int:
         """Local steps of this worker before the one at hand."""
         return self.recipe.steps_before(self.round) + self.local_step
 
@@ -440,6 +432,7 @@ class Trainer:
         self._take(self._staged(blobs, base_digest, version, whole=whole), version, step, merged)
 
     def _take(self, published: _Published, version: int, step: int | None, merged: bool) -> None:
+        self.revision += 1
         for name, parameter in self.dense.items():
             # d <- d_new + (d - d_old - own merged part)
             ahead = parameter - self._published[name].to(parameter.device)
@@ -561,7 +554,7 @@ class Trainer:
             merged: the factors that the server remembers, fp32, by `MODULE/A` and `MODULE/B`; empty
                 where it remembers none.
         """
-        seed = self.recipe.run.seed
+        seed, self.revision = self.recipe.run.seed, self.revision + 1
         draw_heads(self.model, self.recipe.lora, seed=seed, first_head=self.first_head, draw=self.draw)
         for name, parameter in self._common_factors.items():
             parameter.copy_(self._published[name])
@@ -739,6 +732,7 @@ class Trainer:
         if (scale := numbers.get("scale", 0.0)) != self.scale:
             had, has = (f"lora_scale {s:g}" if s else "the recipe's lora_scale" for s in (scale, self.scale))
             raise ValueError(f"they were of {had}, and are of {has}")
+        self.revision += 1
         published, version, step = self._published, self.version, self._base_step
         self.version, self.round = int(numbers["version"]), int(numbers["round"])
         self.draw = int(numbers["draw"])
