@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Here
 from processes import Family
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -266,7 +265,7 @@ def test_what_cannot_be_is_one_line(settings: dict[str, Any], line: str) -> None
     assert fault.startswith(line)
 
 
-def test_none_is_no_number_of_processes(here: Here) -> None:
+def test_none_is_no_number_of_processes(here: Callable[..., tuple[int, str, str]]) -> None:
     code, _, said = here("worker", "--server", "tcp://127.0.0.1:1", "--processes", "0")
     assert (code, said.count("\n")) == (2, 1)
     assert "--processes: '0' is not a whole number of 1 or more" in said
