@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lte import wire
 from lte.config import Recipe
-from lte.errors import RunError, ShardError
+from lte.errors import RunError, ShardError, StoppedError
 from lte.server import commit, holder
 
 Kind = TypeVar("Kind", bound=commit.Word)
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _LOOK_EVERY_S = 1.0
 """How often who waits for a holder looks whether it is to stop."""
 _LEAVE_S = 10.0
-"""How long holders have to end once nobody needs them; and to answer once the server was told to stop."""
+"""How long holders have to end once nobody needs them."""
 _PORT = re.compile(r"(?P<host>tcp://.*):(?P<port>\d+)")
 
 
@@ -46,7 +46,7 @@ class Links:
         """Fork the holders, before this process has threads and sockets of its own.
 
         Args:
-            is_stopped: whether the server was told to stop, so that no answer is waited for long.
+            is_stopped: whether the server was told to stop, so that nothing is evaluated any more.
         """
         self.num = recipe.server.shards - 1
         self.addresses: tuple[str, ...] = ()
@@ -128,7 +128,11 @@ class Links:
         return all(saved.is_there for saved in self._ask_all(commit.Saved, commit.Save(is_awaited=True)))
 
     def states(self) -> list[dict[str, dict[str, Tensor]]]:
-        """Master and base of each, as groups of tensors."""
+        """Master and base of each, as groups of tensors.
+
+        Raises:
+            StoppedError: the server was told to stop; these may be given up, unlike what is to be on disk.
+        """
         states: list[dict[str, dict[str, Tensor]]] = []
         for report in self._ask_all(commit.State, commit.Tell()):
             groups: dict[str, dict[str, Tensor]] = {}
@@ -146,9 +150,7 @@ class Links:
         """
         for shard, end in enumerate(self._ends, 1):
             while end.poll(0):
-                unasked = self._receive(shard)
-                assert isinstance(unasked, commit.Durable | commit.Refused | commit.Happened)
-                self.heard.append((shard, unasked))
+                self._hear(shard, self._receive(shard))
 
     def _ask_all(self, kind: type[Kind], order: commit.Order) -> list[Kind]:
         return self._ask(kind, *[order] * self.num)
@@ -165,14 +167,19 @@ class Links:
         end, gives_up_s = self._ends[shard - 1], time.monotonic() + self._patience_s
         while True:
             if not end.poll(_LOOK_EVERY_S):
-                if self._is_stopped():
-                    gives_up_s = min(gives_up_s, time.monotonic() + _LEAVE_S)
+                if kind is commit.State and self._is_stopped():
+                    raise StoppedError("told to stop")
                 if time.monotonic() > gives_up_s:
                     raise ShardError(f"shard {shard} does not answer")
                 continue
             report = self._receive(shard)
             if isinstance(report, kind):
                 return report
+            self._hear(shard, report)
+
+    def _hear(self, shard: int, report: commit.Report) -> None:
+        """Take what a holder says unasked, or so late that nobody waits for it any more."""
+        if not isinstance(report, commit.State):
             assert isinstance(report, commit.Durable | commit.Refused | commit.Happened)
             self.heard.append((shard, report))
 

@@ -22,7 +22,7 @@ from lte import config, schedule, signals, transport, wire
 from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
-from lte.errors import FencedError, RunError, WireError
+from lte.errors import FencedError, RunError, StoppedError, WireError
 from lte.quantize import Quantized
 from lte.server import assembly, commit, folder, recovery, rounds
 from lte.server.admission import Complaints, Joins, inquiries, not_vouched, vouched
@@ -109,7 +109,7 @@ class Server:
             model = (model if isinstance(model, nn.Module) else model()).eval()
             self._names = assembly.names(model, recipe)
             self.master = Master(model, recipe, self._names[0] if self._names else None)
-            self._model, self._whole = model, self.master
+            self._model, self._whole, self._put_together = model, self.master, -1
             self._evaluation = Evaluation(
                 model,
                 self._whole_master,
@@ -806,11 +806,17 @@ class Server:
         return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, number, last_step)
 
     def _whole_master(self) -> Master:
-        """The master of now; of a divided model, put together from its parts."""
-        if self._links.num:
+        """The master of now; of a divided model, put together from its parts, once a version.
+
+        Raises:
+            StoppedError: told to stop before all parts had come.
+        """
+        if self._links.num and self._put_together != self.version:
+            states = [self.master.state(), *self._links.states()]
             if self._whole is self.master:
                 self._whole = Master(self._model, self.recipe)
-            assembly.fill(self._whole, self.version, [self.master.state(), *self._links.states()])
+            assembly.fill(self._whole, self.version, states)
+            self._put_together = self.version
         return self._whole
 
     def _measure(self, max_tokens: int) -> Losses | None:
@@ -829,7 +835,11 @@ class Server:
     def _finish(self) -> bool:
         """Measure the result and write the last line of the records; False if told to stop before it:
         the next server does so then."""
-        if (measured := self._measure(self.recipe.eval.final_tokens)) is None:
+        try:
+            measured, whole = self._measure(self.recipe.eval.final_tokens), self._whole_master()
+        except StoppedError:
+            measured = None
+        if measured is None:
             self._event("stopped", f"{self._stop_reason} before the last evaluation was done")
             return False
         self._tracker.record(
@@ -843,7 +853,7 @@ class Server:
             uplink_bytes=self._tracker.uplink_bytes,
             downlink_bytes=self._tracker.downlink_bytes,
             **measured.recorded(),
-            master_digest=self._whole.master_digest(),
+            master_digest=whole.master_digest(),
         )
         return True
 

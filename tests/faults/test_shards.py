@@ -6,12 +6,14 @@ import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cluster import ROUNDS, Cluster, Fault, audit
 
 from lte import recipes
+from lte.server import service
 from lte.server.shards import folder_of
 from lte.tasks import task_of
 from lte.transport import keys
@@ -167,6 +169,28 @@ def test_a_group_that_hangs_is_taken_over_and_writes_nothing_when_it_wakes(
     assert cluster.master_digest() == undisturbed
     for shard in range(2):
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+class NothingToMeasure:
+    """The server has no `evaluate`, as `lte.Server` by default."""
+
+    def install(self) -> None:
+        made = service.Server.__init__
+
+        def without(*arguments: Any, **named: Any) -> None:
+            made(*arguments, **named | {"evaluate": None})
+
+        service.Server.__init__ = without  # type: ignore[method-assign]
+
+
+def test_the_last_digest_is_of_all_shards_where_nothing_is_measured(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    server = cluster.serve(NothingToMeasure(), server__shards=2)
+    for process in (server, cluster.work("a"), cluster.work("b")):
+        cluster.ended(process, 0)
+    assert cluster.lines("done")[0]["loss"] is None
+    assert cluster.master_digest() == undisturbed
 
 
 def test_a_worker_behind_a_relay_is_told_that_shards_are_not(cluster: Cluster) -> None:
