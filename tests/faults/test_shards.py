@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from dataclasses import dataclass
@@ -28,9 +29,23 @@ class At(Fault):
     shard: int = 0
 
     def happen(self) -> None:
-        name = Path("/proc/self/comm").read_text().strip()
-        if name == f"lte shard {self.shard}" or (not self.shard and not name.startswith("lte shard")):
+        if is_shard(self.shard):
             super().happen()
+
+
+def is_shard(number: int) -> bool:
+    """Whether this process is that one."""
+    name = Path("/proc/self/comm").read_text().strip()
+    return name == f"lte shard {number}" or (not number and not name.startswith("lte shard"))
+
+
+@dataclass(frozen=True)
+class ToldToStop(At):
+    """The coordinator gets the signal, while a holder is at something that takes as long as it takes."""
+
+    def happen(self) -> None:
+        if is_shard(self.shard):
+            os.kill(os.getppid(), self.number)
 
 
 @pytest.mark.parametrize("num", [2, 4])
@@ -191,6 +206,30 @@ def test_the_last_digest_is_of_all_shards_where_nothing_is_measured(
         cluster.ended(process, 0)
     assert cluster.lines("done")[0]["loss"] is None
     assert cluster.master_digest() == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("at", [f"{HOLDER}._merge", f"{HOLDER}._contributed"])
+def test_a_divided_server_that_is_told_to_stop_saves_all_shards(
+    cluster: Cluster, undisturbed: str, at: str, number: int
+) -> None:
+    names = ("a", "b")
+    workers = [cluster.work(name) for name in names]
+    cluster.ended(cluster.serve(ToldToStop(at, call=3, shard=1, number=number), server__shards=2), 3)
+    saved = [
+        {path.name for path in (folder_of(cluster.run, shard) / "checkpoints").iterdir()} for shard in (0, 1)
+    ]
+    assert max(saved[0]) == max(saved[1]), "the last checkpoint is of one version"
+    assert cluster.events("unsaved") == []
+    if number == signal.SIGTERM:  # else it is to come back, and they wait
+        for worker in workers:
+            cluster.ended(worker, 1)
+        workers = [cluster.work(name) for name in names]
+    for process in (cluster.serve(server__shards=2), *workers):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
 
 
 def test_a_worker_behind_a_relay_is_told_that_shards_are_not(cluster: Cluster) -> None:
