@@ -144,7 +144,7 @@ def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: Serve
     script.say(peer, wire.Pulse(generation=1, number=sent_since[-1].number, version=0))
     assert script.hear(wire.Part)[1].index == 0, "its parts come again, too"
     assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, stream=2)
-    script.say(peer, wire.Receipt(generation=1, version=0, status="held", reason=""))
+    script.say(peer, wire.Receipt(generation=1, version=0, stream=2, status="held", reason=""))
     script.say(peer, UPDATE)
     thread.join(20)
     assert heard == [UPDATE]
@@ -263,7 +263,7 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
     script.say(peer, msgspec.structs.replace(script.welcome, generation=3, holds=True))
     assert script.hear(wire.Part)[1].generation == 3
     assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, generation=3, stream=2)
-    script.say(peer, wire.Receipt(generation=3, version=0, status="held", reason=""))
+    script.say(peer, wire.Receipt(generation=3, version=0, stream=2, status="held", reason=""))
     for message in (UPDATE, wire.Refusal(generation=1, reason="fenced", cure="go"), FAREWELL):
         script.say(peer, message)  # a ghost's
     script.say(peer, msgspec.structs.replace(UPDATE, generation=3))
@@ -472,13 +472,29 @@ def test_a_part_that_one_shard_has_not_got_goes_to_it_again_and_to_no_other(grou
     thread, heard = in_thread(session, group.ends[0])
     for shard in range(2):
         assert group.hear(shard, wire.Contribution).stream == 1
-    group.say(0, wire.Receipt(generation=1, version=0, status="held", reason=""))
+    group.say(0, wire.Receipt(generation=1, version=0, stream=1, status="held", reason=""))
     for shard in range(2):  # what went to the second was lost
         group.answer_a_heartbeat(shard)
     assert group.hear(1, wire.Part).index == 0
     assert group.hear(1, wire.Contribution).stream == 1, "with the other's part it makes one contribution"
     assert group.sent(0, 3) == []
-    group.say(1, wire.Receipt(generation=1, version=0, status="held", reason=""))
+    group.say(1, wire.Receipt(generation=1, version=0, stream=1, status="held", reason=""))
+    group.say_all(UPDATE)
+    thread.join(20)
+    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
+    session.close("enough")
+
+
+def test_a_refusal_is_of_the_contribution_that_it_names(group: Group) -> None:
+    """It was said twice, as the first time it was lost; meanwhile the worker has started over."""
+    session = group.join()
+    session.push(0, BLOBS, lambda parts, blobs: CONTRIBUTION)
+    refused = wire.Receipt(generation=1, version=0, stream=1, status="refused", reason="wrong")
+    for _ in range(2):
+        group.say(0, refused)
+    assert session.next_step()[0] == refused
+    session.push(0, BLOBS, lambda parts, blobs: CONTRIBUTION)
+    thread, heard = in_thread(session, group.ends[0])
     group.say_all(UPDATE)
     thread.join(20)
     assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -337,7 +338,7 @@ class Holder:
         worker_id, incarnation = message.worker_id, message.incarnation
         edition = Edition(worker_id, incarnation, message.version, message.stream, message.tokens)
         if message.version != self._publisher.version or self._ahead is not None:
-            self._receipt(peer, message.version, "superseded")
+            self._receipt(peer, edition, "superseded")
             return
         if incarnation in self._kept and self._kept[incarnation][0] == edition:
             self._written.append((peer, edition))
@@ -361,15 +362,16 @@ class Holder:
             return False
         written, self._written = self._written, []
         for peer, edition in written:
-            self._receipt(peer, edition.version, "held")
+            self._receipt(peer, edition, "held")
             self._report(commit.Durable(edition=edition))
         return True
 
-    def _receipt(self, peer: Peer, version: int, status: str) -> None:
+    def _receipt(self, peer: Peer, edition: Edition, status: Literal["held", "superseded"]) -> None:
         receipt = wire.Receipt(
             generation=self._generation,
-            version=version,
-            status="held" if status == "held" else "superseded",
+            version=edition.version,
+            stream=edition.stream,
+            status=status,
             reason="",
         )
         self._endpoint.send(peer, wire.encode(receipt))

@@ -167,7 +167,8 @@ class Server:
             self._resources.close()
             raise
         self._peers: dict[str, Peer] = {}
-        # The contribution at hand with its bytes, until the rounds say whether it is kept; those kept.
+        # The contribution at hand, and with its bytes, until the rounds say whether it is kept; those kept.
+        self._answered: wire.Contribution
         self._offered: Offered | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
         # A merge that is not in the journal yet, and so not published: what is left to do then.
@@ -457,21 +458,22 @@ class Server:
                 return  # parts were lost: without a receipt they come again
             if self._links.num:
                 self._parked[message.worker_id] = (peer, self._offered)
-                self._receipt(peer, message.version, "held", "")
+                self._receipt(peer, message, "held", "")
                 self._is_durable_at(0, _edition(message))
                 return
+        self._answered = message
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
 
     def _refuse_contribution(self, peer: Peer, edition: commit.Edition, reason: str) -> None:
-        """Say so, once, whichever shards refuse it."""
+        """Say so: to people once, whichever shards refuse it and how often it comes; to the worker each
+        time, which may have missed it."""
         worker_id = edition.worker_id
-        if self._links.num and self._refused.get(worker_id) == edition:
-            return
-        self._refused[worker_id] = edition
-        self._complain("refused", f"a contribution of {worker_id} was refused: {reason}")
-        self._outliers.started_over(worker_id)
-        self._receipt(peer, edition.version, "refused", reason)
+        if not self._links.num or self._refused.get(worker_id) != edition:
+            self._refused[worker_id] = edition
+            self._complain("refused", f"a contribution of {worker_id} was refused: {reason}")
+            self._outliers.started_over(worker_id)
+        self._receipt(peer, edition, "refused", reason)
 
     def _hear_shards(self) -> None:
         """Hear what the holders have said unasked."""
@@ -496,6 +498,7 @@ class Server:
             return
         if self._gathering.durable(shard, edition) and worker_id in self._parked:
             peer, self._offered = self._parked.pop(worker_id)
+            self._answered = self._offered.message
             self._happened(rounds.Contributed(worker_id, incarnation, version), peer)
 
     def _is_stale(self, peer: Peer, generation: int) -> bool:
@@ -535,7 +538,7 @@ class Server:
                 assert peer is not None
                 assert self._offered is not None
                 self._keep(self._offered)
-                self._receipt(peer, self._offered.message.version, "held", "")
+                self._receipt(peer, self._offered.message, "held", "")
             case rounds.Drop(worker_id):
                 del self._held[worker_id]
             case rounds.Renew(worker_id):
@@ -544,7 +547,7 @@ class Server:
                 self._remind(peer, worker_id)
             case rounds.Answer(worker_id, status, reason):
                 assert peer is not None
-                self._receipt(peer, self._state.version_of(worker_id), status, reason)
+                self._receipt(peer, self._answered, status, reason)
                 if status == "superseded" and not self.finished:
                     self._complain("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
             case rounds.Fence(worker_id, reason):
@@ -937,9 +940,19 @@ class Server:
             self._begin(peer, worker_id)
 
     def _receipt(
-        self, peer: Peer, version: int, status: Literal["held", "superseded", "refused"], reason: str
+        self,
+        peer: Peer,
+        contribution: wire.Contribution | commit.Edition,
+        status: Literal["held", "superseded", "refused"],
+        reason: str,
     ) -> None:
-        receipt = wire.Receipt(generation=self.generation, version=version, status=status, reason=reason)
+        receipt = wire.Receipt(
+            generation=self.generation,
+            version=contribution.version,
+            stream=contribution.stream,
+            status=status,
+            reason=reason,
+        )
         self._send(peer, receipt)
 
     def _refuse(self, peer: Peer, reason: str, cure: str) -> None:

@@ -367,8 +367,8 @@ class Session:
                     self._push_again()  # a contribution of before the server, or this process, was restarted
                 case wire.Begin():
                     begin = message  # unless an update stands behind it
-                case wire.Receipt() if not self._pushed or message.version != self._pushed[1].version:
-                    pass  # of a contribution before that one
+                case wire.Receipt() if not self._pushed or message.stream != self._stream:
+                    pass  # of a contribution before that one, or before it was sent again
                 case wire.Receipt(status="refused"):
                     self._pushed = None
                     self._unanswered.clear()

@@ -13,8 +13,9 @@ import pytest
 import torch
 from cluster import ROUNDS, Cluster, Fault, audit
 
-from lte import recipes
-from lte.server import service
+from lte import recipes, wire
+from lte.errors import WireError
+from lte.server import intake, service
 from lte.server.shards import folder_of
 from lte.tasks import task_of
 from lte.transport import keys
@@ -228,6 +229,38 @@ def test_a_divided_server_that_is_told_to_stop_saves_all_shards(
     for process in (cluster.serve(server__shards=2), *workers):
         cluster.ended(process, 0)
     assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+class RefusedByOne:
+    """The second shard takes no third contribution of a's, and the first word of that is lost."""
+
+    def install(self) -> None:
+        close, receipt, num_lost = intake.Intake.close, service.Server._receipt, 0
+
+        def refusing(self: intake.Intake, message: wire.Contribution, *others: Any) -> Any:
+            if is_shard(1) and (message.worker_id, message.stream) == ("a", 3):
+                raise WireError("the second shard does not like it")
+            return close(self, message, *others)
+
+        def losing(self: service.Server, peer: Any, of: Any, status: Any, reason: str) -> None:
+            nonlocal num_lost
+            if status == "refused" and not num_lost:
+                num_lost += 1
+            else:
+                receipt(self, peer, of, status, reason)
+
+        intake.Intake.close, service.Server._receipt = refusing, losing  # type: ignore[method-assign]
+
+
+def test_what_one_shard_refuses_counts_nowhere_and_its_worker_starts_over(cluster: Cluster) -> None:
+    server = cluster.serve(RefusedByOne(), server__shards=2)
+    for process in (cluster.work("a"), cluster.work("b"), server):
+        cluster.ended(process, 0)
+    (refused,) = cluster.events("refused")
+    assert "a contribution of a was refused: the second shard does not like it" in refused
+    assert len(cluster.events("recalled")) == 1
     for shard in range(2):
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
 
