@@ -560,13 +560,13 @@ def test_a_shard_that_is_not_reached_ends_a_join(
             first.say(peer, msgspec.structs.replace(UPDATE, version=0, since=None, stream=answered + 1))
     thread.join(20)
     (error,) = errors
-    assert "shard 1 of the server at tcp://127.0.0.1:9 was not heard for 0.3 s; with server.shards" in str(error)
+    assert "shard 1 of the server at tcp://127.0.0.1:9 was not heard for 0.3 s; with server.shards" in str(
+        error
+    )
     assert message.reason.startswith("ConnectError"), "it is no member any more"
 
 
-def test_a_shard_that_falls_silent_is_left_and_named(
-    group: Group, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_falls_silent_is_left_and_named(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first server's signs of life do not speak for it."""
     monkeypatch.setattr("lte.worker.session._LOOK_UP_S", 0.01)
     session = group.join()

@@ -6,7 +6,6 @@ See `commit` for the protocol.
 from __future__ import annotations
 
 import contextlib
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,8 +93,9 @@ class Holder:
         self._peers: dict[str, Peer] = {}
         # Contributions to the published version that are on disk, by incarnation.
         self._kept: dict[int, tuple[Edition, Received]] = {}
-        # Those that were written, until they are known to be on disk; who waits for word of it.
-        self._written: list[tuple[Peer, Edition]] = []
+        # What is to be told once all that was written is on disk: of these, of a merge.
+        self._written: list[Edition] = []
+        self._merged: commit.Prepared | None = None
         self._ahead: _Ahead | None = None
         # What is to be sent to workers as soon as they are heard here.
         self._whole: dict[str, Callable[[Peer], None]] = {}
@@ -219,6 +219,8 @@ class Holder:
                 self._store.save_meanwhile(self._progress, self.master.state())
             case commit.Tell():
                 self._report(commit.State(tensors=self._state()))
+            case commit.Ping():
+                self._report(commit.Pong(is_full=self._store.is_full))
 
     def _admit(self, worker: Admitted) -> None:
         last = self._members.get(worker.worker_id)
@@ -233,6 +235,7 @@ class Holder:
         """Merge, and have the journal say so."""
         assert self._ahead is None and order.version == self._publisher.version + 1
         self._settle()
+        self._written = []  # their round is over
         held = [self._kept[incarnation] for incarnation in order.incarnations]
         self._kept = {}
         self._intake.clear()
@@ -260,11 +263,10 @@ class Holder:
             )
         )
         self._ahead = _Ahead(order.version, order.incarnations, before, dense, progress)
-        while not self._store.is_durable(f"version {order.version} is published"):
-            time.sleep(_LONGEST_WAIT_S)  # the coordinator waits, too
-        self._report(
-            commit.Prepared(base_digest=progress.base_digest, change=outcome.change, step=outcome.step)
+        self._merged = commit.Prepared(
+            base_digest=progress.base_digest, change=outcome.change, step=outcome.step
         )
+        self._settle()
 
     def _publish(self, told: tuple[str, ...]) -> None:
         assert self._ahead is not None
@@ -328,10 +330,10 @@ class Holder:
         self._peers[heartbeat.worker_id] = peer
         if send := self._whole.pop(heartbeat.worker_id, None):
             send(peer)
-        if self._settle():  # receipts come before the answer to a later heartbeat
-            version = self._publisher.version
-            pulse = wire.Pulse(generation=self._generation, number=heartbeat.number, version=version)
-            self._endpoint.send(peer, wire.encode(pulse))
+        self._settle()
+        version = self._publisher.version
+        pulse = wire.Pulse(generation=self._generation, number=heartbeat.number, version=version)
+        self._endpoint.send(peer, wire.encode(pulse))
 
     def _contributed(self, peer: Peer, message: wire.Contribution, member: rounds.Member) -> None:
         """Write a worker's part of a contribution to the published version."""
@@ -341,7 +343,7 @@ class Holder:
             self._receipt(peer, edition, "superseded")
             return
         if incarnation in self._kept and self._kept[incarnation][0] == edition:
-            self._written.append((peer, edition))
+            self._hold(peer, edition)
             return
         try:
             offered = self._intake.close(message, member, self._publisher.base_digest)
@@ -352,19 +354,27 @@ class Holder:
             return  # parts were lost: without a receipt they come again
         self._store.write(offered.kept())
         self._kept[incarnation] = edition, offered.received
-        self._written.append((peer, edition))
+        self._hold(peer, edition)
 
-    def _settle(self) -> bool:
-        """Tell of contributions that are on disk now. False while the disk is full."""
-        if not self._written:
-            return True
-        if not self._store.is_durable("contributions count"):
-            return False
+    def _hold(self, peer: Peer, edition: Edition) -> None:
+        """Have its worker wait for the end of the round, and the coordinator be told once it is on disk."""
+        self._receipt(peer, edition, "held")
+        if edition not in self._written:
+            self._written.append(edition)
+
+    def _settle(self) -> None:
+        """Tell of what is on disk now; nothing while the disk is full."""
+        next_version = f"version {self._publisher.version + 1} is published"
+        if not (self._written or self._merged) or not self._store.is_durable(
+            next_version if self._merged else "contributions count"
+        ):
+            return
         written, self._written = self._written, []
-        for peer, edition in written:
-            self._receipt(peer, edition, "held")
+        for edition in written:
             self._report(commit.Durable(edition=edition))
-        return True
+        merged, self._merged = self._merged, None
+        if merged is not None:
+            self._report(merged)
 
     def _receipt(self, peer: Peer, edition: Edition, status: Literal["held", "superseded"]) -> None:
         receipt = wire.Receipt(

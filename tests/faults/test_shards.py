@@ -265,6 +265,23 @@ def test_what_one_shard_refuses_counts_nowhere_and_its_worker_starts_over(cluste
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
 
 
+def test_a_holder_that_hangs_is_waited_for_and_said_and_then_ends_the_group(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    hangs = At(f"{HOLDER}._contributed", call=5, shard=1, number=signal.SIGSTOP)
+    patience = {"worker__patience_s": 12.0, "server__silence_s": 6.0}
+    server = cluster.serve(hangs, server__shards=2, **patience)
+    workers = [cluster.work(name) for name in ("a", "b")]
+    cluster.until(lambda: "waiting for shard 1 of the server" in cluster.logs(), "word of what is waited for")
+    cluster.ended(server, 1)
+    assert "shard 1 of the server has not answered for 12 s" in cluster.logs()
+    for process in (cluster.serve(server__shards=2, **patience), *workers):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
 def test_a_worker_behind_a_relay_is_told_that_shards_are_not(cluster: Cluster) -> None:
     cluster.serve(server__shards=2)
     cluster.relay()
