@@ -11,7 +11,7 @@ A round:
     worker          holder                        coordinator
       part k  ->      valid, journaled, fsynced
                       Durable                ->     (and its own part is there)
-                                                    counted once all shards have said so
+                                             <-     Counted: all shards have said so
                                              <-     Merge: whose, in which order, with which weights
                       merged, Merged is in the journal, fsynced
                       Prepared: digests      ->     merged its own part
@@ -95,6 +95,13 @@ class Dismiss(Word, frozen=True, kw_only=True):
     worker_id: str
 
 
+class Counted(Word, frozen=True, kw_only=True):
+    """All shards have a worker's contribution to the open round: what else comes of it is not kept."""
+
+    worker_id: str
+    incarnation: int
+
+
 class Merge(Word, frozen=True, kw_only=True):
     """Merge these contributions, which are durable here: `Prepared`. Fields are those of `journal.Merged`."""
 
@@ -132,7 +139,7 @@ class Ping(Word, frozen=True, kw_only=True):
     """Give a sign of life: a `Pong`."""
 
 
-Order = Recover | Begin | Admit | Dismiss | Merge | Publish | SendWhole | Save | Tell | Ping
+Order = Recover | Begin | Admit | Dismiss | Counted | Merge | Publish | SendWhole | Save | Tell | Ping
 
 # What holders say.
 

@@ -737,6 +737,7 @@ class Server:
         """Hold a contribution, and write it ahead: it counts once a merge of it is in the journal."""
         received, message = offered.received, offered.message
         self._held[received.worker_id] = (received, message)
+        self._links.tell(commit.Counted(worker_id=received.worker_id, incarnation=message.incarnation))
         self._store.write(offered.kept())
 
     def _record_round(

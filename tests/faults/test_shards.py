@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from cluster import ROUNDS, Cluster, Fault, audit
+from cluster import ROUNDS, Cluster, Counted, Fault, audit
 
 from lte import recipes, wire
 from lte.errors import WireError
-from lte.server import intake, service
+from lte.server import intake, journal, service
 from lte.server.shards import folder_of
 from lte.tasks import task_of
 from lte.transport import keys
+from lte.worker.session import Session
 
 HOLDER = "lte.server.holder:Holder"
 
@@ -280,6 +281,35 @@ def test_a_holder_that_hangs_is_waited_for_and_said_and_then_ends_the_group(
     assert cluster.master_digest() == undisturbed
     for shard in range(2):
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+class Flood:
+    """A worker that sends what it contributes again and again."""
+
+    def install(self) -> None:
+        push = Session.push
+
+        def pushing(self: Session, *arguments: Any, **named: Any) -> None:
+            push(self, *arguments, **named)
+            for _ in range(20):
+                self._push_again()
+
+        Session.push = pushing  # type: ignore[method-assign]
+
+
+def test_what_comes_again_is_not_written_again(cluster: Cluster, undisturbed: str, tmp_path: Path) -> None:
+    """Nor is the model encoded for each worker that joins."""
+    encoded = tmp_path / "encoded"
+    server = cluster.serve(Counted("lte.server.publisher:Publisher.whole", encoded), server__shards=2)
+    for process in (cluster.work("a", Flood()), cluster.work("b"), server):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+        segments = journal.history(folder_of(cluster.run, shard))
+        kept = [record for segment in segments for record in segment if isinstance(record, journal.Kept)]
+        assert len(kept) == 2 * ROUNDS
+    assert encoded.stat().st_size == 1
 
 
 def test_a_worker_behind_a_relay_is_told_that_shards_are_not(cluster: Cluster) -> None:
