@@ -149,10 +149,13 @@ class Links:
         """Wait until the update that was told of has left everywhere."""
         return self._answers(commit.Published)
 
-    def save(self, shards: Collection[int]) -> set[int]:
-        """Have these write a checkpoint each, and wait for it. Returns those whose disks have no room."""
+    def save(self, shards: Collection[int]) -> None:
+        """Have these write a checkpoint each; `unsaved` waits for it."""
         for shard in shards:
             self._send(shard, commit.Save(is_awaited=True))
+
+    def unsaved(self, shards: Collection[int]) -> set[int]:
+        """Which of these have no room on their disks for the checkpoint that was ordered."""
         self.full = {shard for shard in shards if not self._answer(shard, commit.Saved).is_there}
         return set(self.full)
 

@@ -1113,11 +1113,12 @@ class Server:
         self._publish_if_durable()
         if self._is_ahead:
             return shards
-        left = self._links.save(shards - {0})
-        if 0 in shards and not self._store.save(replace(self._progress(), members=()), self.master.state()):
-            left.add(0)
+        self._links.save(shards - {0})
+        own = replace(self._progress(), members=())
+        is_full = 0 in shards and not self._store.save(own, self.master.state())
+        left = self._links.unsaved(shards - {0})
         self._hear_shards()
-        return left
+        return left | {0} if is_full else left
 
 
 def _admitted(member: rounds.Member) -> Admitted:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cluster import ROUNDS, Cluster, Counted, Fault, audit
 
-from lte import recipes, wire
+from lte import recipes, status, wire
 from lte.errors import WireError
 from lte.server import intake, journal, service
 from lte.server.shards import folder_of
@@ -266,6 +266,9 @@ def test_what_one_shard_refuses_counts_nowhere_and_its_worker_starts_over(cluste
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
 
 
+WAITS_FOR_SHARD_1 = "waiting for shard 1 of the server, which does not answer"
+
+
 def test_a_holder_that_hangs_is_waited_for_and_said_and_then_ends_the_group(
     cluster: Cluster, undisturbed: str
 ) -> None:
@@ -273,7 +276,8 @@ def test_a_holder_that_hangs_is_waited_for_and_said_and_then_ends_the_group(
     patience = {"worker__patience_s": 12.0, "server__silence_s": 6.0}
     server = cluster.serve(hangs, server__shards=2, **patience)
     workers = [cluster.work(name) for name in ("a", "b")]
-    cluster.until(lambda: "waiting for shard 1 of the server" in cluster.logs(), "word of what is waited for")
+    cluster.until(lambda: WAITS_FOR_SHARD_1 in cluster.logs(), "word of what is waited for")
+    assert status.inquire(cluster.address).words == WAITS_FOR_SHARD_1
     cluster.ended(server, 1)
     assert "shard 1 of the server has not answered for 12 s" in cluster.logs()
     for process in (cluster.serve(server__shards=2, **patience), *workers):
