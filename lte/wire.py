@@ -199,11 +199,12 @@ class Contribution(Message, frozen=True, kw_only=True):
 
 
 class Receipt(Message, frozen=True, kw_only=True):
-    """What became of a contribution: `held` until the round closes, `superseded` (it came too late;
-    the next one still owes it) or `refused`."""
+    """What became of the contribution that closed `stream`: `held` until the round closes, `superseded`
+    (it came too late; the next one still owes it) or `refused`."""
 
     generation: Whole
     version: Whole
+    stream: Whole
     status: Literal["held", "superseded", "refused"]
     reason: str
 

@@ -144,7 +144,7 @@ def test_a_lost_contribution_is_sent_again_and_a_slow_one_is_not(endpoint: Serve
     script.say(peer, wire.Pulse(generation=1, number=sent_since[-1].number, version=0))
     assert script.hear(wire.Part)[1].index == 0, "its parts come again, too"
     assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, stream=2)
-    script.say(peer, wire.Receipt(generation=1, version=0, status="held", reason=""))
+    script.say(peer, wire.Receipt(generation=1, version=0, stream=2, status="held", reason=""))
     script.say(peer, UPDATE)
     thread.join(20)
     assert heard == [UPDATE]
@@ -263,7 +263,7 @@ def test_a_server_that_was_started_anew_is_said_hello_to_again(
     script.say(peer, msgspec.structs.replace(script.welcome, generation=3, holds=True))
     assert script.hear(wire.Part)[1].generation == 3
     assert script.hear(wire.Contribution)[1] == msgspec.structs.replace(CONTRIBUTION, generation=3, stream=2)
-    script.say(peer, wire.Receipt(generation=3, version=0, status="held", reason=""))
+    script.say(peer, wire.Receipt(generation=3, version=0, stream=2, status="held", reason=""))
     for message in (UPDATE, wire.Refusal(generation=1, reason="fenced", cure="go"), FAREWELL):
         script.say(peer, message)  # a ghost's
     script.say(peer, msgspec.structs.replace(UPDATE, generation=3))
@@ -390,6 +390,194 @@ def test_a_server_that_is_to_come_back_is_waited_for(endpoint: ServerEndpoint) -
     thread.join(20)
     assert heard == [wire.Begin(generation=2, version=0)]
     script.session.close("enough")
+
+
+class Group:
+    """A server of two shards, each with an endpoint, that answers as a test says."""
+
+    NAMES = (("a",), ("b",))
+
+    def __init__(self, endpoints: tuple[ServerEndpoint, ServerEndpoint]) -> None:
+        self.ends = [Script(endpoint) for endpoint in endpoints]
+        self.peers: list[Peer] = []
+        self.words = self.ends[0].words
+
+    def placement(self, address: str) -> wire.Placement:
+        return wire.Placement(generation=1, addresses=(address,), names=self.NAMES)
+
+    def join(self, **settings: float) -> Session:
+        """A worker joins. It is never heard by itself: what it sends is for the test to hear."""
+        first, second = self.ends
+        sessions: list[Session] = []
+        thread = threading.Thread(
+            target=lambda: sessions.append(Session(first.endpoint.address, say=self.words.put))
+        )
+        thread.start()
+        peer, _ = first.hear(wire.Hello)
+        recipe = config.replace(Recipe(), **{"worker.heartbeat_s": 0.02} | settings)
+        first.say(peer, self.placement(second.endpoint.address))
+        first.say(peer, Script.welcome_of(config.to_dict(recipe)))
+        self.peers = [peer, second.hear(wire.Heartbeat)[0]]
+        self.say_all(msgspec.structs.replace(UPDATE, version=0, since=None))
+        thread.join(20)
+        return sessions[0]
+
+    def say(self, shard: int, message: wire.Message, **tensors: torch.Tensor) -> None:
+        self.ends[shard].say(self.peers[shard], message, **tensors)
+
+    def say_all(self, message: wire.Message) -> None:
+        for shard in range(2):
+            self.say(shard, message)
+
+    def hear(self, shard: int, kind: type[wire.Message]) -> Any:
+        return self.ends[shard].hear(kind)[1]
+
+    def answer_a_heartbeat(self, shard: int, version: int = 0) -> None:
+        """One that is sent from now on."""
+        self.hear(shard, wire.Heartbeat)
+        while self.ends[shard].endpoint.receive(0):
+            pass
+        number = self.hear(shard, wire.Heartbeat).number
+        self.say(shard, wire.Pulse(generation=1, number=number, version=version))
+
+    def sent(self, shard: int, num: int) -> list[wire.Message]:
+        """The next messages to a shard that are no heartbeats, before so many of these."""
+        found: list[wire.Message] = []
+        while num:
+            received = self.ends[shard].endpoint.receive(20)
+            assert received is not None
+            message, _ = wire.decode(received[1])
+            num -= isinstance(message, wire.Heartbeat)
+            found += [] if isinstance(message, wire.Heartbeat) else [message]
+        return found
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    number = next(NAMES)
+    first, second = (
+        transport.bind(f"inprocess://group-{number}.{shard}", max_message_bytes=1 << 20) for shard in (0, 1)
+    )
+    yield Group((first, second))
+    first.close()
+    second.close()
+
+
+BLOBS = [("a", torch.ones(3, dtype=torch.uint8)), ("b", torch.ones(2, dtype=torch.uint8))]
+
+
+def test_a_part_that_one_shard_has_not_got_goes_to_it_again_and_to_no_other(group: Group) -> None:
+    session = group.join()
+    session.push(0, BLOBS, lambda parts, blobs: CONTRIBUTION)
+    thread, heard = in_thread(session, group.ends[0])
+    for shard in range(2):
+        assert group.hear(shard, wire.Contribution).stream == 1
+    group.say(0, wire.Receipt(generation=1, version=0, stream=1, status="held", reason=""))
+    for shard in range(2):  # what went to the second was lost
+        group.answer_a_heartbeat(shard)
+    assert group.hear(1, wire.Part).index == 0
+    assert group.hear(1, wire.Contribution).stream == 1, "with the other's part it makes one contribution"
+    assert group.sent(0, 3) == []
+    group.say(1, wire.Receipt(generation=1, version=0, stream=1, status="held", reason=""))
+    group.say_all(UPDATE)
+    thread.join(20)
+    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
+    session.close("enough")
+
+
+def test_a_refusal_is_of_the_contribution_that_it_names(group: Group) -> None:
+    """It was said twice, as the first time it was lost; meanwhile the worker has started over."""
+    session = group.join()
+    session.push(0, BLOBS, lambda parts, blobs: CONTRIBUTION)
+    refused = wire.Receipt(generation=1, version=0, stream=1, status="refused", reason="wrong")
+    for _ in range(2):
+        group.say(0, refused)
+    assert session.next_step()[0] == refused
+    session.push(0, BLOBS, lambda parts, blobs: CONTRIBUTION)
+    thread, heard = in_thread(session, group.ends[0])
+    group.say_all(UPDATE)
+    thread.join(20)
+    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
+    session.close("enough")
+
+
+def test_a_part_of_an_update_that_was_lost_is_asked_for_where_it_was(group: Group) -> None:
+    session = group.join()
+    thread, heard = in_thread(session, group.ends[0])
+    group.say(0, UPDATE)
+    for shard in range(2):  # the second's part went astray
+        group.answer_a_heartbeat(shard, version=1)
+    assert group.hear(1, wire.Behind).version == 0
+    assert group.sent(0, 3) == []
+    group.say(1, UPDATE)
+    thread.join(20)
+    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
+    session.close("enough")
+
+
+def test_factors_of_two_versions_are_asked_for_again_where_they_are_older(group: Group) -> None:
+    """A merge came between the answers of two shards."""
+    session = group.join()
+    session.recall()
+    thread, heard = in_thread(session, group.ends[0])
+    for shard in range(2):
+        group.hear(shard, wire.Recall)
+        group.say(shard, wire.Factors(generation=1, version=shard, stream=2, parts=0))
+    group.hear(0, wire.Recall)
+    group.say(0, wire.Factors(generation=1, version=1, stream=3, parts=0))
+    thread.join(20)
+    assert heard == [wire.Factors(generation=1, version=1, stream=3, parts=0)]
+    assert group.sent(1, 3) == []
+    session.close("enough")
+
+
+def test_a_shard_that_is_not_reached_ends_a_join(
+    group: Group, endpoint: ServerEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall lets the first port through only."""
+    monkeypatch.setattr("lte.worker.session._STALLED_S", 0.3)
+    monkeypatch.setattr("lte.worker.session._ASK_AGAIN_S", 0.02)
+    monkeypatch.setattr("lte.worker.session._LOOK_UP_S", 0.02)
+    first, errors = group.ends[0], list[BaseException]()
+
+    def work() -> None:
+        try:
+            Session(first.endpoint.address)
+        except ConnectError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    answered, message = -1, None
+    while not isinstance(message, wire.Leave):  # each attempt is answered whole
+        received = first.endpoint.receive(20)
+        assert received is not None
+        peer, (message, _) = received[0], wire.decode(received[1])
+        if isinstance(message, wire.Hello) and message.attempt > answered:
+            answered = message.attempt
+            first.say(peer, group.placement("tcp://127.0.0.1:9"))
+            first.say(peer, Script.welcome_of(config.to_dict(Recipe())))
+            first.say(peer, msgspec.structs.replace(UPDATE, version=0, since=None, stream=answered + 1))
+    thread.join(20)
+    (error,) = errors
+    assert "shard 1 of the server at tcp://127.0.0.1:9 was not heard for 0.3 s; with server.shards" in str(
+        error
+    )
+    assert message.reason.startswith("ConnectError"), "it is no member any more"
+
+
+def test_a_shard_that_falls_silent_is_left_and_named(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first server's signs of life do not speak for it."""
+    monkeypatch.setattr("lte.worker.session._LOOK_UP_S", 0.01)
+    session = group.join()
+    session._patience_s, session._unheard_s = 0.5, 0.1
+    thread, _ = in_thread(session, group.ends[0])
+    while thread.is_alive():
+        if group.ends[0].endpoint.receive(0.1):
+            group.say(0, wire.Pulse(generation=1, number=0, version=0))
+    assert group.words.get() == "shard 1 of the server is not heard; waiting for it, 1 s at most"
+    assert "shard 1 of the server was not heard for 1 s" in str(group.ends[0].errors[0])
+    session.close("enough")
 
 
 def test_no_server_at_all() -> None:

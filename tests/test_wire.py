@@ -53,7 +53,7 @@ MESSAGES: list[wire.AnyMessage] = [
         merged_digest="d2",
         given_digest="",
     ),
-    wire.Receipt(generation=1, version=3, status="superseded", reason="late"),
+    wire.Receipt(generation=1, version=3, stream=2, status="superseded", reason="late"),
     wire.Update(
         generation=1,
         version=4,

@@ -11,7 +11,7 @@ A round:
     worker          holder                        coordinator
       part k  ->      valid, journaled, fsynced
                       Durable                ->     (and its own part is there)
-                                                    counted once all shards have said so
+                                             <-     Counted: all shards have said so
                                              <-     Merge: whose, in which order, with which weights
                       merged, Merged is in the journal, fsynced
                       Prepared: digests      ->     merged its own part
@@ -36,6 +36,9 @@ after the decision, so none is of a version that is forgotten.
 Generations fence all of it: the coordinator raises its own, then has each holder raise that of its folder,
 then they read. A group that was taken over can neither journal (each fsync looks at the generation) nor
 decide; what its coordinator decided before, the newer one has read.
+
+A holder that hangs is found by `Ping`, which it answers whatever else it waits for: its coordinator ends, and
+with it the group. A full disk is no such thing: all wait for room, hear their workers, and say so.
 
 No socket, disk or clock is in here.
 """
@@ -92,6 +95,13 @@ class Dismiss(Word, frozen=True, kw_only=True):
     worker_id: str
 
 
+class Counted(Word, frozen=True, kw_only=True):
+    """All shards have a worker's contribution to the open round: what else comes of it is not kept."""
+
+    worker_id: str
+    incarnation: int
+
+
 class Merge(Word, frozen=True, kw_only=True):
     """Merge these contributions, which are durable here: `Prepared`. Fields are those of `journal.Merged`."""
 
@@ -125,7 +135,11 @@ class Tell(Word, frozen=True, kw_only=True):
     """Send master and base of this part, for an evaluation: a `State`."""
 
 
-Order = Recover | Begin | Admit | Dismiss | Merge | Publish | SendWhole | Save | Tell
+class Ping(Word, frozen=True, kw_only=True):
+    """Give a sign of life: a `Pong`."""
+
+
+Order = Recover | Begin | Admit | Dismiss | Counted | Merge | Publish | SendWhole | Save | Tell | Ping
 
 # What holders say.
 
@@ -195,6 +209,12 @@ class State(Word, frozen=True, kw_only=True):
     tensors: bytes
 
 
+class Pong(Word, frozen=True, kw_only=True):
+    """Answers a `Ping`, after the orders before it. `is_full`: what is to be on disk waits for room there."""
+
+    is_full: bool
+
+
 class Happened(Word, frozen=True, kw_only=True):
     """For the records."""
 
@@ -210,7 +230,18 @@ class Failed(Word, frozen=True, kw_only=True):
 
 
 Report = (
-    Found | Ready | Remembered | Durable | Refused | Prepared | Published | Saved | State | Happened | Failed
+    Found
+    | Ready
+    | Remembered
+    | Durable
+    | Refused
+    | Prepared
+    | Published
+    | Saved
+    | State
+    | Pong
+    | Happened
+    | Failed
 )
 
 _ENCODER = msgspec.msgpack.Encoder()

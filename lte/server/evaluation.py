@@ -55,7 +55,8 @@ class Evaluation:
         """Make it.
 
         Args:
-            model: in eval mode; the weights are filled into it. master: gives the whole master of now.
+            model: in eval mode; the weights are filled into it. master: gives the whole master of now;
+                StoppedError where that was given up.
             is_stopped: asked before every module that the model runs.
         """
         self._model, self._master, self._evaluate = model, master, evaluate
@@ -65,11 +66,12 @@ class Evaluation:
         """The losses on so many tokens, or on all for 0; None if told to stop meanwhile."""
         if self._evaluate is None:
             return Losses(None, None)
-        measured, master = {}, self._master()
-        weights = ("published", "master", "ema") if master.ema.tensors else ("published", "master")
+        measured = {}
         others = torch.get_num_threads()
         torch.set_num_threads(self._num_threads)
         try:
+            master = self._master()
+            weights = ("published", "master", "ema") if master.ema.tensors else ("published", "master")
             with self._given_up_when_stopped(), torch.no_grad():
                 for which in weights:
                     master.fill(self._model, which)

@@ -6,12 +6,12 @@ See `commit` for the protocol.
 from __future__ import annotations
 
 import contextlib
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -27,7 +27,8 @@ from lte.server.checkpoint import Progress
 from lte.server.commit import Edition
 from lte.server.intake import Intake
 from lte.server.journal import GENERATION, Admitted, Merged, read_generation
-from lte.server.master import Master, Received
+from lte.server.master import Master
+from lte.server.parts import MOST_WRITTEN, Parts
 from lte.server.publisher import Publisher
 from lte.server.shards import folder_of
 from lte.server.store import Store
@@ -91,13 +92,15 @@ class Holder:
         self._complain = Complaints(self._say)
         self._members: dict[str, rounds.Member] = {}
         self._peers: dict[str, Peer] = {}
-        # Contributions to the published version that are on disk, by incarnation.
-        self._kept: dict[int, tuple[Edition, Received]] = {}
-        # Those that were written, until they are known to be on disk; who waits for word of it.
-        self._written: list[tuple[Peer, Edition]] = []
+        self._parts = Parts()
+        # What is to be told once all that was written is on disk: of these, of a merge.
+        self._written: list[Edition] = []
+        self._merged: commit.Prepared | None = None
         self._ahead: _Ahead | None = None
-        # What is to be sent to workers as soon as they are heard here.
+        # What is to be sent to workers as soon as they are heard here: the published model, the same bytes to
+        # all who join a version.
         self._whole: dict[str, Callable[[Peer], None]] = {}
+        self._published_whole: Callable[[Peer], None] | None = None
         order = commit.order_of(link.recv_bytes())
         assert isinstance(order, commit.Recover)
         torch.set_num_threads(1)
@@ -201,16 +204,16 @@ class Holder:
                 for known in (self._members, self._peers, self._whole):
                     known.pop(worker_id, None)
                 self._intake.drop(worker_id)
+                self._parts.dismiss(worker_id)
+            case commit.Counted(worker_id=worker_id, incarnation=incarnation):
+                self._parts.count(worker_id, incarnation)
+                self._intake.drop(worker_id)
             case commit.Merge():
                 self._merge(order)
             case commit.Publish(told=told):
                 self._publish(told)
             case commit.SendWhole(worker_id=worker_id):
-                send = self._publisher.whole()
-                if worker_id in self._peers:
-                    send(self._peers[worker_id])
-                else:
-                    self._whole[worker_id] = send
+                self._send_whole(worker_id)
             case commit.Save(is_awaited=True):
                 saved = self._store.save(self._progress, self.master.state())
                 self._report(commit.Saved(is_there=saved))
@@ -218,6 +221,8 @@ class Holder:
                 self._store.save_meanwhile(self._progress, self.master.state())
             case commit.Tell():
                 self._report(commit.State(tensors=self._state()))
+            case commit.Ping():
+                self._report(commit.Pong(is_full=self._store.is_full))
 
     def _admit(self, worker: Admitted) -> None:
         last = self._members.get(worker.worker_id)
@@ -232,10 +237,10 @@ class Holder:
         """Merge, and have the journal say so."""
         assert self._ahead is None and order.version == self._publisher.version + 1
         self._settle()
-        held = [self._kept[incarnation] for incarnation in order.incarnations]
-        self._kept = {}
+        self._written = []  # their round is over
+        held = self._parts.take(order.incarnations)
         self._intake.clear()
-        outcome = self.master.merge([received for _, received in held], order.num_missing_heads)
+        outcome = self.master.merge(held, order.num_missing_heads)
         self.master.enter(order.version)
         before = self.master.requantize(last=order.is_last)
         dense = self.master.publish_dense(last=order.is_last)
@@ -259,16 +264,15 @@ class Holder:
             )
         )
         self._ahead = _Ahead(order.version, order.incarnations, before, dense, progress)
-        while not self._store.is_durable(f"version {order.version} is published"):
-            time.sleep(_LONGEST_WAIT_S)  # the coordinator waits, too
-        self._report(
-            commit.Prepared(base_digest=progress.base_digest, change=outcome.change, step=outcome.step)
+        self._merged = commit.Prepared(
+            base_digest=progress.base_digest, change=outcome.change, step=outcome.step
         )
+        self._settle()
 
     def _publish(self, told: tuple[str, ...]) -> None:
         assert self._ahead is not None
         ahead, self._ahead = self._ahead, None
-        self._progress = ahead.progress
+        self._progress, self._published_whole = ahead.progress, None
         peers = [self._peers[worker_id] for worker_id in told if worker_id in self._peers]
         changed = self._publisher.publish(
             peers, ahead.before, ahead.dense, ahead.incarnations, ahead.progress.base_digest
@@ -284,6 +288,15 @@ class Holder:
                 by_kind=by_kind,
             )
         )
+
+    def _send_whole(self, worker_id: str) -> None:
+        """Send it the published model, at once or when it is heard."""
+        if self._published_whole is None:
+            self._published_whole = self._publisher.whole()
+        if worker_id in self._peers:
+            self._published_whole(self._peers[worker_id])
+        else:
+            self._whole[worker_id] = self._published_whole
 
     def _state(self) -> bytes:
         groups = self.master.state()
@@ -313,6 +326,8 @@ class Holder:
             case wire.Heartbeat():
                 self._follow(peer, own)
             case wire.Part() if own.version == self._publisher.version and self._ahead is None:
+                if self._parts.is_counted(own.worker_id) or not self._parts.has_room(own.worker_id):
+                    return
                 self._publisher.count("uplink", self._intake.add(own, member, frames, entries))
             case wire.Contribution():
                 self._contributed(peer, own, member)
@@ -327,49 +342,63 @@ class Holder:
         self._peers[heartbeat.worker_id] = peer
         if send := self._whole.pop(heartbeat.worker_id, None):
             send(peer)
-        if self._settle():  # receipts come before the answer to a later heartbeat
-            version = self._publisher.version
-            pulse = wire.Pulse(generation=self._generation, number=heartbeat.number, version=version)
-            self._endpoint.send(peer, wire.encode(pulse))
+        self._settle()
+        version = self._publisher.version
+        pulse = wire.Pulse(generation=self._generation, number=heartbeat.number, version=version)
+        self._endpoint.send(peer, wire.encode(pulse))
 
     def _contributed(self, peer: Peer, message: wire.Contribution, member: rounds.Member) -> None:
         """Write a worker's part of a contribution to the published version."""
-        worker_id, incarnation = message.worker_id, message.incarnation
-        edition = Edition(worker_id, incarnation, message.version, message.stream, message.tokens)
+        worker_id = message.worker_id
+        edition = Edition(worker_id, message.incarnation, message.version, message.stream, message.tokens)
         if message.version != self._publisher.version or self._ahead is not None:
-            self._receipt(peer, message.version, "superseded")
+            self._receipt(peer, edition, "superseded")
             return
-        if incarnation in self._kept and self._kept[incarnation][0] == edition:
-            self._written.append((peer, edition))
+        if self._parts.is_counted(worker_id):
+            self._receipt(peer, edition, "held")
+            return
+        if self._parts.holds(edition):
+            self._hold(peer, edition)
             return
         try:
+            if not self._parts.has_room(worker_id):
+                raise WireError(f"{MOST_WRITTEN} of its contributions to one round were not complete")
             offered = self._intake.close(message, member, self._publisher.base_digest)
         except WireError as error:
             self._report(commit.Refused(edition=edition, reason=str(error)))
             return
         if offered is None:
             return  # parts were lost: without a receipt they come again
-        self._store.write(offered.kept())
-        self._kept[incarnation] = edition, offered.received
-        self._written.append((peer, edition))
+        if self._parts.add(edition, offered):
+            self._store.write(offered.kept())
+        self._hold(peer, edition)
 
-    def _settle(self) -> bool:
-        """Tell of contributions that are on disk now. False while the disk is full."""
-        if not self._written:
-            return True
-        if not self._store.is_durable("contributions count"):
-            return False
+    def _hold(self, peer: Peer, edition: Edition) -> None:
+        """Have its worker wait for the end of the round, and the coordinator be told once it is on disk."""
+        self._receipt(peer, edition, "held")
+        if edition not in self._written:
+            self._written.append(edition)
+
+    def _settle(self) -> None:
+        """Tell of what is on disk now; nothing while the disk is full."""
+        next_version = f"version {self._publisher.version + 1} is published"
+        if not (self._written or self._merged) or not self._store.is_durable(
+            next_version if self._merged else "contributions count"
+        ):
+            return
         written, self._written = self._written, []
-        for peer, edition in written:
-            self._receipt(peer, edition.version, "held")
+        for edition in written:
             self._report(commit.Durable(edition=edition))
-        return True
+        merged, self._merged = self._merged, None
+        if merged is not None:
+            self._report(merged)
 
-    def _receipt(self, peer: Peer, version: int, status: str) -> None:
+    def _receipt(self, peer: Peer, edition: Edition, status: Literal["held", "superseded"]) -> None:
         receipt = wire.Receipt(
             generation=self._generation,
-            version=version,
-            status="held" if status == "held" else "superseded",
+            version=edition.version,
+            stream=edition.stream,
+            status=status,
             reason="",
         )
         self._endpoint.send(peer, wire.encode(receipt))

@@ -177,12 +177,7 @@ class Journal:
         Raises:
             FencedError: one has.
         """
-        newest = read_generation(self._generation_file)
-        if newest != self.generation:
-            raise FencedError(
-                f"generation {newest} of the server has taken this run over from generation"
-                f" {self.generation}; this one ends, and writes nothing more"
-            )
+        check_generation(self._generation_file, self.generation)
 
     def _flush(self) -> None:
         assert self._file is not None
@@ -280,6 +275,20 @@ def until(segments: Sequence[Segment], version: int) -> list[Segment]:
 
 def read_generation(path: Path) -> int:
     return int(path.read_text()) if path.exists() else 0
+
+
+def check_generation(path: Path, generation: int) -> None:
+    """See that this generation is the one on disk.
+
+    Raises:
+        FencedError: a newer server has taken the run over.
+    """
+    newest = read_generation(path)
+    if newest != generation:
+        raise FencedError(
+            f"generation {newest} of the server has taken this run over from generation {generation}; this"
+            " one ends, and writes nothing more"
+        )
 
 
 def _header(body: bytes | memoryview) -> bytes:

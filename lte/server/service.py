@@ -22,7 +22,7 @@ from lte import config, schedule, signals, transport, wire
 from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
-from lte.errors import FencedError, RunError, WireError
+from lte.errors import FencedError, RunError, StoppedError, WireError
 from lte.quantize import Quantized
 from lte.server import assembly, commit, folder, recovery, rounds
 from lte.server.admission import Complaints, Joins, inquiries, not_vouched, vouched
@@ -34,6 +34,7 @@ from lte.server.journal import Admitted, Gone, Merged
 from lte.server.links import Links
 from lte.server.master import Master, Outcome, Received
 from lte.server.publisher import Publisher
+from lte.server.shards import folder_of
 from lte.server.status import Roll, in_words
 from lte.server.store import Store
 from lte.server.watch import Divergence, Outliers, Rise, typical
@@ -109,7 +110,7 @@ class Server:
             model = (model if isinstance(model, nn.Module) else model()).eval()
             self._names = assembly.names(model, recipe)
             self.master = Master(model, recipe, self._names[0] if self._names else None)
-            self._model, self._whole = model, self.master
+            self._model, self._whole, self._put_together = model, self.master, -1
             self._evaluation = Evaluation(
                 model,
                 self._whole_master,
@@ -167,10 +168,13 @@ class Server:
             self._resources.close()
             raise
         self._peers: dict[str, Peer] = {}
-        # The contribution at hand with its bytes, until the rounds say whether it is kept; those kept.
+        # The contribution at hand, and with its bytes, until the rounds say whether it is kept; those kept.
+        self._answered: wire.Contribution
         self._offered: Offered | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
-        # A merge that is not in the journal yet, and so not published: what is left to do then.
+        # A merge that is not published: what is left to do when the other shards have it on disk, and
+        # when all have.
+        self._undecided: Callable[[], None] | None = None
         self._unpublished: Callable[[], None] | None = None
         # worker_id -> the attempt at which its last welcome was sent.
         self._attempts: dict[str, int] = {}
@@ -268,7 +272,7 @@ class Server:
             return self._finish()
         reason, returns = "the server failed", True
         try:
-            while not self.finished and self._stop_reason is None:
+            while not self.finished and (self._stop_reason is None or self._is_merging):
                 self._store.check_generation()
                 self._publish_if_durable()
                 self._say_waiting()
@@ -457,21 +461,22 @@ class Server:
                 return  # parts were lost: without a receipt they come again
             if self._links.num:
                 self._parked[message.worker_id] = (peer, self._offered)
-                self._receipt(peer, message.version, "held", "")
+                self._receipt(peer, message, "held", "")
                 self._is_durable_at(0, _edition(message))
                 return
+        self._answered = message
         event = rounds.Contributed(message.worker_id, message.incarnation, message.version)
         self._happened(event, peer)
 
     def _refuse_contribution(self, peer: Peer, edition: commit.Edition, reason: str) -> None:
-        """Say so, once, whichever shards refuse it."""
+        """Say so: to people once, whichever shards refuse it and how often it comes; to the worker each
+        time, which may have missed it."""
         worker_id = edition.worker_id
-        if self._links.num and self._refused.get(worker_id) == edition:
-            return
-        self._refused[worker_id] = edition
-        self._complain("refused", f"a contribution of {worker_id} was refused: {reason}")
-        self._outliers.started_over(worker_id)
-        self._receipt(peer, edition.version, "refused", reason)
+        if not self._links.num or self._refused.get(worker_id) != edition:
+            self._refused[worker_id] = edition
+            self._complain("refused", f"a contribution of {worker_id} was refused: {reason}")
+            self._outliers.started_over(worker_id)
+        self._receipt(peer, edition, "refused", reason)
 
     def _hear_shards(self) -> None:
         """Hear what the holders have said unasked."""
@@ -496,6 +501,7 @@ class Server:
             return
         if self._gathering.durable(shard, edition) and worker_id in self._parked:
             peer, self._offered = self._parked.pop(worker_id)
+            self._answered = self._offered.message
             self._happened(rounds.Contributed(worker_id, incarnation, version), peer)
 
     def _is_stale(self, peer: Peer, generation: int) -> bool:
@@ -524,7 +530,8 @@ class Server:
                     self._store.write(_admitted(member))
                     self._say_joined(member)
                 # Else it asks again.
-                if self._store.is_durable("who joins is welcomed") and not self._unpublished:
+                may = not self._is_ahead and not self._links.silent
+                if self._store.is_durable("who joins is welcomed") and may:
                     self._peers[member.worker_id] = peer
                     self._welcome(peer, member)
             case rounds.Open(worker_ids):
@@ -535,7 +542,7 @@ class Server:
                 assert peer is not None
                 assert self._offered is not None
                 self._keep(self._offered)
-                self._receipt(peer, self._offered.message.version, "held", "")
+                self._receipt(peer, self._offered.message, "held", "")
             case rounds.Drop(worker_id):
                 del self._held[worker_id]
             case rounds.Renew(worker_id):
@@ -544,7 +551,7 @@ class Server:
                 self._remind(peer, worker_id)
             case rounds.Answer(worker_id, status, reason):
                 assert peer is not None
-                self._receipt(peer, self._state.version_of(worker_id), status, reason)
+                self._receipt(peer, self._answered, status, reason)
                 if status == "superseded" and not self.finished:
                     self._complain("superseded", f"{worker_id} came too late: {reason}", worker_id=worker_id)
             case rounds.Fence(worker_id, reason):
@@ -624,19 +631,25 @@ class Server:
         digests = self.master.base_digest(), self.master.master_digest()
         requantized_s = self._now_s()
         self.master.keep_only(remain)
-        prepared = self._links.prepared()  # on disk everywhere else: from the next line on it is decided
-        outcome = assembly.outcome(outcome, prepared)
-        self._store.write(
-            Merged(
-                version=version,
-                incarnations=tuple(incarnations),
-                num_missing_heads=num_missing_heads,
-                remain=tuple(remain),
-                tokens=self._tokens,
-                master_digest=digests[1],
-                base_digest=digests[0],
+        prepared: list[commit.Prepared] = []
+
+        def decide() -> None:
+            """On disk everywhere else: from here on it is decided."""
+            nonlocal outcome, prepared
+            prepared = self._links.prepared()
+            outcome = assembly.outcome(outcome, prepared)
+            self._store.write(
+                Merged(
+                    version=version,
+                    incarnations=tuple(incarnations),
+                    num_missing_heads=num_missing_heads,
+                    remain=tuple(remain),
+                    tokens=self._tokens,
+                    master_digest=digests[1],
+                    base_digest=digests[0],
+                )
             )
-        )
+            self._unpublished = publish
 
         def publish() -> None:
             journaled_s = self._now_s()
@@ -685,7 +698,7 @@ class Server:
                 self._diagnose(contributions, outcome, before)
             self._look_back(round_before, typical_loss)
 
-        self._unpublished = publish
+        self._undecided = decide
         self._publish_if_durable()
 
     def _held_down(self, worker_ids: tuple[str, ...], outcome: Outcome) -> dict[str, Any]:
@@ -696,8 +709,26 @@ class Server:
             self._event(what, words, worker_id=worker_id)
         return outcome.held_down
 
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether the master is ahead of what is published."""
+        return self._undecided is not None or self._unpublished is not None
+
+    @property
+    def _is_merging(self) -> bool:
+        """Whether it is for a short time: not until somebody makes room on a disk."""
+        return self._is_ahead and not self._full
+
+    @property
+    def _full(self) -> set[int]:
+        """The shards whose disks have no room."""
+        return self._links.full | ({0} if self._store.is_full else set())
+
     def _publish_if_durable(self) -> None:
-        """Publish what was merged, if the journal holds it."""
+        """Publish what was merged, if the journals hold it."""
+        if self._undecided and self._links.are_prepared:
+            decide, self._undecided = self._undecided, None
+            decide()
         if self._unpublished and self._store.is_durable(f"version {self.version + 1} is published"):
             publish, self._unpublished = self._unpublished, None
             publish()
@@ -706,6 +737,7 @@ class Server:
         """Hold a contribution, and write it ahead: it counts once a merge of it is in the journal."""
         received, message = offered.received, offered.message
         self._held[received.worker_id] = (received, message)
+        self._links.tell(commit.Counted(worker_id=received.worker_id, incarnation=message.incarnation))
         self._store.write(offered.kept())
 
     def _record_round(
@@ -806,11 +838,17 @@ class Server:
         return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, number, last_step)
 
     def _whole_master(self) -> Master:
-        """The master of now; of a divided model, put together from its parts."""
-        if self._links.num:
+        """The master of now; of a divided model, put together from its parts, once a version.
+
+        Raises:
+            StoppedError: told to stop before all parts had come.
+        """
+        if self._links.num and self._put_together != self.version:
+            states = [self.master.state(), *self._links.states()]
             if self._whole is self.master:
                 self._whole = Master(self._model, self.recipe)
-            assembly.fill(self._whole, self.version, [self.master.state(), *self._links.states()])
+            assembly.fill(self._whole, self.version, states)
+            self._put_together = self.version
         return self._whole
 
     def _measure(self, max_tokens: int) -> Losses | None:
@@ -829,7 +867,11 @@ class Server:
     def _finish(self) -> bool:
         """Measure the result and write the last line of the records; False if told to stop before it:
         the next server does so then."""
-        if (measured := self._measure(self.recipe.eval.final_tokens)) is None:
+        try:
+            measured, whole = self._measure(self.recipe.eval.final_tokens), self._whole_master()
+        except StoppedError:
+            measured = None
+        if measured is None:
             self._event("stopped", f"{self._stop_reason} before the last evaluation was done")
             return False
         self._tracker.record(
@@ -843,7 +885,7 @@ class Server:
             uplink_bytes=self._tracker.uplink_bytes,
             downlink_bytes=self._tracker.downlink_bytes,
             **measured.recorded(),
-            master_digest=self._whole.master_digest(),
+            master_digest=whole.master_digest(),
         )
         return True
 
@@ -877,7 +919,7 @@ class Server:
 
     def _recall(self, peer: Peer, worker_id: str, incarnation: int) -> None:
         """Send a member what is merged of it."""
-        if self._is_member(worker_id, incarnation):
+        if self._is_member(worker_id, incarnation) and not self._is_ahead:  # else it asks again
             said = f"{worker_id} starts over from what was merged of it"
             self._complain("recalled", said, worker_id=worker_id)
             member = self._state.members[worker_id]
@@ -890,7 +932,7 @@ class Server:
         Its contribution to the round on `version`, if that was merged, counts as merged in this update.
         """
         is_held = self.recipe.merges_on_arrival and worker_id in self._state.held  # an update follows it
-        if version < self.version and not self._unpublished and not is_held:
+        if version < self.version and not self._is_ahead and not is_held:
             self._publisher.bring_up(peer, version, self._merged_since(worker_id, version))
             self._happened(rounds.Told(worker_id))
 
@@ -927,9 +969,19 @@ class Server:
             self._begin(peer, worker_id)
 
     def _receipt(
-        self, peer: Peer, version: int, status: Literal["held", "superseded", "refused"], reason: str
+        self,
+        peer: Peer,
+        contribution: wire.Contribution | commit.Edition,
+        status: Literal["held", "superseded", "refused"],
+        reason: str,
     ) -> None:
-        receipt = wire.Receipt(generation=self.generation, version=version, status=status, reason=reason)
+        receipt = wire.Receipt(
+            generation=self.generation,
+            version=contribution.version,
+            stream=contribution.stream,
+            status=status,
+            reason=reason,
+        )
         self._send(peer, receipt)
 
     def _refuse(self, peer: Peer, reason: str, cure: str) -> None:
@@ -945,7 +997,10 @@ class Server:
     def _status(self) -> wire.Status:
         now_s, state, standing = self._watch.now_s(), self._state, self._tracker.standing
         silent_after_s = max(3 * self.recipe.heartbeat_s, self.recipe.server.silence_s / 3)
-        words = f"waiting for room in {self.folder}" if self._store.is_full else in_words(state, now_s)
+        merging = [f"shard {shard}" for shard in self._links.unprepared if self._undecided]
+        words = self._hindrance() or (
+            f"merging at {', '.join(merging)}" if merging else in_words(state, now_s)
+        )
         return wire.Status(
             generation=self.generation,
             run_id=self.run_id,
@@ -991,8 +1046,17 @@ class Server:
         elif self._state.held == self._state.expected and self._state.phase == "collecting":
             held, quorum = len(self._state.held), self._state.rules.quorum
             said = f"{held} of a quorum of {quorum} contributions, and no more to come; {self._how_to_join()}"
-        if self._store.is_full:
-            said = f"waiting for room in {self.folder}"
+        self._say(self._hindrance() or said)
+
+    def _hindrance(self) -> str:
+        """What keeps this server, or the others of a divided model, from going on; '' where nothing does."""
+        if full := self._full:
+            return f"waiting for room in {folder_of(self.folder, min(full))}"
+        if silent := self._links.silent:
+            return f"waiting for shard {silent[0]} of the server, which does not answer"
+        return ""
+
+    def _say(self, said: str) -> None:
         if said != self._said:
             self._said = said
             self._tracker.waiting(said)
@@ -1033,19 +1097,28 @@ class Server:
         """
         for member in self._state.members.values():
             self._store.write(Gone(incarnation=member.incarnation))
-        while not self._is_saved():
-            if self._stop_reason is not None:
-                what = f"no room for a last checkpoint in {self.folder}; free some and go on"
-                self._event("unsaved", what)
+        left = set(range(self._links.num + 1))
+        while left := self._unsaved(left):
+            if self._stop_reason is not None and not self._is_merging:
+                full = folder_of(self.folder, min(self._full or left))
+                self._event("unsaved", f"no room for a last checkpoint in {full}; free some and go on")
                 return
+            self._say(self._hindrance())
             self._endpoint.receive(_LONGEST_WAIT_S)
 
-    def _is_saved(self) -> bool:
+    def _unsaved(self, shards: set[int]) -> set[int]:
+        """Have these shards write a checkpoint. Returns those of which none is there: there is no room for
+        it, or the master is ahead of the version that it would be saved as."""
+        self._hear_shards()
         self._publish_if_durable()
-        if self._unpublished:  # the master is ahead of the version that it would be saved as
-            return False
+        if self._is_ahead:
+            return shards
+        self._links.save(shards - {0})
         own = replace(self._progress(), members=())
-        return self._links.is_saved() and self._store.save(own, self.master.state())
+        is_full = 0 in shards and not self._store.save(own, self.master.state())
+        left = self._links.unsaved(shards - {0})
+        self._hear_shards()
+        return left | {0} if is_full else left
 
 
 def _admitted(member: rounds.Member) -> Admitted:

@@ -37,11 +37,18 @@ class Ends:
     def num(self) -> int:
         return len(self._ends)
 
-    def go_to(self, addresses: Sequence[str]) -> None:
-        """Have connections to these servers, shard 1 and on, and to no others beside the first."""
+    def address_of(self, shard: int) -> str:
+        return self._ends[shard].address
+
+    def go_to(self, addresses: Sequence[str]) -> bool:
+        """Have connections to these servers, shard 1 and on, and to no others beside the first.
+
+        Returns:
+            Whether it had others before.
+        """
         found = [_reachable(address, self._ends[0].address) for address in addresses]
         if tuple(found) == self._addresses:
-            return
+            return False
         for end in self._ends[1:]:
             self._close(end)
         self._addresses = tuple(found)
@@ -49,6 +56,7 @@ class Ends:
         for end in self._ends[self._is_carried :]:
             threading.Thread(target=self._carry, args=(end,), name="lte-shard", daemon=True).start()
         self._is_carried = True
+        return True
 
     def send(self, frames: Frames, shard: int = 0) -> None:
         """Send to a shard; without a word not to one that was never told of."""

@@ -16,7 +16,15 @@ from torch import Tensor
 from lte import config, wire
 from lte.clock import Watch
 from lte.compress.shards import Shards
-from lte.errors import AbsentError, JoinAnewError, RefusedError, RunEnded, StoppedError, WireError
+from lte.errors import (
+    AbsentError,
+    ConnectError,
+    JoinAnewError,
+    RefusedError,
+    RunEnded,
+    StoppedError,
+    WireError,
+)
 from lte.worker import state
 from lte.worker.ends import Ends
 from lte.worker.staging import Staging
@@ -66,30 +74,44 @@ class _Patience:
         """
         self._patience_s, self._unheard_s, self._say = patience_s, unheard_s, say
         self._watch = Watch(_LOOK_UP_S)
-        self._began_s = self._heard_s = self._watch.now_s()
-        self._is_unheard = self._is_long = False
+        self._began_s = self._watch.now_s()
+        self._is_long = False
+        # When each shard was heard last, or first waited for; those of which it was said that they are not.
+        self._heard_s, self._unheard = {0: self._began_s}, set[int]()
 
-    def heard(self) -> None:
+    def heard(self, shard: int) -> None:
         now_s = self._watch.now_s()
-        if self._is_unheard:
-            self._say(f"the server is heard again, after {now_s - self._heard_s:.0f} s")
+        if shard in self._unheard:
+            silent_s = now_s - self._heard_s[shard]
+            self._say(f"{_server(shard)} is heard again, after {silent_s:.0f} s")
+            if not shard:  # the others were away with it
+                self._heard_s = dict.fromkeys(self._heard_s, now_s)
         if now_s - self._began_s > _LONG_S and not self._is_long:
             self._say("still waiting for the others: the server lives, and has no new version yet")
             self._is_long = True
-        self._heard_s, self._is_unheard = now_s, False
+        self._heard_s[shard] = now_s
+        self._unheard.discard(shard)
 
-    def not_heard(self) -> None:
-        """Nothing has come.
+    def look(self, num_shards: int) -> None:
+        """See who of so many shards is not heard.
 
         Raises:
-            RunEnded: for too long.
+            RunEnded: one is not, for too long.
         """
-        silent_s = self._watch.now_s() - self._heard_s
-        if silent_s > self._patience_s:
-            raise RunEnded(f"the server was not heard for {self._patience_s:g} s", finished=False)
-        if silent_s > self._unheard_s and not self._is_unheard:
-            self._is_unheard = True
-            self._say(f"the server is not heard; waiting for it, {self._patience_s:g} s at most")
+        now_s = self._watch.now_s()
+        for shard in range(num_shards):
+            silent_s = now_s - self._heard_s.setdefault(shard, now_s)
+            # The first ends a run in which it does not hear another, and says so: it is given the time.
+            patience_s = 2 * self._patience_s if shard else self._patience_s
+            if silent_s > patience_s:
+                raise RunEnded(f"{_server(shard)} was not heard for {patience_s:g} s", finished=False)
+            if silent_s > self._unheard_s and not self._unheard & {0, shard}:
+                self._unheard.add(shard)
+                self._say(f"{_server(shard)} is not heard; waiting for it, {patience_s:g} s at most")
+
+
+def _server(shard: int) -> str:
+    return f"shard {shard} of the server" if shard else "the server"
 
 
 class Session:
@@ -136,8 +158,8 @@ class Session:
             say: told, in a line, when the server is not heard for long, and when it is again.
 
         Raises:
-            ConnectError: no server answered within `wait_s`, or keys do not fit. KeysError: the files
-            of keys cannot be used.
+            ConnectError: no server answered within `wait_s`, keys do not fit, or of a run's servers
+            (`server.shards`) one is not reached. KeysError: the files of keys cannot be used.
             RefusedError: the server refused this worker. RunError: the state in the folder is damaged.
         """
         self.folder = None if folder is None else Path(folder)
@@ -161,6 +183,7 @@ class Session:
         self._asked_after: dict[int, int] = {}
         self._place(Shards())
         self.num_damaged = 0
+        self._is_welcome = False
         self._told_to_stop = False
         self._beating = threading.Lock()
         self._stopping = threading.Event()
@@ -177,7 +200,9 @@ class Session:
         )
         try:
             self._join(wait_s)
-        except BaseException:
+        except BaseException as error:
+            if self._is_welcome:  # who did not get to its place leaves it
+                self._say_leave(parting_words(type(error), error))
             self._ends.close()
             raise
         recipe = config.from_dict(self.welcome.settings)
@@ -304,10 +329,11 @@ class Session:
             if self._asked_s is not None and time.monotonic() - self._asked_s >= _ASK_AGAIN_S:
                 self._say_hello()
             received = self._ends.receive(_LOOK_UP_S)
+            if received is not None:
+                patience.heard(received[0])
+            patience.look(self._ends.num)
             if received is None:
-                patience.not_heard()
                 continue
-            patience.heard()
             shard, frames = received
             message, entries = self._decoded(frames)
             if message is None or self._is_stale(message):
@@ -341,8 +367,8 @@ class Session:
                     self._push_again()  # a contribution of before the server, or this process, was restarted
                 case wire.Begin():
                     begin = message  # unless an update stands behind it
-                case wire.Receipt() if not self._pushed or message.version != self._pushed[1].version:
-                    pass  # of a contribution before that one
+                case wire.Receipt() if not self._pushed or message.stream != self._stream:
+                    pass  # of a contribution before that one, or before it was sent again
                 case wire.Receipt(status="refused"):
                     self._pushed = None
                     self._unanswered.clear()
@@ -354,6 +380,9 @@ class Session:
                         del self._recalled_after[shard]
                         if recalled := self._staged_factors.add(shard, message, factors):
                             return recalled[0][0], recalled[1]
+                        if not self._recalled_after:  # a merge came between their answers
+                            for late in self._staged_factors.behind():
+                                self._recall_part(late)
                 case wire.Pulse() if shard in self._recalled_after:
                     if message.number > self._recalled_after[shard]:
                         self._recall_part(shard)
@@ -391,9 +420,18 @@ class Session:
         self._staged = Staging[wire.Update](shards.num)
         self._staged_factors = Staging[wire.Factors](shards.num)
 
-    def _placed(self, placement: wire.Placement) -> None:
-        self._ends.go_to(placement.addresses)
+    def _placed(self, placement: wire.Placement) -> bool:
+        """Go to the other shards. Returns whether they are elsewhere than before."""
+        is_new = self._ends.go_to(placement.addresses)
         self._place(Shards(placement.names))
+        return is_new
+
+    def _not_reached(self, shard: int) -> ConnectError:
+        return ConnectError(
+            f"{self._address} answers, and shard {shard} of the server at {self._ends.address_of(shard)} was"
+            f" not heard for {_STALLED_S:g} s; with server.shards workers must reach the ports after the"
+            " server's, too (is there a firewall, or NAT?)"
+        )
 
     def _take(
         self, part: wire.Part, frames: wire.Frames, entries: Sequence[wire.TensorEntry], shard: int
@@ -432,8 +470,11 @@ class Session:
         self._stopping.set()
         if self._heartbeats is not None:
             self._heartbeats.join()
-        self._ends.send(wire.encode(self._named(wire.Leave, reason=reason[: wire.MAX_TEXT])))
+        self._say_leave(reason)
         self._ends.close()
+
+    def _say_leave(self, reason: str) -> None:
+        self._ends.send(wire.encode(self._named(wire.Leave, reason=reason[: wire.MAX_TEXT])))
 
     def _join(self, wait_s: float) -> None:
         """Say Hello until a whole welcome has come."""
@@ -441,7 +482,11 @@ class Session:
         deadline, is_welcome = wait_s, False
         asked_s = -float("inf")
         heard_s, hello = float("inf"), self._hello
+        # Shards that were told of and not heard since, and when.
+        unheard, told_s = set[int](), 0.0
         while (now := watch.now_s()) < deadline:
+            if unheard and now - told_s >= _STALLED_S:
+                raise self._not_reached(min(unheard))
             if now - heard_s >= _STALLED_S:  # a part of its answer was lost
                 hello = msgspec.structs.replace(hello, attempt=hello.attempt + 1)
                 heard_s, asked_s, is_welcome = now, -float("inf"), False
@@ -449,6 +494,8 @@ class Session:
             if now - asked_s >= _ASK_AGAIN_S:
                 self._ends.send(wire.encode(hello))
                 asked_s = now
+                if is_welcome and unheard:
+                    self._send_heartbeat(unheard)
             wait_until = min(asked_s + _ASK_AGAIN_S, deadline, now + _LOOK_UP_S)
             received = self._ends.receive(max(0.0, wait_until - now))
             if received is None:
@@ -456,6 +503,7 @@ class Session:
             shard, frames = received
             message, entries = self._decoded(frames)
             heard_s = now
+            unheard.discard(shard)
             match message:
                 case wire.Refusal(reason=reason, cure=cure):
                     raise RefusedError(reason, cure)
@@ -466,9 +514,10 @@ class Session:
                 case wire.Pulse():  # it is there; the model that comes next may be large
                     deadline = now + _WELCOME_S
                 case wire.Placement():
-                    self._placed(message)
+                    if self._placed(message):
+                        unheard, told_s = set(range(1, self.shards.num)), now
                 case wire.Welcome():
-                    self.welcome, is_welcome = message, True
+                    self.welcome, is_welcome, self._is_welcome = message, True, True
                     self._show_up()
                 case wire.Part():
                     deadline = now + _WELCOME_S
@@ -558,14 +607,15 @@ class Session:
         while not self._stopping.wait(interval_s):
             self._send_heartbeat()
 
-    def _send_heartbeat(self) -> None:
+    def _send_heartbeat(self, shards: Iterable[int] | None = None) -> None:
+        """Give a sign of life to these shards, or to all."""
         version, local_step = self._progress
         with self._beating:
             self._number += 1
             heartbeat = wire.encode(
                 self._named(wire.Heartbeat, number=self._number, version=version, local_step=local_step)
             )
-            for shard in range(self._ends.num):
+            for shard in range(self._ends.num) if shards is None else shards:
                 self._ends.send(heartbeat, shard)
 
     def _named(self, kind: type[Named], **fields: Any) -> Named:

@@ -38,6 +38,11 @@ class Staging(Generic[Kind]):
             return None
         return [part for part, _ in found], {n: blob for _, some in found for n, blob in some.items()}
 
+    def behind(self) -> list[int]:
+        """The shards of which an older version is staged than of another."""
+        newest = max(part.version for part, _ in self._parts.values())
+        return [shard for shard, (part, _) in self._parts.items() if part.version < newest]
+
     def clear(self) -> None:
         """Forget all of it."""
         self._parts = {}

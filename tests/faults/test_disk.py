@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cluster import ROUNDS, Cluster, audit
+from cluster import ROUNDS, Cluster, Counted, audit
+from test_shards import is_shard
 
-from lte.server import journal
+from lte.server import checkpoint, journal
+from lte.server.checkpoint import Progress
+from lte.server.shards import folder_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,42 @@ class FullWhenStopped:
             sync(self)
 
         journal.Journal.write, journal.Journal.sync = counting, full  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class FullShard:
+    """The disk of the second shard is full until a file is there: for its third merge, or for its last
+    checkpoint."""
+
+    room: Path
+    at: str
+
+    def install(self) -> None:
+        save, write, sync, merges = checkpoint.save, journal.Journal.write, journal.Journal.sync, 0
+
+        def look() -> None:
+            if is_shard(1) and not self.room.exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def counting(self: journal.Journal, record: journal.AnyRecord) -> None:
+            nonlocal merges
+            merges += isinstance(record, journal.Merged)
+            write(self, record)
+
+        def full_at_merge(self: journal.Journal) -> None:
+            if merges == 3:
+                look()
+            sync(self)
+
+        def full_at_end(folder: Path, progress: Progress, *others: Any, **named: Any) -> None:
+            if progress.version == ROUNDS:
+                look()
+            save(folder, progress, *others, **named)
+
+        if self.at == "merge":
+            journal.Journal.write, journal.Journal.sync = counting, full_at_merge  # type: ignore[method-assign]
+        else:
+            checkpoint.save = full_at_end  # type: ignore[assignment]
 
 
 Resize = Callable[[str], None]
@@ -115,3 +155,53 @@ def test_a_worker_whose_disk_is_full_waits_for_room(cluster: Cluster, undisturbe
             cluster.ended(process, 0)
     assert cluster.master_digest() == undisturbed
     audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+@pytest.mark.parametrize("at", ["merge", "last checkpoint"])
+def test_a_full_disk_of_one_shard_is_waited_for(
+    cluster: Cluster, undisturbed: str, tmp_path: Path, at: str
+) -> None:
+    """What its server does alone: that is said, and workers hear from all shards meanwhile."""
+    room, heard = tmp_path / "room", tmp_path / "heard"
+    server = cluster.serve(FullShard(room, at), server__shards=2)
+    workers = [cluster.work("a", Counted("lte.worker.session:_Patience.heard", heard)), cluster.work("b")]
+    cluster.until(lambda: cluster.events("disk"), "word that the disk is full")
+    folder = folder_of(cluster.run, 1)
+    cluster.until(lambda: f"waiting for room in {folder}" in cluster.logs(), "word of who waits")
+    assert not cluster.lines("done")
+    if at == "merge":
+        num_heard = heard.stat().st_size
+        cluster.until(lambda: heard.stat().st_size > num_heard + 50, "signs of life")
+        assert len(cluster.lines("round")) == 2
+    else:
+        assert max(path.name for path in (cluster.run / "checkpoints").iterdir()).endswith(f"{ROUNDS}")
+    room.touch()
+    for process in (server, *workers):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    full, *others = cluster.events("disk")
+    assert full.startswith("shard 1: ") and "has no room" in full
+    assert "has room again" in others[-1]
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+def test_a_divided_server_that_is_stopped_while_a_disk_is_full_does_not_wait(
+    cluster: Cluster, undisturbed: str, tmp_path: Path
+) -> None:
+    room = tmp_path / "room"
+    server = cluster.serve(FullShard(room, "merge"), server__shards=2)
+    workers = [cluster.work(name) for name in ("a", "b")]
+    cluster.until(lambda: cluster.events("disk"), "word that the disk is full")
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGTERM)
+    cluster.ended(server, 3)
+    (unsaved,) = cluster.events("unsaved")
+    assert f"no room for a last checkpoint in {folder_of(cluster.run, 1)}" in unsaved
+    for worker in workers:
+        cluster.ended(worker, 1)
+    for process in (cluster.serve(server__shards=2), *(cluster.work(name) for name in ("a", "b"))):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cluster import ROUNDS, Cluster, Fault, audit
+from cluster import ROUNDS, Cluster, Counted, Fault, audit
 
-from lte import recipes
+from lte import recipes, status, wire
+from lte.errors import WireError
+from lte.server import intake, journal, service
 from lte.server.shards import folder_of
 from lte.tasks import task_of
 from lte.transport import keys
+from lte.worker.session import Session
 
 HOLDER = "lte.server.holder:Holder"
 
@@ -26,9 +31,23 @@ class At(Fault):
     shard: int = 0
 
     def happen(self) -> None:
-        name = Path("/proc/self/comm").read_text().strip()
-        if name == f"lte shard {self.shard}" or (not self.shard and not name.startswith("lte shard")):
+        if is_shard(self.shard):
             super().happen()
+
+
+def is_shard(number: int) -> bool:
+    """Whether this process is that one."""
+    name = Path("/proc/self/comm").read_text().strip()
+    return name == f"lte shard {number}" or (not number and not name.startswith("lte shard"))
+
+
+@dataclass(frozen=True)
+class ToldToStop(At):
+    """The coordinator gets the signal, while a holder is at something that takes as long as it takes."""
+
+    def happen(self) -> None:
+        if is_shard(self.shard):
+            os.kill(os.getppid(), self.number)
 
 
 @pytest.mark.parametrize("num", [2, 4])
@@ -167,6 +186,134 @@ def test_a_group_that_hangs_is_taken_over_and_writes_nothing_when_it_wakes(
     assert cluster.master_digest() == undisturbed
     for shard in range(2):
         audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+class NothingToMeasure:
+    """The server has no `evaluate`, as `lte.Server` by default."""
+
+    def install(self) -> None:
+        made = service.Server.__init__
+
+        def without(*arguments: Any, **named: Any) -> None:
+            made(*arguments, **named | {"evaluate": None})
+
+        service.Server.__init__ = without  # type: ignore[method-assign]
+
+
+def test_the_last_digest_is_of_all_shards_where_nothing_is_measured(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    server = cluster.serve(NothingToMeasure(), server__shards=2)
+    for process in (server, cluster.work("a"), cluster.work("b")):
+        cluster.ended(process, 0)
+    assert cluster.lines("done")[0]["loss"] is None
+    assert cluster.master_digest() == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("at", [f"{HOLDER}._merge", f"{HOLDER}._contributed"])
+def test_a_divided_server_that_is_told_to_stop_saves_all_shards(
+    cluster: Cluster, undisturbed: str, at: str, number: int
+) -> None:
+    names = ("a", "b")
+    workers = [cluster.work(name) for name in names]
+    cluster.ended(cluster.serve(ToldToStop(at, call=3, shard=1, number=number), server__shards=2), 3)
+    saved = [
+        {path.name for path in (folder_of(cluster.run, shard) / "checkpoints").iterdir()} for shard in (0, 1)
+    ]
+    assert max(saved[0]) == max(saved[1]), "the last checkpoint is of one version"
+    assert cluster.events("unsaved") == []
+    if number == signal.SIGTERM:  # else it is to come back, and they wait
+        for worker in workers:
+            cluster.ended(worker, 1)
+        workers = [cluster.work(name) for name in names]
+    for process in (cluster.serve(server__shards=2), *workers):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+class RefusedByOne:
+    """The second shard takes no third contribution of a's, and the first word of that is lost."""
+
+    def install(self) -> None:
+        close, receipt, num_lost = intake.Intake.close, service.Server._receipt, 0
+
+        def refusing(self: intake.Intake, message: wire.Contribution, *others: Any) -> Any:
+            if is_shard(1) and (message.worker_id, message.stream) == ("a", 3):
+                raise WireError("the second shard does not like it")
+            return close(self, message, *others)
+
+        def losing(self: service.Server, peer: Any, of: Any, status: Any, reason: str) -> None:
+            nonlocal num_lost
+            if status == "refused" and not num_lost:
+                num_lost += 1
+            else:
+                receipt(self, peer, of, status, reason)
+
+        intake.Intake.close, service.Server._receipt = refusing, losing  # type: ignore[method-assign]
+
+
+def test_what_one_shard_refuses_counts_nowhere_and_its_worker_starts_over(cluster: Cluster) -> None:
+    server = cluster.serve(RefusedByOne(), server__shards=2)
+    for process in (cluster.work("a"), cluster.work("b"), server):
+        cluster.ended(process, 0)
+    (refused,) = cluster.events("refused")
+    assert "a contribution of a was refused: the second shard does not like it" in refused
+    assert len(cluster.events("recalled")) == 1
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+WAITS_FOR_SHARD_1 = "waiting for shard 1 of the server, which does not answer"
+
+
+def test_a_holder_that_hangs_is_waited_for_and_said_and_then_ends_the_group(
+    cluster: Cluster, undisturbed: str
+) -> None:
+    hangs = At(f"{HOLDER}._contributed", call=5, shard=1, number=signal.SIGSTOP)
+    patience = {"worker__patience_s": 20.0, "server__silence_s": 6.0}
+    server = cluster.serve(hangs, server__shards=2, **patience)
+    workers = [cluster.work(name) for name in ("a", "b")]
+    cluster.until(lambda: WAITS_FOR_SHARD_1 in cluster.logs(), "word of what is waited for")
+    assert status.inquire(cluster.address).words == WAITS_FOR_SHARD_1
+    cluster.ended(server, 1)
+    assert "shard 1 of the server has not answered for 20 s" in cluster.logs()
+    for process in (cluster.serve(server__shards=2, **patience), *workers):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+
+
+class Flood:
+    """A worker that sends what it contributes again and again."""
+
+    def install(self) -> None:
+        push = Session.push
+
+        def pushing(self: Session, *arguments: Any, **named: Any) -> None:
+            push(self, *arguments, **named)
+            for _ in range(20):
+                self._push_again()
+
+        Session.push = pushing  # type: ignore[method-assign]
+
+
+def test_what_comes_again_is_not_written_again(cluster: Cluster, undisturbed: str, tmp_path: Path) -> None:
+    """Nor is the model encoded for each worker that joins."""
+    encoded = tmp_path / "encoded"
+    server = cluster.serve(Counted("lte.server.publisher:Publisher.whole", encoded), server__shards=2)
+    for process in (cluster.work("a", Flood()), cluster.work("b"), server):
+        cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    for shard in range(2):
+        audit(folder_of(cluster.run, shard), ROUNDS, {"a", "b"})
+        segments = journal.history(folder_of(cluster.run, shard))
+        kept = [record for segment in segments for record in segment if isinstance(record, journal.Kept)]
+        assert len(kept) == 2 * ROUNDS
+    assert encoded.stat().st_size == 1
 
 
 def test_a_worker_behind_a_relay_is_told_that_shards_are_not(cluster: Cluster) -> None:
