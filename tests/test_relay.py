@@ -28,7 +28,7 @@ from lte.relay import Relay
 from lte.server.admission import not_vouched, vouched
 from lte.transport import Frames, Peer, WorkerEndpoint, envelope, keys
 from lte.transport.keys import AllowList
-from lte.transport.lanes import SMALL_BYTES, Lanes
+from lte.transport.lanes import SMALL_BYTES, SMALL_IN_A_ROW, Lanes
 from lte.transport.shelf import MOST_PIECES, Shelf
 
 PIECE = bytes(range(256)) * 100
@@ -196,6 +196,18 @@ def test_lanes_take_turns_and_small_messages_go_first() -> None:
     taken = [lanes.take()[0] for _ in range(len(lanes))]
     assert taken == [b"small", b"small, too", b"1", b"3", b"6", b"behind its own", b"2", b"5", b"4"]
     assert not lanes
+
+
+def test_small_messages_without_end_let_large_ones_have_turns() -> None:
+    """Of two lanes, too, where one of them never runs dry of small ones."""
+    lanes, bulk = Lanes(), bytes(SMALL_BYTES)
+    for n in range(3):
+        lanes.put(b"bulk %d" % n, [b"bulk", bulk])
+    taken = list[bytes]()
+    for _ in range(3 * (SMALL_IN_A_ROW + 1) + 5):
+        lanes.put(b"chatter", [b"small"])
+        taken.append(bytes(lanes.take()[0]))
+    assert taken == [*([b"small"] * SMALL_IN_A_ROW + [b"bulk"]) * 3, *[b"small"] * 5]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
