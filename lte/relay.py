@@ -14,7 +14,9 @@ what happens when they are not on the shelf after all). Nothing is kept on disk 
 here: a relay may be killed at any time, and to the workers that is a broken connection.
 
 On the way up workers take turns, and small messages go first: heartbeats do not wait until all others have
-contributed, which on a slow link could take longer than `server.silence_s`. On the way down all is in order.
+contributed, which on a slow link could take longer than `server.silence_s`. What waits for the link is bounded:
+beyond that whoever has most of it waiting loses that, as by a broken connection, and nobody else loses
+anything. What a worker has sent before it ended goes yet. On the way down all is in order.
 
 One thread owns the workers' side and the shelf; another waits for the server and hands over what comes.
 """
@@ -32,9 +34,12 @@ from lte import transport
 from lte.config import Server as ServerSettings
 from lte.errors import ConnectError, KeysError, WireError
 from lte.transport import Frames, Peer, envelope
+from lte.transport.lanes import Lanes
 from lte.transport.limits import Buckets
 from lte.transport.shelf import Shelf
 
+WAITING_BYTES = 1_000_000_000
+"""Most that waits for the link unless told otherwise."""
 _LOOK_UP_S = 0.1
 """Both threads look at least this often whether they are to end."""
 _MOST_IN_A_ROW = 100
@@ -54,6 +59,7 @@ class Relay:
         listen: str,
         *,
         shelf_bytes: int,
+        waiting_bytes: int = WAITING_BYTES,
         key: str | Path | None = None,
         server_key: str | Path | None = None,
         allow: str | Path | None = None,
@@ -67,13 +73,15 @@ class Relay:
             server: its address, as of `transport.connect`. listen: where workers connect, as of
                 `transport.bind`.
             shelf_bytes: most bytes of messages that are kept in memory for other workers.
+            waiting_bytes: most bytes of workers' messages that wait in memory for the link; best above what
+                all of them send in a round.
             key: file of the relay's secret key, to server and workers; server_key: of the server's public
                 key; allow: the list of the site's workers. All three or none: the server takes the
                 relay's word for who its workers are.
             insecure: listen where other machines reach it, without keys.
             max_message_bytes: larger frames of workers are not accepted. As the server's: on one that this
                 accepts and the server does not, it breaks the connection of all.
-            say: told, in a line, of strangers and of what was damaged.
+            say: told, in a line, of strangers and of what was damaged or lost here.
 
         Raises:
             ConnectError: an address cannot be used. KeysError: files of keys cannot be used, or
@@ -95,15 +103,16 @@ class Relay:
             relays=False,
         )
         self.address = self._down.address
+        self._said = Buckets(burst=20, per_s=0.2, most=16)
+        lanes = Lanes(waiting_bytes, self._overflown)
         try:
-            self._up = transport.connect(server, key=key, server_key=server_key, take_turns=True)
+            self._up = transport.connect(server, key=key, server_key=server_key, lanes=lanes)
         except BaseException:
             self._down.close()
             raise
         self._stopped = threading.Event()
         self._come: deque[Frames] = deque()  # from the server, not handed out yet
         self._fault: ConnectError | None = None
-        self._said = Buckets(burst=20, per_s=0.2, most=16)
         self._waiting = threading.Thread(target=self._wait, name="lte-relay", daemon=True)
         self._waiting.start()
 
@@ -200,6 +209,14 @@ class Relay:
             return None
         self.shelf.put(digest, piece, len(piece))
         return piece
+
+    def _overflown(self, lost_bytes: int) -> None:
+        """Too much waits for the link."""
+        self._tell(
+            "overflow",
+            f"the link does not keep up: {lost_bytes / 1e6:,.1f} MB of a worker's messages were dropped, and it"
+            " sends them again; let more wait (--queue), or have workers send less (compress, lora.rank)",
+        )
 
     def _tell(self, what: str, line: str) -> None:
         """Say something that others can cause as often as they like."""

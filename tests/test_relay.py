@@ -222,6 +222,52 @@ def test_lanes_keep_order_and_lose_nothing(messages: Sequence[tuple[int, bool]])
         assert of_lane == sorted(of_lane)
 
 
+def test_what_waits_is_bounded_and_its_greatest_part_is_lost() -> None:
+    lost = list[int]()
+    lanes = Lanes(100_000, lost.append)
+    lanes.put(b"a", [b"a's", bytes(SMALL_BYTES)])
+    for n in range(30):
+        lanes.put(b"flood", [b"%d" % n, bytes(9_998)])
+        assert lanes.num_bytes <= 100_000
+    lanes.put(b"b", [b"b's"])
+    taken = [bytes(lanes.take()[0]) for _ in range(len(lanes))]
+    assert taken == [b"b's", b"a's"]
+    assert lost == [99_990, 100_000, 100_000]
+    assert lanes.num_bytes == 0
+
+
+def test_a_link_that_is_away_does_not_fill_the_relay() -> None:
+    """Whoever sends most loses that, which is said; who waits beside it loses nothing."""
+    with contextlib.closing(transport.bind("tcp://127.0.0.1:*", max_message_bytes=1 << 20)) as before:
+        address = before.address
+    said = list[str]()
+    with Relay(
+        address, "tcp://127.0.0.1:*", shelf_bytes=0, waiting_bytes=1_000_000, say=said.append
+    ) as relay:
+        serving = threading.Thread(target=relay.serve)
+        serving.start()
+        lanes = relay._up._lanes  # type: ignore[attr-defined]
+        with (
+            contextlib.closing(transport.connect(relay.address)) as flood,
+            contextlib.closing(transport.connect(relay.address)) as other,
+        ):
+            flood.send([b"what the socket takes", bytes(100_000)])
+            other.send([b"a contribution", bytes(100_000)])
+            until(lambda: lanes.num_bytes > 90_000)
+            for _ in range(149):
+                flood.send([b"more", bytes(100_000)])
+            flood.send([b"the last"])
+            until(lambda: len(said) >= 149 // 10)
+            with contextlib.closing(transport.bind(address, max_message_bytes=1 << 20)) as server:
+                heard = [hear(server)[1][0]]
+                while b"the last" not in heard or b"a contribution" not in heard:
+                    heard.append(hear(server)[1][0])
+        relay.stop()
+        serving.join()
+    assert len(heard) < 20
+    assert "dropped, and it sends them again; let more wait (--queue)" in said[0]
+
+
 def test_a_heartbeat_does_not_wait_for_others_contributions() -> None:
     """The link is down until all have sent: then one message of a worker is on its way already."""
     with contextlib.closing(transport.bind("tcp://127.0.0.1:*", max_message_bytes=1 << 20)) as before:

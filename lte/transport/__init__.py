@@ -8,6 +8,7 @@ from pathlib import Path
 from lte.errors import KeysError
 from lte.transport import collective, inprocess, meeting, posted, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
+from lte.transport.lanes import Lanes
 from lte.transport.relayed import RelayedServer
 
 __all__ = ["Frames", "Peer", "ServerEndpoint", "WorkerEndpoint", "bind", "connect"]
@@ -52,7 +53,7 @@ def connect(
     *,
     key: str | Path | None = None,
     server_key: str | Path | None = None,
-    take_turns: bool = False,
+    lanes: Lanes | None = None,
 ) -> WorkerEndpoint:
     """Open a worker's end of an address. Returns at once, also when no server is there yet.
 
@@ -61,8 +62,8 @@ def connect(
             server writes: it is followed to wherever it is started next.
         key: file of this worker's secret key; server_key: of the server's public key. For servers
             that have keys; only for tcp://, and together.
-        take_turns: what is sent goes by lanes that take turns, small messages first (see `lanes`), instead
-            of in one order; for a relay, and by zmq alone.
+        lanes: by which what is sent takes turns, instead of going in one order; from then on they are the
+            connection's own. For a relay, and by zmq alone.
 
     Raises:
         ConnectError: the address is malformed, or in this process no server has it. KeysError: the
@@ -74,7 +75,7 @@ def connect(
     file = posted.file_of(address)
     if (posted.read(file) if file else address).startswith(meeting.SCHEME):
         return collective.connect(address)
-    return zmq.connect(address, key=key, server_key=server_key, take_turns=take_turns)
+    return zmq.connect(address, key=key, server_key=server_key, lanes=lanes)
 
 
 def _check_keys(address: str, one: str | Path | None, other: str | Path | None, names: str) -> None:

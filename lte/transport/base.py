@@ -75,8 +75,8 @@ class WorkerEndpoint(Protocol):
         """Where it is connected to now; "" while a file that is to say so holds none."""
 
     def send(self, frames: Frames, lane: bytes = b"") -> None:
-        """Send to the server. Where `connect` was told that lanes take turns, only messages of one lane keep
-        their order."""
+        """Send to the server. Where `connect` was given lanes, they take turns, and only messages of one lane
+        keep their order."""
 
     def receive(self, timeout_s: float) -> Frames | None:
         """The next message, or None after the timeout.

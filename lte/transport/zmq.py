@@ -208,7 +208,7 @@ class ZmqWorker:
         *,
         key: str | Path | None = None,
         server_key: str | Path | None = None,
-        take_turns: bool = False,
+        lanes: Lanes | None = None,
     ) -> None:
         self._pair = pair = keys.load_secret(key) if key is not None else None
         servers = keys.load_public(server_key) if server_key is not None else ""
@@ -221,7 +221,7 @@ class ZmqWorker:
             self._socket.setsockopt_string(zmq.CURVE_SERVERKEY, servers)
         monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         # Without turns all go by one lane, in one order.
-        self._lanes, self._take_turns = Lanes(), take_turns
+        self._lanes, self._take_turns = Lanes() if lanes is None else lanes, lanes is not None
         self._address, self._looked_up_s = "", -math.inf
         self._file = posted.file_of(address)
         try:
@@ -468,12 +468,12 @@ def bind(
 
 
 def connect(
-    address: str, *, key: str | Path | None, server_key: str | Path | None, take_turns: bool
+    address: str, *, key: str | Path | None, server_key: str | Path | None, lanes: Lanes | None
 ) -> ZmqWorker:
     """See `transport.connect`."""
     if posted.file_of(address) is None:
         _check_to_connect(address)
-    return ZmqWorker(address, key=key, server_key=server_key, take_turns=take_turns)
+    return ZmqWorker(address, key=key, server_key=server_key, lanes=lanes)
 
 
 def _check_to_connect(address: str) -> None:
