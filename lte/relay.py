@@ -23,6 +23,7 @@ One thread owns the workers' side and the shelf; another waits for the server an
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -79,8 +80,8 @@ class Relay:
                 key; allow: the list of the site's workers. All three or none: the server takes the
                 relay's word for who its workers are.
             insecure: listen where other machines reach it, without keys.
-            max_message_bytes: larger frames of workers are not accepted. As the server's: on one that this
-                accepts and the server does not, it breaks the connection of all.
+            max_message_bytes: larger frames of workers are not accepted: best as the server's
+                `server.max_message_bytes`. What is larger than that is not passed on.
             say: told, in a line, of strangers and of what was damaged or lost here.
 
         Raises:
@@ -113,6 +114,7 @@ class Relay:
         self._stopped = threading.Event()
         self._come: deque[Frames] = deque()  # from the server, not handed out yet
         self._fault: ConnectError | None = None
+        self._max_message_bytes, self._server_accepts = max_message_bytes, math.inf
         self._waiting = threading.Thread(target=self._wait, name="lte-relay", daemon=True)
         self._waiting.start()
 
@@ -174,6 +176,13 @@ class Relay:
         if envelope.is_sealed(frames):
             self._tell("chain", "another relay connects here and is not heard: relays form no chains")
             return
+        if (largest := max((memoryview(each).nbytes for each in frames), default=0)) > self._server_accepts:
+            self._tell(
+                "large",
+                f"a message of a worker was dropped: {largest:,} bytes in a frame, and the server accepts"
+                f" {self._server_accepts:,} (server.max_message_bytes)",
+            )
+            return
         passed = envelope.Passed(peer, self._down.sender, self._down.origin, self._shelf_bytes)
         self._up.send([envelope.seal(passed), *frames], lane=peer)
 
@@ -181,6 +190,9 @@ class Relay:
         """Send a worker what the server says is for it; nothing where a piece of it is missing."""
         try:
             delivery = envelope.open_from_server(frames)
+            if isinstance(delivery, envelope.Accepts):
+                self._heed(delivery)
+                return
         except WireError as error:
             self._tell("damaged", f"a message of the server was dropped: {error}")
             return
@@ -202,6 +214,17 @@ class Relay:
             self._tell("missing", "a message was dropped, as part of it is not here; its worker asks again")
         else:
             self._down.send(delivery.route, whole)
+
+    def _heed(self, server: envelope.Accepts) -> None:
+        """Take note of how large a frame may be, and say so where workers' connections would break on less."""
+        self._server_accepts = server.max_message_bytes
+        if self._max_message_bytes < server.max_message_bytes:
+            self._tell(
+                "small",
+                f"this relay accepts frames of {self._max_message_bytes:,} bytes and the server of"
+                f" {server.max_message_bytes:,}: on what lies between, workers' connections break; start it"
+                f" with --max-message-bytes {server.max_message_bytes}",
+            )
 
     def _shelved(self, digest: bytes, piece: bytes) -> bytes | None:
         """Keep a piece, unless it was damaged on its way."""

@@ -183,6 +183,33 @@ def until(holds: Any) -> None:
     raise AssertionError("it did not happen")
 
 
+# Sizes
+
+
+def test_what_the_server_would_not_accept_breaks_nobodys_connection(site: Site) -> None:
+    """The server breaks the connection of all on a frame that is too large, at every try."""
+    (a, _), (b, of_b) = site.joined(), site.joined()
+    a.send([b"header", bytes((1 << 20) + 1)])
+    a.send([b"behind it"])
+    b.send([b"at the same time", bytes(1 << 20)])
+    heard = [hear(site.server) for _ in range(2)]
+    assert sorted(frames[0] for _, frames in heard) == [b"at the same time", b"behind it"]
+    assert of_b in [peer for peer, _ in heard], "it is the connection of before"
+    assert site.said == [
+        "a message of a worker was dropped: 1,048,577 bytes in a frame, and the server accepts 1,048,576"
+        " (server.max_message_bytes)"
+    ]
+
+
+def test_a_relay_that_accepts_less_than_its_server_says_so() -> None:
+    with contextlib.closing(Site(at_relay={"max_message_bytes": 1_000_000})) as site:
+        site.joined()
+        until(lambda: site.said)
+        (line,) = site.said
+    assert "accepts frames of 1,000,000 bytes and the server of 1,048,576" in line
+    assert "--max-message-bytes 1048576" in line
+
+
 # Turns
 
 
@@ -573,6 +600,8 @@ def test_mistakes_are_one_line(here: Callable[..., tuple[int, str, str]], ring: 
         ([*server, *listen, "--allow", str(folder / "site")], "a relay with keys needs its own"),
         ([*server, *listen, "--key", str(folder / "relay.secret")], "give --key, --server-key and --allow"),
         ([*server, *listen, "--cache", "0"], "is not a number above 0"),
+        ([*server, *listen, "--queue", "0"], "is not a number above 0"),
+        ([*server, *listen, "--max-message-bytes", "1e6"], "is not a whole number"),
     ]:
         code, out, err = here("relay", *arguments)
         assert (code, out) == (2, "")

@@ -15,6 +15,7 @@ from launch import data_parallel, local
 from lte import config, ddp, recipes, relay, report, signals
 from lte.cli import pieces
 from lte.config import Recipe
+from lte.config import Server as ServerSettings
 from lte.errors import UserError
 from lte.server.folder import is_complete
 from lte.tasks import Text, task_of
@@ -298,6 +299,14 @@ def _add_relay(commands: pieces.Commands) -> None:
         help="most memory for what waits for the link, at best more than its workers send in a round; beyond it"
         " who has most waiting loses it, and sends it again (default: 1000)",
     )
+    command.add_argument(
+        "--max-message-bytes",
+        type=pieces.count,
+        default=ServerSettings().max_message_bytes,
+        metavar="N",
+        help="largest frame accepted from workers, best as server.max_message_bytes in the server's recipe"
+        " (default: the recipes')",
+    )
     command.set_defaults(run=_relay)
 
 
@@ -308,6 +317,7 @@ def _relay(arguments: argparse.Namespace) -> int:
         arguments.listen,
         shelf_bytes=int(arguments.cache * 1e6),
         waiting_bytes=int(arguments.queue * 1e6),
+        max_message_bytes=arguments.max_message_bytes,
         key=arguments.key,
         server_key=arguments.server_key,
         allow=arguments.allow,

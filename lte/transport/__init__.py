@@ -45,7 +45,7 @@ def bind(
         own = collective.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
     else:
         own = zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
-    return RelayedServer(own) if relays else own
+    return RelayedServer(own, max_message_bytes=max_message_bytes) if relays else own
 
 
 def connect(

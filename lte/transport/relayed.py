@@ -34,9 +34,10 @@ class RelayedServer:
     """See `base.ServerEndpoint`. Bytes are counted as they travel on the server's own link: envelopes are,
     and what a relay hands out from its shelf is not."""
 
-    def __init__(self, own: ServerEndpoint) -> None:
-        """Args: own: on which both workers and relays are heard."""
-        self._own = own
+    def __init__(self, own: ServerEndpoint, *, max_message_bytes: int) -> None:
+        """Args: own: on which both workers and relays are heard. max_message_bytes: that it accepts, told to
+        relays: they are to accept no other."""
+        self._own, self._max_message_bytes = own, max_message_bytes
         self.address, self.sender, self.origin, self.is_relayed = own.address, "", "", False
         self._shelves: dict[Peer, Shelf[bool]] = {}  # of the connections of relays, by last word
         self._hashed: tuple[Frames, Sequence[bytes]] = (), ()
@@ -114,6 +115,7 @@ class RelayedServer:
             return b""
         if (shelf := self._shelves.pop(connection, None)) is None:
             shelf = Shelf(opened.shelf_bytes)
+            self._own.send(connection, [envelope.seal(envelope.Accepts(self._max_message_bytes))])
         self._shelves[connection] = shelf
         if len(self._shelves) > _MOST_RELAYS:
             del self._shelves[next(iter(self._shelves))]
