@@ -293,7 +293,7 @@ class Farewell(Message, frozen=True, kw_only=True):
 
 
 class Inquiry(Message, frozen=True, kw_only=True):
-    """How is the run? Answered as often as `admission.inquiries` says, and else not at all."""
+    """How is the run? Answered as often as `admission.Inquiries` says, and else not at all."""
 
     schema: Text
 

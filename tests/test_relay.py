@@ -435,7 +435,7 @@ def test_a_relay_speaks_for_the_workers_of_its_line_alone(ring: Ring) -> None:
     with contextlib.closing(ring.site()) as site:
         for name, sender in (("alice", "alice"), ("bob", "relay/site"), ("alice", "alice")):
             site.joined(**ring.files(name))
-            assert site.server.sender == sender
+            assert (site.server.sender, site.server.key_owner) == (sender, "relay/site")
         ring.allow("relay/site {relay} alice,bob")
         site.joined(**ring.files("bob"))
         assert site.server.sender == "bob"

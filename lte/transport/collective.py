@@ -125,7 +125,7 @@ class CollectiveServer:
         self._listener = meeting.Listener(address, insecure=insecure)
         self.address = self._listener.address
         self.received_bytes = self.sent_bytes = 0
-        self.sender = self.origin = ""
+        self.sender = self.key_owner = self.origin = ""
         self.is_relayed = False
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.Queue[tuple[Peer, str, list[memoryview], _Link] | None] = queue.Queue()

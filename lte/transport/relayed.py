@@ -38,7 +38,8 @@ class RelayedServer:
         """Args: own: on which both workers and relays are heard. max_message_bytes: that it accepts, told to
         relays: they are to accept no other."""
         self._own, self._max_message_bytes = own, max_message_bytes
-        self.address, self.sender, self.origin, self.is_relayed = own.address, "", "", False
+        self.address, self.is_relayed = own.address, False
+        self.sender = self.key_owner = self.origin = ""
         self._shelves: dict[Peer, Shelf[bool]] = {}  # of the connections of relays, by last word
         self._hashed: tuple[Frames, Sequence[bytes]] = (), ()
         self._notices: deque[str] = deque(maxlen=_NUM_NOTICES)
@@ -90,7 +91,8 @@ class RelayedServer:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for _ in range(_MOST_IN_A_ROW):
             received = self._own.receive(None if deadline_s is None else deadline_s - time.monotonic())
-            self.sender, self.origin, self.is_relayed = self._own.sender, self._own.origin, False
+            self.sender, self.key_owner = self._own.sender, self._own.key_owner
+            self.origin, self.is_relayed = self._own.origin, False
             if received is None:
                 return None
             connection, frames = received

@@ -138,7 +138,7 @@ class ZmqServer:
         self._poller.register(self._bell, zmq.POLLIN)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
-        self.sender = self.origin = ""
+        self.sender = self.key_owner = self.origin = ""
         self.is_relayed = False
 
     def send(self, peer: Peer, frames: Frames) -> None:
@@ -165,7 +165,7 @@ class ZmqServer:
             peer, *frames = self._socket.recv_multipart(copy=False)
             if self._allowed is not None:
                 # The key that the handshake proved, in words of the gate; its name is the list's of now.
-                self.sender = self._allowed.worker_id(str(peer.get("User-Id") or ""))
+                self.sender = self.key_owner = self._allowed.worker_id(str(peer.get("User-Id") or ""))
                 if not self.sender:
                     continue
             self.origin = _origin(peer)
