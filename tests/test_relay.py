@@ -394,6 +394,21 @@ def test_damage_between_server_and_relay_is_dropped_and_said() -> None:
         assert len(server.notices()) == 2
 
 
+def test_where_a_relay_says_that_a_worker_is_forges_no_line() -> None:
+    """It is shown by `lte status`, and recorded."""
+    said = "10.0.0.7\n10:00 alice left\x1b]0;title\x07\u202e"
+    with contextlib.closing(transport.bind("tcp://127.0.0.1:*", max_message_bytes=1 << 20)) as server:
+        with contextlib.closing(transport.connect(server.address)) as relay:
+            relay.send([envelope.seal(envelope.Passed(b"route", "", said, 0)), b"hello"])
+            hear(server)
+            assert server.origin.isprintable()
+            assert server.origin.startswith("10.0.0.7\N{REPLACEMENT CHARACTER}10:00 alice left")
+            relay.send([envelope.MAGIC + envelope.seal(envelope.Missing(()))[4:8] + b"\x93\xa3\x1b[2J", b""])
+            relay.send([b"as a worker"])
+            hear(server)
+        assert all(notice.isprintable() for notice in server.notices())
+
+
 # Keys
 
 
@@ -474,6 +489,8 @@ def test_a_workers_key_makes_no_relay(ring: Ring) -> None:
     with contextlib.closing(ring.site()) as site:
         site.joined(**ring.files("alice"))
         assert site.server.sender == "carol"
+        assert site.server.origin == "127.0.0.1", "where carol is, not where she says that others are"
+        assert not site.server._shelves, "which are for relays"  # type: ignore[attr-defined]
         hello = wire.Hello(schema=wire.SCHEMA, worker_id="alice", session="s", model={}, heads=0)
         assert vouched(hello, site.server.sender) is None
 

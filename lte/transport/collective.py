@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from lte.errors import ConnectError
+from lte.printable import printable
 from lte.transport import meeting
 from lte.transport.base import Frames, Peer
 from lte.transport.pair import SERVER, WORKER, Device, Pair, device_at
@@ -215,7 +216,8 @@ class CollectiveServer:
                 pair.abort()
                 return
             link = self._links[peer] = _Link(pair, _Outbox(), most_waiting=_MOST_WAITING)
-        link.receive_all(lambda frames: self._inbox.put((peer, arrived.worker_ip, frames, link)))
+        origin = printable(arrived.worker_ip)
+        link.receive_all(lambda frames: self._inbox.put((peer, origin, frames, link)))
         with self._lock:
             del self._links[peer]
 

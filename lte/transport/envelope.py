@@ -21,6 +21,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from lte.errors import WireError
+from lte.printable import printable
 from lte.transport.base import Frames
 
 MAGIC = b"LTR\x01"
@@ -127,7 +128,7 @@ def _open(frames: Frames, decoder: msgspec.msgpack.Decoder[Opened]) -> Opened:
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WireError(f"malformed envelope: {str(error)[:200]}") from None
+        raise WireError(f"malformed envelope: {printable(str(error)[:200])}") from None
 
 
 def digests(frames: Frames) -> Sequence[bytes]:

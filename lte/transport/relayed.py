@@ -19,7 +19,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from lte.errors import WireError
-from lte.transport import envelope
+from lte.printable import printable
+from lte.transport import envelope, keys
 from lte.transport.base import Frames, Peer, ServerEndpoint
 from lte.transport.shelf import Shelf
 
@@ -115,6 +116,8 @@ class RelayedServer:
                 for digest in opened.digests:
                     shelf.drop(digest)
             return b""
+        if self.key_owner and not self.key_owner.startswith(keys.RELAY):
+            return opened.route  # a worker's key: it speaks for itself, from where it is, and has no shelf
         if (shelf := self._shelves.pop(connection, None)) is None:
             shelf = Shelf(opened.shelf_bytes)
             self._own.send(connection, [envelope.seal(envelope.Accepts(self._max_message_bytes))])
@@ -123,7 +126,7 @@ class RelayedServer:
             del self._shelves[next(iter(self._shelves))]
         if self._own.sender and self._own.speaks_for(opened.sender):
             self.sender = opened.sender  # else it is the relay's own name, which is no worker's
-        self.origin = f"{opened.origin} by way of {self._own.origin}".strip()
+        self.origin = f"{printable(opened.origin)} by way of {self._own.origin}".strip()
         return opened.route
 
     def speaks_for(self, worker_id: str) -> bool:
