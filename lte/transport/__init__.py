@@ -8,6 +8,7 @@ from pathlib import Path
 from lte.errors import KeysError
 from lte.transport import collective, inprocess, meeting, posted, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
+from lte.transport.followed import FollowedWorker
 from lte.transport.lanes import Lanes
 from lte.transport.relayed import RelayedServer
 
@@ -59,7 +60,7 @@ def connect(
 
     Args:
         address: as of `bind`; or `file://PATH` of a file that holds one, such as `RUN/address`, which a
-            server writes: it is followed to wherever it is started next.
+            server writes: it is followed to wherever it is started next, and by whichever transport.
         key: file of this worker's secret key; server_key: of the server's public key. For servers
             that have keys; only for tcp://, and together.
         lanes: by which what is sent takes turns, instead of going in one order; from then on they are the
@@ -72,10 +73,17 @@ def connect(
     _check_keys(address, key, server_key, "a worker's key and the server's public key")
     if address.startswith("inprocess://"):
         return inprocess.connect(address)
-    file = posted.file_of(address)
-    if (posted.read(file) if file else address).startswith(meeting.SCHEME):
+    if address.startswith(meeting.SCHEME):
         return collective.connect(address)
-    return zmq.connect(address, key=key, server_key=server_key, lanes=lanes)
+
+    def by_zmq() -> WorkerEndpoint:
+        return zmq.connect(address, key=key, server_key=server_key, lanes=lanes)
+
+    if (file := posted.file_of(address)) is None:
+        return by_zmq()
+    return FollowedWorker(
+        file, by_zmq=by_zmq, by_collective=lambda: collective.connect(address), has_keys=key is not None
+    )
 
 
 def _check_keys(address: str, one: str | Path | None, other: str | Path | None, names: str) -> None:

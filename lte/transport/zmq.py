@@ -29,6 +29,7 @@ from lte.transport import keys, posted
 from lte.transport.base import Frames, Peer, is_loopback
 from lte.transport.gate import DOMAIN, Gate
 from lte.transport.lanes import Lanes
+from lte.transport.meeting import SCHEME
 
 _LINGER_MS = 1_000
 # The kernel looks after a peer whose machine is gone: it asks after so much silence, again after
@@ -307,7 +308,8 @@ class ZmqWorker:
         if time.monotonic() - self._looked_up_s < _LOOK_UP_S:
             return
         self._looked_up_s = time.monotonic()
-        if (address := posted.read(file)) not in ("", self._address):
+        address = posted.read(file)
+        if address not in ("", self._address) and not address.startswith(SCHEME):  # see `followed`
             _check_to_connect(address)
             self._go_to(address)
 
