@@ -98,9 +98,16 @@ class Listener:
             _post(self.address)
 
     def num_arrivals(self) -> int:
-        """Workers that have drawn a number so far."""
+        """Workers that have drawn a number so far.
+
+        Raises:
+            ConnectionError: the store does not answer.
+        """
         assert self._store is not None
-        return self._store.add(_ARRIVALS, 0)
+        try:
+            return self._store.add(_ARRIVALS, 0)
+        except RuntimeError as error:
+            raise ConnectionError(str(error)) from None
 
     def arrived(self, number: int) -> Arrived:
         """The worker that drew a number.
