@@ -14,9 +14,9 @@ what happens when they are not on the shelf after all). Nothing is kept on disk 
 here: a relay may be killed at any time, and to the workers that is a broken connection.
 
 On the way up workers take turns, and small messages go first: heartbeats do not wait until all others have
-contributed, which on a slow link could take longer than `server.silence_s`. What waits for the link is bounded:
-beyond that whoever has most of it waiting loses that, as by a broken connection, and nobody else loses
-anything. What a worker has sent before it ended goes yet. On the way down all is in order.
+contributed, which on a slow link could take longer than `server.silence_s`. What waits for the link is
+bounded: beyond that whoever has most of it waiting loses that, as by a broken connection, and nobody else
+loses anything. What a worker has sent before it ended goes yet. On the way down all is in order.
 
 One thread owns the workers' side and the shelf; another waits for the server and hands over what comes.
 """
@@ -216,7 +216,7 @@ class Relay:
             self._down.send(delivery.route, whole)
 
     def _heed(self, server: envelope.Accepts) -> None:
-        """Take note of how large a frame may be, and say so where workers' connections would break on less."""
+        """Take note of how large a frame may be; say so where workers' connections would break on less."""
         self._server_accepts = server.max_message_bytes
         if self._max_message_bytes < server.max_message_bytes:
             self._tell(
@@ -237,8 +237,8 @@ class Relay:
         """Too much waits for the link."""
         self._tell(
             "overflow",
-            f"the link does not keep up: {lost_bytes / 1e6:,.1f} MB of a worker's messages were dropped, and it"
-            " sends them again; let more wait (--queue), or have workers send less (compress, lora.rank)",
+            f"the link does not keep up: {lost_bytes / 1e6:,.1f} MB of a worker's messages were dropped, and"
+            " it sends them again; let more wait (--queue), or have workers send less (compress, lora.rank)",
         )
 
     def _tell(self, what: str, line: str) -> None:

@@ -445,7 +445,7 @@ def test_who_uses_a_connection_whose_thread_ended_is_told(monkeypatch: pytest.Mo
 
         monkeypatch.setattr(zmq.Socket, "send_multipart", fails)
         worker.send([b"hello"])
-        with pytest.raises(ConnectError, match="the connection's own thread ended .*a fault"):
+        with pytest.raises(ConnectError, match=r"the connection's own thread ended .*a fault"):
             worker.receive(WAIT_S)
         worker.send([b"is not taken"])
 

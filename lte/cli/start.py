@@ -296,8 +296,8 @@ def _add_relay(commands: pieces.Commands) -> None:
         type=pieces.positive,
         default=relay.WAITING_BYTES / 1e6,
         metavar="MB",
-        help="most memory for what waits for the link, at best more than its workers send in a round; beyond it"
-        " who has most waiting loses it, and sends it again (default: 1000)",
+        help="most memory for what waits for the link, at best more than its workers send in a round; beyond"
+        " it who has most waiting loses that, and sends it again (default: 1000)",
     )
     command.add_argument(
         "--max-message-bytes",

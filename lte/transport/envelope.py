@@ -5,7 +5,7 @@ connection that it comes on.
 
     relay                               server
       Passed + frames     ->                                   a worker's message, as it came
-                          <-            Accepts                how large a frame may be; to each new connection
+                          <-            Accepts                how large a frame may be; once a connection
                           <-            Delivery + frames      a message to a worker: frames that the relay
                                                                holds are named by their digests, not sent
       Missing             ->                                   the relay does not hold these after all

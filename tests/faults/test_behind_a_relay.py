@@ -172,7 +172,7 @@ def test_late_joiners_get_the_model_through_the_relay_and_it_crosses_once(cluste
             before, log = meter.down_bytes, cluster.folder / f"{name}.log"
             joiners.append(cluster.work(name, address=cluster.relay_address))
             # Which it says with the whole model in hand.
-            cluster.until(lambda log=log: log.exists() and " joined " in log.read_text(), f"{name} that joins")
+            cluster.until(lambda log=log: log.exists() and " joined " in log.read_text(), name)
             crossed.append(meter.down_bytes - before)
         cluster.wake(a)
         for process in (server, a, b, *joiners):
