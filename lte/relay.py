@@ -14,13 +14,16 @@ what happens when they are not on the shelf after all). Nothing is kept on disk 
 here: a relay may be killed at any time, and to the workers that is a broken connection.
 
 On the way up workers take turns, and small messages go first: heartbeats do not wait until all others have
-contributed, which on a slow link could take longer than `server.silence_s`. On the way down all is in order.
+contributed, which on a slow link could take longer than `server.silence_s`. What waits for the link is
+bounded: beyond that whoever has most of it waiting loses that, as by a broken connection, and nobody else
+loses anything. What a worker has sent before it ended goes yet. On the way down all is in order.
 
 One thread owns the workers' side and the shelf; another waits for the server and hands over what comes.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -32,9 +35,12 @@ from lte import transport
 from lte.config import Server as ServerSettings
 from lte.errors import ConnectError, KeysError, WireError
 from lte.transport import Frames, Peer, envelope
+from lte.transport.lanes import Lanes
 from lte.transport.limits import Buckets
 from lte.transport.shelf import Shelf
 
+WAITING_BYTES = 1_000_000_000
+"""Most that waits for the link unless told otherwise."""
 _LOOK_UP_S = 0.1
 """Both threads look at least this often whether they are to end."""
 _MOST_IN_A_ROW = 100
@@ -54,6 +60,7 @@ class Relay:
         listen: str,
         *,
         shelf_bytes: int,
+        waiting_bytes: int = WAITING_BYTES,
         key: str | Path | None = None,
         server_key: str | Path | None = None,
         allow: str | Path | None = None,
@@ -67,13 +74,15 @@ class Relay:
             server: its address, as of `transport.connect`. listen: where workers connect, as of
                 `transport.bind`.
             shelf_bytes: most bytes of messages that are kept in memory for other workers.
+            waiting_bytes: most bytes of workers' messages that wait in memory for the link; best above what
+                all of them send in a round.
             key: file of the relay's secret key, to server and workers; server_key: of the server's public
                 key; allow: the list of the site's workers. All three or none: the server takes the
                 relay's word for who its workers are.
             insecure: listen where other machines reach it, without keys.
-            max_message_bytes: larger frames of workers are not accepted. As the server's: on one that this
-                accepts and the server does not, it breaks the connection of all.
-            say: told, in a line, of strangers and of what was damaged.
+            max_message_bytes: larger frames of workers are not accepted: best as the server's
+                `server.max_message_bytes`. What is larger than that is not passed on.
+            say: told, in a line, of strangers and of what was damaged or lost here.
 
         Raises:
             ConnectError: an address cannot be used. KeysError: files of keys cannot be used, or
@@ -95,15 +104,17 @@ class Relay:
             relays=False,
         )
         self.address = self._down.address
+        self._said = Buckets(burst=20, per_s=0.2, most=16)
+        lanes = Lanes(waiting_bytes, self._overflown)
         try:
-            self._up = transport.connect(server, key=key, server_key=server_key, take_turns=True)
+            self._up = transport.connect(server, key=key, server_key=server_key, lanes=lanes)
         except BaseException:
             self._down.close()
             raise
         self._stopped = threading.Event()
         self._come: deque[Frames] = deque()  # from the server, not handed out yet
         self._fault: ConnectError | None = None
-        self._said = Buckets(burst=20, per_s=0.2, most=16)
+        self._max_message_bytes, self._server_accepts = max_message_bytes, math.inf
         self._waiting = threading.Thread(target=self._wait, name="lte-relay", daemon=True)
         self._waiting.start()
 
@@ -165,6 +176,13 @@ class Relay:
         if envelope.is_sealed(frames):
             self._tell("chain", "another relay connects here and is not heard: relays form no chains")
             return
+        if (largest := max((memoryview(each).nbytes for each in frames), default=0)) > self._server_accepts:
+            self._tell(
+                "large",
+                f"a message of a worker was dropped: {largest:,} bytes in a frame, and the server accepts"
+                f" {self._server_accepts:,} (server.max_message_bytes)",
+            )
+            return
         passed = envelope.Passed(peer, self._down.sender, self._down.origin, self._shelf_bytes)
         self._up.send([envelope.seal(passed), *frames], lane=peer)
 
@@ -172,6 +190,9 @@ class Relay:
         """Send a worker what the server says is for it; nothing where a piece of it is missing."""
         try:
             delivery = envelope.open_from_server(frames)
+            if isinstance(delivery, envelope.Accepts):
+                self._heed(delivery)
+                return
         except WireError as error:
             self._tell("damaged", f"a message of the server was dropped: {error}")
             return
@@ -194,12 +215,31 @@ class Relay:
         else:
             self._down.send(delivery.route, whole)
 
+    def _heed(self, server: envelope.Accepts) -> None:
+        """Take note of how large a frame may be; say so where workers' connections would break on less."""
+        self._server_accepts = server.max_message_bytes
+        if self._max_message_bytes < server.max_message_bytes:
+            self._tell(
+                "small",
+                f"this relay accepts frames of {self._max_message_bytes:,} bytes and the server of"
+                f" {server.max_message_bytes:,}: on what lies between, workers' connections break; start it"
+                f" with --max-message-bytes {server.max_message_bytes}",
+            )
+
     def _shelved(self, digest: bytes, piece: bytes) -> bytes | None:
         """Keep a piece, unless it was damaged on its way."""
         if envelope.digest(piece) != digest:
             return None
         self.shelf.put(digest, piece, len(piece))
         return piece
+
+    def _overflown(self, lost_bytes: int) -> None:
+        """Too much waits for the link."""
+        self._tell(
+            "overflow",
+            f"the link does not keep up: {lost_bytes / 1e6:,.1f} MB of a worker's messages were dropped, and"
+            " it sends them again; let more wait (--queue), or have workers send less (compress, lora.rank)",
+        )
 
     def _tell(self, what: str, line: str) -> None:
         """Say something that others can cause as often as they like."""

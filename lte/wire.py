@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from lte.errors import WireError
+from lte.printable import printable
 
 MAGIC = b"LTE\x02"
 _CHECKSUM_BYTES = 4
@@ -294,7 +295,7 @@ class Farewell(Message, frozen=True, kw_only=True):
 
 
 class Inquiry(Message, frozen=True, kw_only=True):
-    """How is the run? Answered as often as `admission.inquiries` says, and else not at all."""
+    """How is the run? Answered as often as `admission.Inquiries` says, and else not at all."""
 
     schema: Text
 
@@ -471,9 +472,22 @@ def decode(frames: Frames) -> tuple[AnyMessage, tuple[TensorEntry, ...]]:
 
 def decode_from_worker(frames: Frames) -> tuple[FromWorker, tuple[TensorEntry, ...]]:
     """`decode` for a server, which trusts nobody: what only servers say is no message here. That holds
-    settings, lists in lists of which take a hundred times their bytes and minutes to read."""
+    settings, lists in lists of which take a hundred times their bytes and minutes to read. Texts are made
+    printable, as they are recorded and shown."""
     header = _decode(frames, _FROM_WORKER)
-    return header.message, header.tensors
+    for entry in header.tensors:
+        if not entry.name.isprintable():
+            raise WireError(f"malformed tensor entry {entry.name[:200]!r}")
+    return _printable(header.message), header.tensors
+
+
+def _printable(message: FromWorker) -> FromWorker:
+    said = {name: getattr(message, name) for name in message.__struct_fields__}
+    texts: dict[str, Any] = {name: printable(text) for name, text in said.items() if isinstance(text, str)}
+    if isinstance(message, Hello):
+        texts["model"] = {printable(name): printable(text) for name, text in message.model.items()}
+    is_changed = any(said[name] != text for name, text in texts.items())
+    return msgspec.structs.replace(message, **texts) if is_changed else message
 
 
 def _decode(frames: Frames, decoder: msgspec.msgpack.Decoder[Decoded]) -> Decoded:
@@ -490,7 +504,7 @@ def _decode(frames: Frames, decoder: msgspec.msgpack.Decoder[Decoded]) -> Decode
     try:
         decoded = decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"malformed header: {str(error)[:200]}") from None
+        raise WireError(f"malformed header: {printable(str(error)[:200])}") from None
     if len(frames) != (2 if decoded.tensors else 1):
         raise WireError("a message has a payload if it has tensors, and only then")
     if len({entry.name for entry in decoded.tensors}) != len(decoded.tensors):

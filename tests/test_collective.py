@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -221,6 +222,9 @@ def test_a_loopback_server_listens_nowhere_else(opened: contextlib.ExitStack) ->
         ("collective://127.0.0.1", "HOST:PORT"),
         ("collective://127.0.0.1:port", "HOST:PORT"),
         ("collective://127.0.0.1:70000", "ports end at 65535"),
+        ("collective://a..b:5555", "the host is no name"),
+        ("collective://.:5555", "the host is no name"),
+        (f"collective://{64 * 'a'}.org:5555", "between its dots are 1 to 63 characters"),
         ("collective://env", "torchrun"),
         ("collective://*:*", "give the host and port that the server prints"),
     ],
@@ -315,6 +319,37 @@ def test_the_kernel_looks_after_connections(opened: contextlib.ExitStack) -> Non
         with socket.socket(fileno=os.dup(descriptor)) as found:
             looked_after += found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert looked_after >= 2
+
+
+def test_what_is_no_socket_any_more_is_left_alone(tmp_path: Path) -> None:
+    """A descriptor may be another file's by the time it is looked after."""
+    num_before = len(os.listdir("/proc/self/fd"))
+    with (tmp_path / "file").open("w") as other:
+        pair._keep_alive({(other.fileno(), "socket:[1]")})
+    assert len(os.listdir("/proc/self/fd")) == num_before
+
+
+def test_a_store_that_does_not_answer_for_a_while_is_said_once_and_asked_again(
+    opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = bind(opened)
+    fails, failed, ask = threading.Event(), threading.Semaphore(0), TCPStore.add
+
+    def add(store: TCPStore, key: str, amount: int) -> int:
+        if fails.is_set():
+            failed.release()
+            raise RuntimeError("a store that is busy")
+        return ask(store, key, amount)
+
+    fails.set()
+    monkeypatch.setattr(TCPStore, "add", add)
+    for _ in range(3):
+        assert failed.acquire(timeout=WAIT_S)
+    fails.clear()
+    connect(opened, server.address).send([b"hello"])
+    assert hear(server)[1] == [b"hello"]
+    (notice,) = server.notices()
+    assert "no worker can come until this passes: a store that is busy" in notice
 
 
 # torchrun's store

@@ -65,6 +65,43 @@ def test_a_worker_waits_for_an_address_and_follows_it(tmp_path: Path, has_keys: 
                 heard(server, worker)
 
 
+def test_what_is_posted_decides_on_the_transport(tmp_path: Path) -> None:
+    """The worker is there first; then a server of each transport is, one after the other."""
+    with contextlib.closing(transport.connect(f"file://{tmp_path / posted.NAME}")) as worker:
+        assert worker.address == ""
+        for scheme in ("collective", "tcp", "collective"):
+            server = transport.bind(f"{scheme}://127.0.0.1:*", max_message_bytes=1 << 20)
+            with contextlib.closing(server):
+                posted.post(tmp_path, server.address, None)
+                answered(server, worker)
+
+
+def answered(server: ServerEndpoint, worker: WorkerEndpoint) -> None:
+    """Say something until the server has heard it and the worker its answer."""
+    ends_s, answer = time.monotonic() + WAIT_S, None
+    while answer is None:
+        assert time.monotonic() < ends_s, "no answer"
+        worker.send([b"hello"])
+        if (received := server.receive(0.05)) is not None:
+            server.send(received[0], [b"welcome"])
+        answer = worker.receive(0.05)
+    assert bytes(answer[0]) == b"welcome"
+
+
+def test_a_worker_with_keys_follows_nobody_to_where_there_are_none(tmp_path: Path) -> None:
+    """Else who can write the file could have it join another server than the one that it insists on."""
+    address = f"file://{tmp_path / posted.NAME}"
+    for name in ("server", "alice"):
+        keys.create(tmp_path / name)
+    files = {"key": tmp_path / "alice.secret", "server_key": tmp_path / "server.public"}
+    with contextlib.closing(transport.connect(address, **files)) as worker:
+        posted.post(tmp_path, "collective://127.0.0.1:5555", None)
+        with pytest.raises(ConnectError, match="a transport without keys; leave --key"):
+            worker.receive(WAIT_S)
+    with pytest.raises(ConnectError, match="a transport without keys; leave --key"):
+        transport.connect(address, **files)
+
+
 @pytest.mark.parametrize("text", ["node3:5555", "tcp://*:5555", "Straße"])
 def test_a_file_without_an_address_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / posted.NAME).write_text(text, encoding="utf-8")

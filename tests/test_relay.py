@@ -28,7 +28,7 @@ from lte.relay import Relay
 from lte.server.admission import not_vouched, vouched
 from lte.transport import Frames, Peer, WorkerEndpoint, envelope, keys
 from lte.transport.keys import AllowList
-from lte.transport.lanes import SMALL_BYTES, Lanes
+from lte.transport.lanes import SMALL_BYTES, SMALL_IN_A_ROW, Lanes
 from lte.transport.shelf import MOST_PIECES, Shelf
 
 PIECE = bytes(range(256)) * 100
@@ -183,6 +183,33 @@ def until(holds: Any) -> None:
     raise AssertionError("it did not happen")
 
 
+# Sizes
+
+
+def test_what_the_server_would_not_accept_breaks_nobodys_connection(site: Site) -> None:
+    """The server breaks the connection of all on a frame that is too large, at every try."""
+    (a, _), (b, of_b) = site.joined(), site.joined()
+    a.send([b"header", bytes((1 << 20) + 1)])
+    a.send([b"behind it"])
+    b.send([b"at the same time", bytes(1 << 20)])
+    heard = [hear(site.server) for _ in range(2)]
+    assert sorted(frames[0] for _, frames in heard) == [b"at the same time", b"behind it"]
+    assert of_b in [peer for peer, _ in heard], "it is the connection of before"
+    assert site.said == [
+        "a message of a worker was dropped: 1,048,577 bytes in a frame, and the server accepts 1,048,576"
+        " (server.max_message_bytes)"
+    ]
+
+
+def test_a_relay_that_accepts_less_than_its_server_says_so() -> None:
+    with contextlib.closing(Site(at_relay={"max_message_bytes": 1_000_000})) as site:
+        site.joined()
+        until(lambda: site.said)
+        (line,) = site.said
+    assert "accepts frames of 1,000,000 bytes and the server of 1,048,576" in line
+    assert "--max-message-bytes 1048576" in line
+
+
 # Turns
 
 
@@ -198,6 +225,18 @@ def test_lanes_take_turns_and_small_messages_go_first() -> None:
     assert not lanes
 
 
+def test_small_messages_without_end_let_large_ones_have_turns() -> None:
+    """Of two lanes, too, where one of them never runs dry of small ones."""
+    lanes, bulk = Lanes(), bytes(SMALL_BYTES)
+    for n in range(3):
+        lanes.put(b"bulk %d" % n, [b"bulk", bulk])
+    taken = list[bytes]()
+    for _ in range(3 * (SMALL_IN_A_ROW + 1) + 5):
+        lanes.put(b"chatter", [b"small"])
+        taken.append(bytes(lanes.take()[0]))
+    assert taken == [*([b"small"] * SMALL_IN_A_ROW + [b"bulk"]) * 3, *[b"small"] * 5]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
 def test_lanes_keep_order_and_lose_nothing(messages: Sequence[tuple[int, bool]]) -> None:
     lanes, bulk = Lanes(), bytes(SMALL_BYTES)
@@ -208,6 +247,52 @@ def test_lanes_keep_order_and_lose_nothing(messages: Sequence[tuple[int, bool]])
     for lane in range(4):
         of_lane = [number for number in taken if messages[number][0] == lane]
         assert of_lane == sorted(of_lane)
+
+
+def test_what_waits_is_bounded_and_its_greatest_part_is_lost() -> None:
+    lost = list[int]()
+    lanes = Lanes(100_000, lost.append)
+    lanes.put(b"a", [b"a's", bytes(SMALL_BYTES)])
+    for n in range(30):
+        lanes.put(b"flood", [b"%d" % n, bytes(9_998)])
+        assert lanes.num_bytes <= 100_000
+    lanes.put(b"b", [b"b's"])
+    taken = [bytes(lanes.take()[0]) for _ in range(len(lanes))]
+    assert taken == [b"b's", b"a's"]
+    assert lost == [99_990, 100_000, 100_000]
+    assert lanes.num_bytes == 0
+
+
+def test_a_link_that_is_away_does_not_fill_the_relay() -> None:
+    """Whoever sends most loses that, which is said; who waits beside it loses nothing."""
+    with contextlib.closing(transport.bind("tcp://127.0.0.1:*", max_message_bytes=1 << 20)) as before:
+        address = before.address
+    said = list[str]()
+    with Relay(
+        address, "tcp://127.0.0.1:*", shelf_bytes=0, waiting_bytes=1_000_000, say=said.append
+    ) as relay:
+        serving = threading.Thread(target=relay.serve)
+        serving.start()
+        lanes = relay._up._lanes  # type: ignore[attr-defined]
+        with (
+            contextlib.closing(transport.connect(relay.address)) as flood,
+            contextlib.closing(transport.connect(relay.address)) as other,
+        ):
+            flood.send([b"what the socket takes", bytes(100_000)])
+            other.send([b"a contribution", bytes(100_000)])
+            until(lambda: lanes.num_bytes > 90_000)
+            for _ in range(149):
+                flood.send([b"more", bytes(100_000)])
+            flood.send([b"the last"])
+            until(lambda: len(said) >= 149 // 10)
+            with contextlib.closing(transport.bind(address, max_message_bytes=1 << 20)) as server:
+                heard = [hear(server)[1][0]]
+                while b"the last" not in heard or b"a contribution" not in heard:
+                    heard.append(hear(server)[1][0])
+        relay.stop()
+        serving.join()
+    assert len(heard) < 20
+    assert "dropped, and it sends them again; let more wait (--queue)" in said[0]
 
 
 def test_a_heartbeat_does_not_wait_for_others_contributions() -> None:
@@ -309,6 +394,21 @@ def test_damage_between_server_and_relay_is_dropped_and_said() -> None:
         assert len(server.notices()) == 2
 
 
+def test_where_a_relay_says_that_a_worker_is_forges_no_line() -> None:
+    """It is shown by `lte status`, and recorded."""
+    said = "10.0.0.7\n10:00 alice left\x1b]0;title\x07\u202e"
+    with contextlib.closing(transport.bind("tcp://127.0.0.1:*", max_message_bytes=1 << 20)) as server:
+        with contextlib.closing(transport.connect(server.address)) as relay:
+            relay.send([envelope.seal(envelope.Passed(b"route", "", said, 0)), b"hello"])
+            hear(server)
+            assert server.origin.isprintable()
+            assert server.origin.startswith("10.0.0.7\N{REPLACEMENT CHARACTER}10:00 alice left")
+            relay.send([envelope.MAGIC + envelope.seal(envelope.Missing(()))[4:8] + b"\x93\xa3\x1b[2J", b""])
+            relay.send([b"as a worker"])
+            hear(server)
+        assert all(notice.isprintable() for notice in server.notices())
+
+
 # Keys
 
 
@@ -350,7 +450,7 @@ def test_a_relay_speaks_for_the_workers_of_its_line_alone(ring: Ring) -> None:
     with contextlib.closing(ring.site()) as site:
         for name, sender in (("alice", "alice"), ("bob", "relay/site"), ("alice", "alice")):
             site.joined(**ring.files(name))
-            assert site.server.sender == sender
+            assert (site.server.sender, site.server.key_owner) == (sender, "relay/site")
         ring.allow("relay/site {relay} alice,bob")
         site.joined(**ring.files("bob"))
         assert site.server.sender == "bob"
@@ -389,6 +489,8 @@ def test_a_workers_key_makes_no_relay(ring: Ring) -> None:
     with contextlib.closing(ring.site()) as site:
         site.joined(**ring.files("alice"))
         assert site.server.sender == "carol"
+        assert site.server.origin == "127.0.0.1", "where carol is, not where she says that others are"
+        assert not site.server._shelves, "which are for relays"  # type: ignore[attr-defined]
         hello = wire.Hello(schema=wire.SCHEMA, worker_id="alice", session="s", model={}, heads=0)
         assert vouched(hello, site.server.sender) is None
 
@@ -515,6 +617,8 @@ def test_mistakes_are_one_line(here: Callable[..., tuple[int, str, str]], ring: 
         ([*server, *listen, "--allow", str(folder / "site")], "a relay with keys needs its own"),
         ([*server, *listen, "--key", str(folder / "relay.secret")], "give --key, --server-key and --allow"),
         ([*server, *listen, "--cache", "0"], "is not a number above 0"),
+        ([*server, *listen, "--queue", "0"], "is not a number above 0"),
+        ([*server, *listen, "--max-message-bytes", "1e6"], "is not a whole number"),
     ]:
         code, out, err = here("relay", *arguments)
         assert (code, out) == (2, "")

@@ -19,7 +19,7 @@ from torch import nn
 from lte import config, transport, wire
 from lte.config import Recipe
 from lte.server import Server, rounds
-from lte.server.admission import Joins
+from lte.server.admission import Inquiries, Joins
 from lte.track import METRICS, Records
 from lte.transport import Peer, WorkerEndpoint
 
@@ -179,10 +179,26 @@ def test_workers_beyond_the_most_are_turned_away(serve: Serve, tmp_path: Path) -
 def test_ever_new_workers_join_at_a_bounded_rate() -> None:
     now_s = 0.0
     joins = Joins(most_workers=3, now_s=lambda: now_s)
-    assert [joins.may("") for _ in range(8)] == [True] * 6 + [False] * 2
-    assert joins.may("alice"), "by a key of her own"
+    assert [joins.may("", "") for _ in range(8)] == [True] * 6 + [False] * 2
+    assert joins.may("alice", "alice"), "by a key of her own"
     now_s = 2.0
-    assert [joins.may("") for _ in range(3)] == [True, True, False]
+    assert [joins.may("", "") for _ in range(3)] == [True, True, False]
+
+
+def test_the_names_of_one_relay_have_no_more_than_one_key_together() -> None:
+    joins = Joins(most_workers=3, now_s=lambda: 0.0)
+    assert [joins.may(f"site-{n}", "relay/site") for n in range(300)] == [True] * 6 + [False] * 294
+    assert joins.may("alice", "alice")
+    inquiries = Inquiries()
+    assert sum(inquiries.may(f"site-{n}", "relay/site", 0.0) for n in range(300)) == 20
+    assert inquiries.may("alice", "alice", 0.0)
+
+
+def test_one_name_does_not_use_up_what_its_site_has() -> None:
+    joins = Joins(most_workers=3, now_s=lambda: 0.0)
+    num_joins = [sum(joins.may("roams", relay) for _ in range(300)) for relay in ("relay/a", "relay/b")]
+    assert num_joins == [6, 0]
+    assert [joins.may(f"site-{n}", "relay/b") for n in range(7)] == [True] * 6 + [False]
 
 
 def test_ever_new_workers_fill_neither_journal_nor_records(serve: Serve, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -411,6 +412,42 @@ def test_a_server_that_starts_again_is_found_again(link: Link) -> None:
     assert plain(heard[1]) == [b"second"]
     server.send(heard[0], [b"welcome back"])
     assert hear_at(worker) == [b"welcome back"]
+
+
+@pytest.mark.parametrize("kind", ["tcp", "relay"])
+def test_a_connection_that_breaks_as_it_is_sent_to_loses_a_message_and_no_more(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket takes no message any more that it would have taken when it was asked."""
+    with contextlib.closing(Link(kind, tmp_path)) as link:
+        server, worker = link.pair()
+        fates, send = [zmq.Again], zmq.Socket.send_multipart
+        num_frames = 2 if link.relay else 1  # so that it is the relay's connection to the server
+
+        def breaks(self: Any, frames: Frames, *options: Any, **more: Any) -> Any:
+            if fates and b"lost" in frames and len(frames) == num_frames:
+                raise fates.pop()
+            return send(self, frames, *options, **more)
+
+        monkeypatch.setattr(zmq.Socket, "send_multipart", breaks)
+        worker.send([b"lost"])
+        worker.send([b"not lost"])
+        assert hear(server)[1] == [b"not lost"]
+        assert not fates
+
+
+def test_who_uses_a_connection_whose_thread_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a relay, say, would go on for ever, and hear nothing."""
+    with contextlib.closing(transport.connect("tcp://127.0.0.1:1")) as worker:
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise OSError("a fault")
+
+        monkeypatch.setattr(zmq.Socket, "send_multipart", fails)
+        worker.send([b"hello"])
+        with pytest.raises(ConnectError, match=r"the connection's own thread ended .*a fault"):
+            worker.receive(WAIT_S)
+        worker.send([b"is not taken"])
 
 
 def test_larger_messages_than_allowed_do_not_arrive(link: Link) -> None:

@@ -606,3 +606,20 @@ def test_pieces_cannot_be_many_and_small() -> None:
         take(empty, wire.encode(part(index), {"a": torch.zeros(0, dtype=torch.uint8)}))
     with pytest.raises(WireError, match="empty"):
         empty.close(2)
+
+
+def test_what_workers_say_forges_no_line_and_moves_no_cursor() -> None:
+    """It is recorded, and shown by `lte status`."""
+    said = "done\n10:00 bob left\x1b[2J\x9b\u202e"
+    leave = wire.Leave(generation=1, worker_id="alice", incarnation=1, reason=said)
+    hello = wire.Hello(schema=said, worker_id=said, session=said, model={said: said, "Straße": "é"}, heads=0)
+    heard, _ = wire.decode_from_worker(wire.encode(leave))
+    assert isinstance(heard, wire.Leave)
+    assert heard.reason == "done�10:00 bob left�[2J��"
+    heard, _ = wire.decode_from_worker(wire.encode(hello))
+    assert isinstance(heard, wire.Hello)
+    texts = [heard.schema, heard.worker_id, heard.session, *heard.model, *heard.model.values()]
+    assert all(text.isprintable() for text in texts)
+    assert heard.model["Straße"] == "é"
+    with pytest.raises(WireError, match="malformed tensor entry"):
+        wire.decode_from_worker(wire.encode(leave, {said: torch.zeros(1)}))

@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 
 from launch import data_parallel, local
-from lte import config, ddp, recipes, report, signals
+from lte import config, ddp, recipes, relay, report, signals
 from lte.cli import pieces
 from lte.config import Recipe
+from lte.config import Server as ServerSettings
 from lte.errors import UserError
-from lte.relay import Relay
 from lte.server.folder import is_complete
 from lte.tasks import Text, task_of
 
@@ -288,33 +288,51 @@ def _add_relay(commands: pieces.Commands) -> None:
         type=pieces.positive,
         default=1024.0,
         metavar="MB",
-        help="most memory for what other workers will want, at best the whole quantized model's size and"
-        " more (default: 1024)",
+        help="most memory for what other workers will want, beside --queue; at best the whole quantized"
+        " model's size and more (default: 1024)",
+    )
+    command.add_argument(
+        "--queue",
+        type=pieces.positive,
+        default=relay.WAITING_BYTES / 1e6,
+        metavar="MB",
+        help="most memory for what waits for the link, at best more than its workers send in a round; beyond"
+        " it who has most waiting loses that, and sends it again (default: 1000)",
+    )
+    command.add_argument(
+        "--max-message-bytes",
+        type=pieces.count,
+        default=ServerSettings().max_message_bytes,
+        metavar="N",
+        help="largest frame accepted from workers, best as server.max_message_bytes in the server's recipe"
+        " (default: the recipes')",
     )
     command.set_defaults(run=_relay)
 
 
 def _relay(arguments: argparse.Namespace) -> int:
     stopped_by = 0
-    with Relay(
+    with relay.Relay(
         arguments.server,
         arguments.listen,
         shelf_bytes=int(arguments.cache * 1e6),
+        waiting_bytes=int(arguments.queue * 1e6),
+        max_message_bytes=arguments.max_message_bytes,
         key=arguments.key,
         server_key=arguments.server_key,
         allow=arguments.allow,
         insecure=arguments.insecure,
         say=lambda line: print(line, flush=True),
-    ) as relay:
+    ) as running:
 
         def stop(number: int) -> None:
             nonlocal stopped_by
             stopped_by = number
-            relay.stop()
+            running.stop()
 
         with signals.told(stop):
             print(
-                f"relay of {arguments.server}; its workers: lte worker --server {relay.address}", flush=True
+                f"relay of {arguments.server}; its workers: lte worker --server {running.address}", flush=True
             )
-            relay.serve()
+            running.serve()
     return 128 + stopped_by

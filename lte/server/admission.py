@@ -39,14 +39,21 @@ def not_vouched(sender: str) -> tuple[str, str]:
     return f"its key is {sender}'s, and it speaks as another worker", f"join as {sender}, or by another key"
 
 
-def inquiries() -> Buckets:
-    """How often one key may ask how the run is; where there are no keys, everyone together."""
-    return Buckets(burst=20, per_s=5.0, most=1024)
+class Inquiries:
+    """Bounds how often anyone asks how the run is, by each key and name or, without keys, all together."""
+
+    def __init__(self) -> None:
+        """Make it."""
+        self._buckets = Buckets(burst=20, per_s=5.0, most=1024)
+
+    def may(self, sender: str, key_owner: str, now_s: float) -> bool:
+        """Whether this one is answered; the two are those of `ServerEndpoint`."""
+        return _have_left(self._buckets, sender, key_owner, now_s)
 
 
 class Joins:
-    """Bounds how often new processes join, by each key and, without keys, by all together: every one of
-    them costs a model on the link, and a line in the journal and in the records."""
+    """Bounds how often new processes join, by each key and name and, without keys, by all together: every
+    one of them costs a model on the link, and a line in the journal and in the records."""
 
     def __init__(self, most_workers: int, now_s: Callable[[], float] = time.monotonic) -> None:
         """Make it.
@@ -57,9 +64,15 @@ class Joins:
         self._now_s = now_s
         self._buckets = Buckets(burst=2 * most_workers, per_s=1.0, most=1024)
 
-    def may(self, sender: str) -> bool:
-        """Whether one more may join by this key."""
-        return self._buckets.take(sender, self._now_s())
+    def may(self, sender: str, key_owner: str) -> bool:
+        """Whether one more may join; the two are those of `ServerEndpoint`."""
+        return _have_left(self._buckets, sender, key_owner, self._now_s())
+
+
+def _have_left(buckets: Buckets, sender: str, key_owner: str, now_s: float) -> bool:
+    """Take from the bucket of who speaks, and from that of the relay by which it does: its names may be
+    without number. In this order, so that one name does not use up what all of its site have."""
+    return all(buckets.take(each, now_s) for each in dict.fromkeys((sender, key_owner)))
 
 
 class Complaints:

@@ -25,7 +25,7 @@ from lte.config import Recipe
 from lte.errors import FencedError, RunError, StoppedError, WireError
 from lte.quantize import Quantized
 from lte.server import assembly, commit, folder, recovery, rounds
-from lte.server.admission import Complaints, Joins, inquiries, not_vouched, vouched
+from lte.server.admission import Complaints, Inquiries, Joins, not_vouched, vouched
 from lte.server.checkpoint import Progress
 from lte.server.diagnosis import Diagnosis
 from lte.server.evaluation import Evaluate, Evaluation, Losses
@@ -181,7 +181,7 @@ class Server:
         self._published_s = self._now_s()
         self._merged_s: float | None = None
         # What is told to whoever asks how the run is; who does.
-        self._roll, self._inquiries, self._asking = Roll(), inquiries(), list[Peer]()
+        self._roll, self._inquiries, self._asking = Roll(), Inquiries(), list[Peer]()
         # Of a divided model: which parts of contributions are durable; this shard's, until all are; the
         # last one of each worker that was refused.
         self._gathering = commit.Gathering(recipe.server.shards)
@@ -396,7 +396,7 @@ class Server:
         refusal = objection(hello, plan, lora)
         if not refusal and self._links.num and self._endpoint.is_relayed:
             refusal = BEHIND_A_RELAY
-        if not refusal and is_new and not self._joins.may(self._endpoint.sender):
+        if not refusal and is_new and not self._joins.may(self._endpoint.sender, self._endpoint.key_owner):
             refusal = "too many workers have joined lately", "try again in a minute"
         if refusal:
             self._complain("refused", f"a worker was refused: {refusal[0]}")
@@ -413,7 +413,7 @@ class Server:
         return own.describe(self.recipe.as_built.lora)
 
     def _hear_inquiry(self, peer: Peer, inquiry: wire.Inquiry) -> None:
-        if not self._inquiries.take(self._endpoint.sender, self._now_s()):
+        if not self._inquiries.may(self._endpoint.sender, self._endpoint.key_owner, self._now_s()):
             return
         if inquiry.schema != wire.SCHEMA:
             self._refuse(peer, *OTHER_VERSION)

@@ -8,6 +8,8 @@ from pathlib import Path
 from lte.errors import KeysError
 from lte.transport import collective, inprocess, meeting, posted, zmq
 from lte.transport.base import Frames, Peer, ServerEndpoint, WorkerEndpoint
+from lte.transport.followed import FollowedWorker
+from lte.transport.lanes import Lanes
 from lte.transport.relayed import RelayedServer
 
 __all__ = ["Frames", "Peer", "ServerEndpoint", "WorkerEndpoint", "bind", "connect"]
@@ -44,7 +46,7 @@ def bind(
         own = collective.bind(address, max_message_bytes=max_message_bytes, insecure=insecure)
     else:
         own = zmq.bind(address, max_message_bytes=max_message_bytes, insecure=insecure, key=key, allow=allow)
-    return RelayedServer(own) if relays else own
+    return RelayedServer(own, max_message_bytes=max_message_bytes) if relays else own
 
 
 def connect(
@@ -52,17 +54,17 @@ def connect(
     *,
     key: str | Path | None = None,
     server_key: str | Path | None = None,
-    take_turns: bool = False,
+    lanes: Lanes | None = None,
 ) -> WorkerEndpoint:
     """Open a worker's end of an address. Returns at once, also when no server is there yet.
 
     Args:
         address: as of `bind`; or `file://PATH` of a file that holds one, such as `RUN/address`, which a
-            server writes: it is followed to wherever it is started next.
+            server writes: it is followed to wherever it is started next, and by whichever transport.
         key: file of this worker's secret key; server_key: of the server's public key. For servers
             that have keys; only for tcp://, and together.
-        take_turns: what is sent goes by lanes that take turns, small messages first (see `lanes`), instead
-            of in one order; for a relay, and by zmq alone.
+        lanes: by which what is sent takes turns, instead of going in one order; from then on they are the
+            connection's own. For a relay, and by zmq alone.
 
     Raises:
         ConnectError: the address is malformed, or in this process no server has it. KeysError: the
@@ -71,10 +73,17 @@ def connect(
     _check_keys(address, key, server_key, "a worker's key and the server's public key")
     if address.startswith("inprocess://"):
         return inprocess.connect(address)
-    file = posted.file_of(address)
-    if (posted.read(file) if file else address).startswith(meeting.SCHEME):
+    if address.startswith(meeting.SCHEME):
         return collective.connect(address)
-    return zmq.connect(address, key=key, server_key=server_key, take_turns=take_turns)
+
+    def by_zmq() -> WorkerEndpoint:
+        return zmq.connect(address, key=key, server_key=server_key, lanes=lanes)
+
+    if (file := posted.file_of(address)) is None:
+        return by_zmq()
+    return FollowedWorker(
+        file, by_zmq=by_zmq, by_collective=lambda: collective.connect(address), has_keys=key is not None
+    )
 
 
 def _check_keys(address: str, one: str | Path | None, other: str | Path | None, names: str) -> None:

@@ -26,12 +26,14 @@ class ServerEndpoint(Protocol):
         sender: the worker_id that the key behind the last message received is bound to; "" where
             there are no keys. A peer's name for its connection proves nothing, this does. A name that
             begins with `keys.RELAY` is a relay's, which is no worker.
+        key_owner: whose key that is: as `sender`, but by way of a relay the relay's own name.
         origin: the address of the machine that the last message came from, or ""; for people to read.
         is_relayed: whether the last message came by way of a relay.
     """
 
     address: str
     sender: str
+    key_owner: str
     origin: str
     is_relayed: bool
 
@@ -75,8 +77,8 @@ class WorkerEndpoint(Protocol):
         """Where it is connected to now; "" while a file that is to say so holds none."""
 
     def send(self, frames: Frames, lane: bytes = b"") -> None:
-        """Send to the server. Where `connect` was told that lanes take turns, only messages of one lane keep
-        their order."""
+        """Send to the server. Where `connect` was given lanes, they take turns, and only messages of one lane
+        keep their order."""
 
     def receive(self, timeout_s: float) -> Frames | None:
         """The next message, or None after the timeout.

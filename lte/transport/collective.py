@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from lte.errors import ConnectError
+from lte.printable import printable
 from lte.transport import meeting
 from lte.transport.base import Frames, Peer
 from lte.transport.pair import SERVER, WORKER, Device, Pair, device_at
@@ -125,7 +126,7 @@ class CollectiveServer:
         self._listener = meeting.Listener(address, insecure=insecure)
         self.address = self._listener.address
         self.received_bytes = self.sent_bytes = 0
-        self.sender = self.origin = ""
+        self.sender = self.key_owner = self.origin = ""
         self.is_relayed = False
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.Queue[tuple[Peer, str, list[memoryview], _Link] | None] = queue.Queue()
@@ -133,6 +134,7 @@ class CollectiveServer:
         self._links: dict[Peer, _Link] = {}
         self._devices: dict[str, Device] = {}
         self._threads: list[threading.Thread] = []
+        self._notices: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._accepting = threading.Thread(target=self._accept, name="lte-collective", daemon=True)
         self._accepting.start()
@@ -166,7 +168,7 @@ class CollectiveServer:
         self._inbox.put(None)
 
     def notices(self) -> list[str]:
-        return []
+        return [self._notices.get_nowait() for _ in range(self._notices.qsize())]
 
     def close(self) -> None:
         if self._closing.is_set():
@@ -186,9 +188,17 @@ class CollectiveServer:
         self._devices = {}
 
     def _accept(self) -> None:
-        num_accepted = 0
+        num_accepted, is_told = 0, False
         while not self._closing.wait(_LOOK_EVERY_S):
-            num_arrivals = self._listener.num_arrivals()
+            try:
+                num_arrivals = self._listener.num_arrivals()
+            except ConnectionError as error:
+                if not is_told:
+                    reason = str(error).partition("\n")[0]  # what follows is for who debugs torch
+                    self._notices.put(f"{self.address}: no worker can come until this passes: {reason}")
+                is_told = True
+                continue
+            is_told = False
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             for number in range(num_accepted + 1, num_arrivals + 1):
                 name = f"lte-collective-{number}"
@@ -215,7 +225,8 @@ class CollectiveServer:
                 pair.abort()
                 return
             link = self._links[peer] = _Link(pair, _Outbox(), most_waiting=_MOST_WAITING)
-        link.receive_all(lambda frames: self._inbox.put((peer, arrived.worker_ip, frames, link)))
+        origin = printable(arrived.worker_ip)
+        link.receive_all(lambda frames: self._inbox.put((peer, origin, frames, link)))
         with self._lock:
             del self._links[peer]
 

@@ -5,6 +5,7 @@ connection that it comes on.
 
     relay                               server
       Passed + frames     ->                                   a worker's message, as it came
+                          <-            Accepts                how large a frame may be; once a connection
                           <-            Delivery + frames      a message to a worker: frames that the relay
                                                                holds are named by their digests, not sent
       Missing             ->                                   the relay does not hold these after all
@@ -20,6 +21,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from lte.errors import WireError
+from lte.printable import printable
 from lte.transport.base import Frames
 
 MAGIC = b"LTR\x01"
@@ -72,15 +74,22 @@ class Delivery(_Envelope, frozen=True, array_like=True):
     frames: Annotated[tuple[_Entry, ...], msgspec.Meta(max_length=_MOST_FRAMES)]
 
 
+class Accepts(_Envelope, frozen=True, array_like=True):
+    """The largest frame that the server accepts: on a larger one it breaks the connection of all."""
+
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
 FromRelay = Passed | Missing
-Opened = TypeVar("Opened", FromRelay, Delivery)
+FromServer = Delivery | Accepts
+Opened = TypeVar("Opened", FromRelay, FromServer)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _FROM_RELAY: msgspec.msgpack.Decoder[FromRelay] = msgspec.msgpack.Decoder(FromRelay)
-_FROM_SERVER = msgspec.msgpack.Decoder(Delivery)
+_FROM_SERVER: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
 
 
-def seal(envelope: FromRelay | Delivery) -> bytes:
+def seal(envelope: FromRelay | FromServer) -> bytes:
     """The frame of an envelope."""
     body = _ENCODER.encode(envelope)
     return MAGIC + _checksum(body) + body
@@ -100,7 +109,7 @@ def open_from_relay(frames: Frames) -> FromRelay:
     return _open(frames, _FROM_RELAY)
 
 
-def open_from_server(frames: Frames) -> Delivery:
+def open_from_server(frames: Frames) -> FromServer:
     """What a server says before these frames' others.
 
     Raises:
@@ -119,7 +128,7 @@ def _open(frames: Frames, decoder: msgspec.msgpack.Decoder[Opened]) -> Opened:
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WireError(f"malformed envelope: {str(error)[:200]}") from None
+        raise WireError(f"malformed envelope: {printable(str(error)[:200])}") from None
 
 
 def digests(frames: Frames) -> Sequence[bytes]:

@@ -25,7 +25,7 @@ class InprocessServer:
     def __init__(self, address: str, *, max_message_bytes: int) -> None:
         self.address, self.max_message_bytes = address, max_message_bytes
         self.received_bytes = self.sent_bytes = 0
-        self.sender = self.origin = ""
+        self.sender = self.key_owner = self.origin = ""
         self.is_relayed = False
         self.inbox: queue.Queue[tuple[Peer, list[bytes]] | None] = queue.Queue()
         self.peers: dict[Peer, InprocessWorker] = {}

@@ -27,6 +27,8 @@ ENV = "collective://env"
 """The address that torchrun's variables tell."""
 FORMS = "a collective address is collective://HOST:PORT, or collective://env where torchrun starts all"
 _ADDRESS = re.compile(SCHEME + r"(?P<host>[A-Za-z0-9_.-]+|\*):(?P<port>\*|\d{1,5})", re.ASCII)
+_MOST_LABEL_CHARS = 63
+"""Of a name; Python refuses longer ones by an error of text, not of the network."""
 _POSTED, _STARTS = "lte/address", "lte/starts"
 """Keys in torchrun's store."""
 _ARRIVALS = "arrivals"
@@ -96,9 +98,16 @@ class Listener:
             _post(self.address)
 
     def num_arrivals(self) -> int:
-        """Workers that have drawn a number so far."""
+        """Workers that have drawn a number so far.
+
+        Raises:
+            ConnectionError: the store does not answer.
+        """
         assert self._store is not None
-        return self._store.add(_ARRIVALS, 0)
+        try:
+            return self._store.add(_ARRIVALS, 0)
+        except RuntimeError as error:
+            raise ConnectionError(str(error)) from None
 
     def arrived(self, number: int) -> Arrived:
         """The worker that drew a number.
@@ -172,6 +181,11 @@ def _parsed(address: str) -> Place:
     port = 0 if found["port"] == "*" else int(found["port"])
     if port > 65_535:
         raise ConnectError(f"{address}: ports end at 65535")
+    labels = found["host"].removesuffix(".").split(".")
+    if not all(1 <= len(label) <= _MOST_LABEL_CHARS for label in labels):
+        raise ConnectError(
+            f"{address[:300]}: the host is no name; between its dots are 1 to {_MOST_LABEL_CHARS} characters"
+        )
     return Place(found["host"], port)
 
 

@@ -148,9 +148,26 @@ def _sockets() -> Set[tuple[int, str]]:
 def _keep_alive(sockets: Set[tuple[int, str]]) -> None:
     """Have the kernel look after the TCP connections among these."""
     for descriptor, _ in sockets:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
             if connection.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE.items():
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A socket beside the one that has this descriptor, unless that is another file's by now.
+
+    Raises:
+        OSError: it is.
+    """
+    own = os.dup(descriptor)
+    try:
+        connection = socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
+    with connection:
+        yield connection

@@ -19,7 +19,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from lte.errors import WireError
-from lte.transport import envelope
+from lte.printable import printable
+from lte.transport import envelope, keys
 from lte.transport.base import Frames, Peer, ServerEndpoint
 from lte.transport.shelf import Shelf
 
@@ -34,10 +35,12 @@ class RelayedServer:
     """See `base.ServerEndpoint`. Bytes are counted as they travel on the server's own link: envelopes are,
     and what a relay hands out from its shelf is not."""
 
-    def __init__(self, own: ServerEndpoint) -> None:
-        """Args: own: on which both workers and relays are heard."""
-        self._own = own
-        self.address, self.sender, self.origin, self.is_relayed = own.address, "", "", False
+    def __init__(self, own: ServerEndpoint, *, max_message_bytes: int) -> None:
+        """Args: own: on which both workers and relays are heard. max_message_bytes: that it accepts, told to
+        relays: they are to accept no other."""
+        self._own, self._max_message_bytes = own, max_message_bytes
+        self.address, self.is_relayed = own.address, False
+        self.sender = self.key_owner = self.origin = ""
         self._shelves: dict[Peer, Shelf[bool]] = {}  # of the connections of relays, by last word
         self._hashed: tuple[Frames, Sequence[bytes]] = (), ()
         self._notices: deque[str] = deque(maxlen=_NUM_NOTICES)
@@ -89,7 +92,8 @@ class RelayedServer:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for _ in range(_MOST_IN_A_ROW):
             received = self._own.receive(None if deadline_s is None else deadline_s - time.monotonic())
-            self.sender, self.origin, self.is_relayed = self._own.sender, self._own.origin, False
+            self.sender, self.key_owner = self._own.sender, self._own.key_owner
+            self.origin, self.is_relayed = self._own.origin, False
             if received is None:
                 return None
             connection, frames = received
@@ -112,14 +116,17 @@ class RelayedServer:
                 for digest in opened.digests:
                     shelf.drop(digest)
             return b""
+        if self.key_owner and not self.key_owner.startswith(keys.RELAY):
+            return opened.route  # a worker's key: it speaks for itself, from where it is, and has no shelf
         if (shelf := self._shelves.pop(connection, None)) is None:
             shelf = Shelf(opened.shelf_bytes)
+            self._own.send(connection, [envelope.seal(envelope.Accepts(self._max_message_bytes))])
         self._shelves[connection] = shelf
         if len(self._shelves) > _MOST_RELAYS:
             del self._shelves[next(iter(self._shelves))]
         if self._own.sender and self._own.speaks_for(opened.sender):
             self.sender = opened.sender  # else it is the relay's own name, which is no worker's
-        self.origin = f"{opened.origin} by way of {self._own.origin}".strip()
+        self.origin = f"{printable(opened.origin)} by way of {self._own.origin}".strip()
         return opened.route
 
     def speaks_for(self, worker_id: str) -> bool:

@@ -29,6 +29,7 @@ from lte.transport import keys, posted
 from lte.transport.base import Frames, Peer, is_loopback
 from lte.transport.gate import DOMAIN, Gate
 from lte.transport.lanes import Lanes
+from lte.transport.meeting import SCHEME
 
 _LINGER_MS = 1_000
 # The kernel looks after a peer whose machine is gone: it asks after so much silence, again after
@@ -138,7 +139,7 @@ class ZmqServer:
         self._poller.register(self._bell, zmq.POLLIN)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.received_bytes = self.sent_bytes = 0
-        self.sender = self.origin = ""
+        self.sender = self.key_owner = self.origin = ""
         self.is_relayed = False
 
     def send(self, peer: Peer, frames: Frames) -> None:
@@ -165,7 +166,7 @@ class ZmqServer:
             peer, *frames = self._socket.recv_multipart(copy=False)
             if self._allowed is not None:
                 # The key that the handshake proved, in words of the gate; its name is the list's of now.
-                self.sender = self._allowed.worker_id(str(peer.get("User-Id") or ""))
+                self.sender = self.key_owner = self._allowed.worker_id(str(peer.get("User-Id") or ""))
                 if not self.sender:
                     continue
             self.origin = _origin(peer)
@@ -200,7 +201,7 @@ class ZmqServer:
 
 
 class ZmqWorker:
-    """See `base.WorkerEndpoint`. One thread owns the socket; queues lead to and from it."""
+    """See `base.WorkerEndpoint`. One thread owns the socket; lanes lead to it, and a queue from it."""
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class ZmqWorker:
         *,
         key: str | Path | None = None,
         server_key: str | Path | None = None,
-        take_turns: bool = False,
+        lanes: Lanes | None = None,
     ) -> None:
         self._pair = pair = keys.load_secret(key) if key is not None else None
         servers = keys.load_public(server_key) if server_key is not None else ""
@@ -220,7 +221,8 @@ class ZmqWorker:
             self._socket.setsockopt_string(zmq.CURVE_PUBLICKEY, pair.public)
             self._socket.setsockopt_string(zmq.CURVE_SERVERKEY, servers)
         monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._lanes, self._turns = Lanes() if take_turns else None, threading.Lock()
+        # Without turns all go by one lane, in one order.
+        self._lanes, self._take_turns = Lanes() if lanes is None else lanes, lanes is not None
         self._address, self._looked_up_s = "", -math.inf
         self._file = posted.file_of(address)
         try:
@@ -234,12 +236,12 @@ class ZmqWorker:
             self._context.term()
             raise
         self._inbox: queue.Queue[list[memoryview] | ConnectError] = queue.Queue()
-        self._outbox: deque[Frames | None] = deque()
+        # Of the bell, which tells the thread that something waits, and of what is put there with it.
         self._lock, self._closed = threading.Lock(), False
-        self._bell, bell = (self._context.socket(zmq.PAIR) for _ in range(2))
-        bell.bind("inproc://outbox")
-        self._bell.connect("inproc://outbox")
-        self._thread = threading.Thread(target=self._serve, args=(bell, monitor), name="lte-zmq", daemon=True)
+        self._bell: int | None = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(
+            target=self._serve, args=(self._bell, monitor), name="lte-zmq", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -247,7 +249,10 @@ class ZmqWorker:
         return self._address
 
     def send(self, frames: Frames, lane: bytes = b"") -> None:
-        self._put(frames, lane)
+        with self._lock:
+            if not self._closed:
+                self._lanes.put(lane if self._take_turns else b"", frames)
+                self._ring()
 
     def receive(self, timeout_s: float) -> Frames | None:
         try:
@@ -262,10 +267,19 @@ class ZmqWorker:
         return self._inbox.qsize()
 
     def close(self) -> None:
-        self._put(None)  # nothing is taken after it
+        with self._lock:
+            self._closed = True
+            self._ring()
         self._thread.join()
-        self._bell.close()
+        with self._lock:
+            if self._bell is not None:
+                os.close(self._bell)
+            self._bell = None
         self._context.term()
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            os.eventfd_write(self._bell, 1)
 
     def _go_to(self, address: str) -> None:
         """Connect there, and nowhere else. What is under way to the server that was there is lost.
@@ -277,7 +291,7 @@ class ZmqWorker:
             self._socket.disconnect(self._address)
         self._address, self._handshakes = address, _Handshakes(address, self._pair)
         _prepare(self._socket, address)
-        if self._lanes is not None:  # what the socket and the kernel have taken has had its turn
+        if self._take_turns:  # what the socket and the kernel have taken has had its turn
             self._socket.setsockopt(zmq.SNDHWM, 1)
             self._socket.setsockopt(zmq.SNDBUF, _TAKEN_BYTES)
         try:
@@ -294,64 +308,60 @@ class ZmqWorker:
         if time.monotonic() - self._looked_up_s < _LOOK_UP_S:
             return
         self._looked_up_s = time.monotonic()
-        if (address := posted.read(file)) not in ("", self._address):
+        address = posted.read(file)
+        if address not in ("", self._address) and not address.startswith(SCHEME):  # see `followed`
             _check_to_connect(address)
             self._go_to(address)
 
-    def _put(self, item: Frames | None, lane: bytes = b"") -> None:
-        with self._lock:  # the bell is a socket, which one thread at a time may use
-            if self._closed:
-                return
-            self._closed = item is None
-            if self._lanes is None or item is None:
-                self._outbox.append(item)
-            else:
-                with self._turns:
-                    self._lanes.put(lane, item)
-            self._bell.send(b"")
+    def _serve(self, bell: int, monitor: zmq.Socket[bytes]) -> None:
+        try:
+            with self._socket, monitor:
+                self._carry(bell, monitor)
+        except Exception as error:  # who uses this would wait for ever
+            fault = ConnectError(f"{self._address}: the connection's own thread ended ({error!r})")
+            fault.__cause__ = error
+            self._inbox.put(fault)
+        finally:
+            with self._lock:
+                self._closed = True
 
-    def _serve(self, bell: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
-        poller = zmq.Poller()
+    def _carry(self, bell: int, monitor: zmq.Socket[bytes]) -> None:
+        """Hand over what comes and what is to go, until this is closed."""
+        poller, is_closed = zmq.Poller(), False
         for each in (bell, monitor, self._socket):
             poller.register(each, zmq.POLLIN)
-        with bell, self._socket, monitor:
-            while True:
-                ready = dict(poller.poll(None if self._file is None else int(_LOOK_UP_S * 1000)))
-                if self._file is not None:
-                    try:
-                        self._look_up(self._file)
-                    except ConnectError as error:
-                        self._inbox.put(error)
-                if monitor in ready:
-                    event = recv_monitor_message(monitor)
-                    if fault := self._handshakes.fault(event["event"], event["value"], time.monotonic()):
-                        self._inbox.put(ConnectError(fault))
-                if ready.get(self._socket, 0) & zmq.POLLIN:
-                    frames = self._socket.recv_multipart(copy=False)
-                    self._inbox.put([frame.buffer for frame in frames])
-                if bell in ready:
-                    bell.recv()
-                    if self._outbox:
-                        item = self._outbox.popleft()
-                        if item is None:
-                            self._send_in_turn()
-                            return
-                        # Never blocks, but where the handshake can never succeed (see `_Handshakes`).
-                        with contextlib.suppress(zmq.Again):
-                            self._send_now(item)
-                if self._lanes is not None:
-                    is_more = self._send_in_turn()
-                    poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if is_more else 0))
+        while not is_closed:
+            ready = dict(poller.poll(None if self._file is None else int(_LOOK_UP_S * 1000)))
+            if self._file is not None:
+                try:
+                    self._look_up(self._file)
+                except ConnectError as error:
+                    self._inbox.put(error)
+            if monitor in ready:
+                event = recv_monitor_message(monitor)
+                if fault := self._handshakes.fault(event["event"], event["value"], time.monotonic()):
+                    self._inbox.put(ConnectError(fault))
+            if ready.get(self._socket, 0) & zmq.POLLIN:
+                frames = self._socket.recv_multipart(copy=False)
+                self._inbox.put([frame.buffer for frame in frames])
+            if bell in ready:
+                os.eventfd_read(bell)
+            is_closed = self._closed  # what was sent before that goes yet
+            is_more = self._send_in_turn()
+            poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if is_more else 0))
 
     def _send_in_turn(self) -> bool:
-        """Send from the lanes as much as is taken without waiting. Returns whether there is more."""
-        with self._turns:  # not the lock that who waits for the bell to be heard holds
-            while self._lanes and self._socket.poll(0, zmq.POLLOUT):
-                self._send_now(self._lanes.take())
+        """Send as much as is taken without waiting. Returns whether there is more."""
+        while self._socket.poll(0, zmq.POLLOUT):
+            with self._lock:
+                if not self._lanes:
+                    return False
+                frames = self._lanes.take()
+            # A connection that breaks just then takes the message with it.
+            with contextlib.suppress(zmq.Again):
+                self._socket.send_multipart(list(frames), zmq.NOBLOCK, copy=_frame_bytes(frames) < 65_536)
+        with self._lock:
             return bool(self._lanes)
-
-    def _send_now(self, frames: Frames) -> None:
-        self._socket.send_multipart(list(frames), zmq.NOBLOCK, copy=_frame_bytes(frames) < 65_536)
 
 
 def _make_room() -> None:
@@ -460,12 +470,12 @@ def bind(
 
 
 def connect(
-    address: str, *, key: str | Path | None, server_key: str | Path | None, take_turns: bool
+    address: str, *, key: str | Path | None, server_key: str | Path | None, lanes: Lanes | None
 ) -> ZmqWorker:
     """See `transport.connect`."""
     if posted.file_of(address) is None:
         _check_to_connect(address)
-    return ZmqWorker(address, key=key, server_key=server_key, take_turns=take_turns)
+    return ZmqWorker(address, key=key, server_key=server_key, lanes=lanes)
 
 
 def _check_to_connect(address: str) -> None:

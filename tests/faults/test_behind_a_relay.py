@@ -4,14 +4,20 @@ No bit of the master depends on it, and nothing is merged twice."""
 
 from __future__ import annotations
 
+import random
 import signal
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import ROUNDS, Cluster, Fault, audit
 from relay import Figures, Meter, downloads
-from test_frames import FATES, Impatient
+from test_frames import FATES, Garble, Impatient
+
+from lte.transport import Frames, Peer, envelope
+from lte.transport.zmq import ZmqServer
 
 PARTS = {"compress__part_bytes": 16384, "server__silence_s": 30.0}
 """Several parts a message, so that some of them may be lost."""
@@ -86,12 +92,50 @@ def test_a_server_that_is_killed_behind_a_relay_loses_nothing(
 
 @pytest.mark.parametrize("fate", FATES)
 def test_bad_links_to_a_relay_change_no_bit(cluster: Cluster, undisturbed: str, fate: str) -> None:
-    """What is lost or damaged is not on the shelf, and is sent when it is asked for again."""
+    """Any message, both ways; of the pieces that the relay keeps few or none, see below."""
     cluster.relay()
     server = cluster.serve(FATES[fate], **PARTS)
     workers = [cluster.work(name, Impatient(), address=cluster.relay_address) for name in ("a", "b")]
     for process in (server, *workers):
         cluster.ended(process, 0)
+    assert cluster.master_digest() == undisturbed
+    audit(cluster.run, ROUNDS, {"a", "b"})
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One in four of the pieces that leave the server, to be kept by the relay, meets this fate."""
+
+    fate: str
+
+    def install(self) -> None:
+        send, garble, chance = ZmqServer.send, Garble(self.fate, every=1), random.Random(0)
+
+        def faulty_send(server: ZmqServer, peer: Peer, frames: Frames) -> None:
+            line = deque([(peer, frames)])
+            is_piece = len(frames) > 1 and len(frames[-1]) >= envelope.LEAST_BYTES
+            if is_piece and not chance.randrange(4):
+                line.clear()
+                garble.meet((peer, frames), line, chance)
+            if not line:  # it left all the same: not sent would mean that the connection is gone
+                server.sent_bytes += sum(memoryview(frame).nbytes for frame in frames)
+            for met in line:
+                send(server, *met)
+
+        ZmqServer.send = faulty_send  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fate", ["lost", "damaged", "cut short"])
+def test_what_does_not_reach_the_relay_whole_is_not_on_its_shelf(
+    cluster: Cluster, undisturbed: str, fate: str
+) -> None:
+    """It finds out, by its digest or as another worker wants it, and the piece is sent again."""
+    cluster.relay()
+    server = cluster.serve(Pieces(fate), **PARTS)
+    workers = [cluster.work(name, Impatient(), address=cluster.relay_address) for name in ("a", "b")]
+    for process in (server, *workers):
+        cluster.ended(process, 0)
+    assert "a message was dropped, as part of it is not here" in (cluster.folder / "relay.log").read_text()
     assert cluster.master_digest() == undisturbed
     audit(cluster.run, ROUNDS, {"a", "b"})
 
@@ -110,21 +154,32 @@ def test_a_shelf_that_is_too_small_changes_no_bit(
     assert (cluster.folder / "relay.log").read_text() == "", "the server knows what is not there"
 
 
-def test_a_late_joiner_gets_the_model_through_the_relay(cluster: Cluster) -> None:
-    """c joins in the middle of the run, and is merged."""
-    cluster.relay()
+def test_late_joiners_get_the_model_through_the_relay_and_it_crosses_once(cluster: Cluster) -> None:
+    """c and d join in the middle of the run, at the same version, and are merged."""
     stopped = Fault("lte.worker.trainer:Trainer.step", call=6, number=signal.SIGSTOP)
-    server = cluster.serve(server__silence_s=500.0, compress__part_bytes=16384)
-    a = cluster.work("a", stopped, address=cluster.relay_address)
-    b = cluster.work("b", address=cluster.relay_address)
-    cluster.stopped(a)
-    c = cluster.work("c", address=cluster.relay_address)
-    cluster.until(lambda: any("c joined" in said for said in cluster.events("joined")), "c that joins")
-    cluster.wake(a)
-    for process in (server, a, b, c):
-        cluster.ended(process, 0)
-    audit(cluster.run, ROUNDS, {"a", "b", "c"})
-    assert max(line["num_merged"] for line in cluster.lines("round")) == 3
+    server = cluster.serve(
+        server__address="tcp://127.0.0.1:*", server__silence_s=500.0, compress__part_bytes=16384
+    )
+    posted = cluster.run / "address"
+    cluster.until(posted.exists, "server")
+    with Meter(int(posted.read_text().rpartition(":")[2])) as meter:
+        cluster.relay(server=f"tcp://127.0.0.1:{meter.port}")
+        a = cluster.work("a", stopped, address=cluster.relay_address)
+        b = cluster.work("b", address=cluster.relay_address)
+        cluster.stopped(a)
+        joiners, crossed = [], []
+        for name in ("c", "d"):
+            before, log = meter.down_bytes, cluster.folder / f"{name}.log"
+            joiners.append(cluster.work(name, address=cluster.relay_address))
+            # Which it says with the whole model in hand.
+            cluster.until(lambda log=log: log.exists() and " joined " in log.read_text(), name)
+            crossed.append(meter.down_bytes - before)
+        cluster.wake(a)
+        for process in (server, a, b, *joiners):
+            cluster.ended(process, 0)
+    assert crossed[1] < crossed[0] / 4, "its Welcome, and names of what the relay has kept"
+    audit(cluster.run, ROUNDS, {"a", "b", "c", "d"})
+    assert max(line["num_merged"] for line in cluster.lines("round")) == 4
 
 
 def test_eight_workers_download_each_update_once(tmp_path: Path, settings: dict[str, Any]) -> None:

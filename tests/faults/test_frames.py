@@ -30,21 +30,21 @@ class Garble:
 
         def faulty_receive(server: ZmqServer, timeout_s: float | None) -> tuple[Peer, Frames] | None:
             while (received := receive(server, 0 if coming else timeout_s)) is not None:
-                self._meet(received, coming, chance)
+                self.meet(received, coming, chance)
                 if coming:
                     break
                 timeout_s = 0
             return coming.popleft() if coming else None
 
         def faulty_send(server: ZmqServer, peer: Peer, frames: Frames) -> None:
-            self._meet((peer, frames), leaving, chance)
+            self.meet((peer, frames), leaving, chance)
             while leaving:
                 send(server, *leaving.popleft())
 
         ZmqServer.receive = faulty_receive  # type: ignore[method-assign]
         ZmqServer.send = faulty_send  # type: ignore[method-assign]
 
-    def _meet(self, met: tuple[Peer, Frames], line: deque[Any], chance: random.Random) -> None:
+    def meet(self, met: tuple[Peer, Frames], line: deque[Any], chance: random.Random) -> None:
         peer, frames = met
         if chance.randrange(self.every):
             line.append(met)
