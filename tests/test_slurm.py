@@ -211,8 +211,17 @@ def test_a_worker_of_a_finished_run_has_nothing_to_do(
 
 # The batch files
 
-STAYS = "trap 'say left; exit 138' USR1; say came; exec 3<>$NEVER; read -r -u 3"
-"""What a stand-in does that saves and leaves when it is told to."""
+STAYS = "trap 'say left; exit 138' USR1; say came; exec 3<>$NEVER; until read -r -t 1 -u 3; do :; done"
+"""What a stand-in does that saves and leaves when it is told to. A signal between two commands is seen after
+the second: none may take for ever."""
+
+
+def once(other: str, act: str) -> str:
+    """What a stand-in does that acts when the other one has come: bash forgets a signal that comes to a
+    process which it has forked and that is nothing of its own yet."""
+    return f"exec 3<>$NEVER; until grep -q '^{other} came' $SAID; do read -r -t 0.02 -u 3 || :; done; {act}"
+
+
 STAND_INS = {
     "python": """
         say() { echo "$role $1" >>"$SAID"; }
@@ -333,7 +342,7 @@ def test_who_is_warned_has_the_server_leave_then_the_workers_and_comes_again(
 @pytest.mark.parametrize("code", [138, 143])
 def test_workers_that_slurm_ended_come_again_with_their_server(submit: Callable[..., Job], code: int) -> None:
     """A preemption signals the tasks alone."""
-    job = submit("train", SERVER=STAYS, WORKER=f"exit {code}")
+    job = submit("train", SERVER=STAYS, WORKER=once("server", f"exit {code}"))
     assert job.ended() == code
     assert job.said()[-1] == REQUEUED
 
@@ -351,7 +360,9 @@ def test_a_controller_that_does_not_answer_is_asked_again(submit: Callable[..., 
 
 @pytest.mark.parametrize(("answer", "asked"), [("Invalid job id specified", 1), ("Connection refused", 6)])
 def test_a_job_that_slurm_does_not_know_is_left(submit: Callable[..., Job], answer: str, asked: int) -> None:
-    job = submit("train", SERVER=STAYS, WORKER="exit 143", UNANSWERED="1000", NO_ANSWER=answer)
+    job = submit(
+        "train", SERVER=STAYS, WORKER=once("server", "exit 143"), UNANSWERED="1000", NO_ANSWER=answer
+    )
     assert job.ended() == 143
     said = [line.split()[0] for line in job.said()]
     assert (said.count("squeue"), said.count("scontrol")) == (asked, 0)
@@ -360,21 +371,27 @@ def test_a_job_that_slurm_does_not_know_is_left(submit: Callable[..., Job], answ
 @pytest.mark.parametrize("state", ["COMPLETING 0", "CANCELLED 0", "RUNNING 1", "PENDING 1", ""])
 def test_what_is_decided_already_stays_so(submit: Callable[..., Job], state: str) -> None:
     """By who cancelled the job; or by SLURM, which runs it elsewhere, and this is its ghost."""
-    job = submit("train", SERVER=STAYS, WORKER="exit 143", STATE=state)
+    job = submit("train", SERVER=STAYS, WORKER=once("server", "exit 143"), STATE=state)
     assert job.ended() == 143
     assert job.said()[-1].startswith("squeue")
 
 
 def test_a_ghost_whose_server_was_fenced_signals_no_worker(submit: Callable[..., Job]) -> None:
     """Its srun would signal the new ones, which are steps of the same numbers."""
-    job = submit("train", SERVER="exit 1", WORKER=STAYS, STATE="RUNNING 1")
+    job = submit("train", SERVER=once("worker", "exit 1"), WORKER=STAYS, STATE="RUNNING 1")
     assert job.ended() == 1
     assert "worker left" not in job.said()
 
 
 @pytest.mark.parametrize(
     ("server", "worker", "code"),
-    [(STAYS, "exit 2", 2), ("exit 2", STAYS, 2), (STAYS, "exit 3", 3), ("exit 1", "exit 0", 1)],
+    [
+        (STAYS, once("server", "exit 2"), 2),
+        (once("worker", "exit 2"), STAYS, 2),
+        (STAYS, once("server", "exit 3"), 3),
+        ("exit 1", "exit 0", 1),
+    ],
+    ids=["worker", "server", "worker whose run ended", "both"],
 )
 def test_a_failure_ends_all_and_is_not_repeated(
     submit: Callable[..., Job], server: str, worker: str, code: int
