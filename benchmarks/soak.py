@@ -29,7 +29,7 @@ from fleet import ROOT, Fleet, send
 from runs import shards_of
 from soak_tables import evaluations, faults_table, losses_table, outcome
 
-from launch.local import EXIT_RUN_ENDED
+from launch.exits import EXIT_RUN_ENDED
 
 WORKERS, LAST_ROUNDS = 8, 20
 SILENCE_S, GRACE_S, PATIENCE_S = 5.0, 2.0, 15.0

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.children import Child, ended, last_words, log_of, report_failures, send, spawn
-from launch.local import EXIT_RUN_ENDED
+from launch.exits import EXIT_RUN_ENDED, failure
 from lte import signals
 from lte.config import Recipe
 from lte.ddp import Place
@@ -95,9 +95,7 @@ class _Processes:
             [*codes.items()][:1]
         )
         report_failures({k: last_words(self.logs, k, code) for k, code in failed.items()}, self.logs)
-        if not failed:
-            return 0
-        return 2 if set(failed.values()) == {2} else 1
+        return failure(failed.values()) if failed else 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Pass the first signal on to all workers; a second Ctrl-C ends all at once."""

@@ -15,14 +15,13 @@ from pathlib import Path
 from types import FrameType
 
 from launch.children import Child, ended, last_words, log_of, report_failures, send, spawn
+from launch.exits import EXIT_FAILURE, EXIT_RUN_ENDED, failure
 from lte import recipes, signals
 from lte.config import Recipe
 from lte.errors import RunEnded, RunError
 from lte.track import METRICS, Records
 from lte.worker import Worker
 
-EXIT_RUN_ENDED = 3
-"""Exit code of a worker whose run ended before its last round, as the server told it."""
 KEY_VARIABLE, SERVER_KEY_VARIABLE = "LTE_KEY", "LTE_SERVER_KEY"
 """Environment of batch jobs: what `lte worker` takes where --key and --server-key are not given."""
 _LEAVE_S = 2.0
@@ -117,9 +116,9 @@ class _Processes:
                 f"lte: the server was ended by {name}; the same command goes on where it was",
                 file=sys.stderr,
             )
-            return 1
-        if code and self._is_hopeless():  # a user's mistake if it was every worker's
-            return 2 if {failed for failed, _ in self.failures.values()} == {2} else 1
+            return EXIT_FAILURE
+        if code and self._is_hopeless():
+            return failure(failed for failed, _ in self.failures.values())
         return code
 
     def _is_hopeless(self) -> bool:

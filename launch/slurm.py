@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.arguments import Parser
+from launch.exits import code_of
 from lte import config
 from lte.config import Recipe
-from lte.errors import LTEError, UserError
+from lte.errors import UserError
 from lte.server import folder
 from lte.transport import keys, posted
 
@@ -39,30 +40,26 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         The exit code.
     """
-    try:
-        arguments = _parser().parse_args(words)
-        settings = reachable(arguments.config, arguments.overrides)
-        recipe = config.load(arguments.config, settings)
-        if arguments.role == "keys":
-            if needs_keys(recipe):
-                make_keys(recipe, max(arguments.number, recipe.train.workers))
-            return 0
-        if arguments.role == "server":
-            command = server_command(recipe, [arguments.config, *settings], environment)
-        elif arguments.first is None and (fault := missing_workers(recipe, environment)):
-            raise UserError(fault)
-        elif folder.is_complete(recipe):
-            print(f"{recipe.run.dir}: finished already")
-            return 0
-        else:
-            command = worker_command(recipe, worker_id(environment, arguments.first or 0))
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"lte: {line}", file=sys.stderr)
-        return 2
-    except (LTEError, OSError) as error:
-        print(f"lte: {error}", file=sys.stderr)
-        return 1
+    return code_of(lambda: _become(_parser().parse_args(words), environment))
+
+
+def _become(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Make the keys, or be the `lte` command of this role from here on."""
+    settings = reachable(arguments.config, arguments.overrides)
+    recipe = config.load(arguments.config, settings)
+    if arguments.role == "keys":
+        if needs_keys(recipe):
+            make_keys(recipe, max(arguments.number, recipe.train.workers))
+        return 0
+    if arguments.role == "server":
+        command = server_command(recipe, [arguments.config, *settings], environment)
+    elif arguments.first is None and (fault := missing_workers(recipe, environment)):
+        raise UserError(fault)
+    elif folder.is_complete(recipe):
+        print(f"{recipe.run.dir}: finished already")
+        return 0
+    else:
+        command = worker_command(recipe, worker_id(environment, arguments.first or 0))
     sys.stdout.flush()
     python = [sys.executable, "-m", "lte", *command]
     os.execve(python[0], python, {**environment, **own_gpus(environment, recipe.worker.processes)})

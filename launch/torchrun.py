@@ -25,11 +25,11 @@ from typing import Self
 
 from launch import children
 from launch.arguments import Parser
-from launch.local import EXIT_RUN_ENDED
+from launch.exits import code_of
 from launch.slurm import LOOPBACK
 from lte import config, recipes, signals
 from lte.config import Recipe
-from lte.errors import AbsentError, LTEError, RunEnded, UserError
+from lte.errors import AbsentError, UserError
 from lte.server import folder
 from lte.transport import meeting, posted
 
@@ -47,22 +47,12 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         The exit code: 0 if the run is finished, as for `lte worker` otherwise.
     """
-    try:
-        with signals.raised():
-            signals.at_parents_death(signal.SIGTERM)
-            return _run(_parser().parse_args(words), environment)
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"lte: {line}", file=sys.stderr)
-        return 2
-    except RunEnded as error:
-        print(f"lte: the run ended: {error}", file=sys.stderr)
-        return 0 if error.finished else EXIT_RUN_ENDED
-    except signals.Ended as error:
-        return 128 + error.number
-    except (LTEError, OSError) as error:
-        print(f"lte: {error}", file=sys.stderr)
-        return 1
+
+    def act() -> int:
+        signals.at_parents_death(signal.SIGTERM)
+        return _run(_parser().parse_args(words), environment)
+
+    return code_of(act)
 
 
 def _parser() -> argparse.ArgumentParser:

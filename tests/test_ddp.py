@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch import local
+from launch import exits, local
 from lte import config, ddp, quantize, recipes
 from lte.cli import main
 from lte.config import Recipe
@@ -104,7 +104,7 @@ def _work(recipe: Recipe, place: Place, faults: Sequence[Script], folder: Path) 
         raise SystemExit(ddp.train(recipe, place, claimed=False))
     except RunEnded as error:
         print(error)
-        raise SystemExit(local.EXIT_RUN_ENDED) from None
+        raise SystemExit(exits.EXIT_RUN_ENDED) from None
 
 
 def train(recipe: Recipe, **faults: Script) -> list[int]:
@@ -333,7 +333,7 @@ def test_a_run_whose_worker_was_killed_goes_on_with_the_same_bits(
     codes = train(recipe, **{f"w{who}": fault})
     assert codes[who] == -signal.SIGKILL
     others = {code for k, code in enumerate(codes) if k != who}
-    assert others == ({0} if "finish" in fault.function else {local.EXIT_RUN_ENDED})
+    assert others == ({0} if "finish" in fault.function else {exits.EXIT_RUN_ENDED})
     assert not any(line["kind"] == "done" for line in lines(folder / "run", "done"))
     assert train(recipe) == [0, 0, 0]
     assert digest() == digest(str(undisturbed))

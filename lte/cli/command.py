@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
 import textwrap
 from collections.abc import Sequence
 
-from launch import children, local
+from launch import children
 from launch.arguments import Parser
-from lte import __version__, signals
+from launch.exits import code_of
+from lte import __version__
 from lte.cli import files, models, recipe, runs, start
-from lte.errors import ConfigError, LTEError, RunEnded, UserError
-
-EXIT_USER_ERROR = 2
-EXIT_PIPE = 128 + signal.SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 1 for a failure; 2 for a mistake of the user's; 3 for a worker whose run
-        ended before its last round; 128 and the signal's number if that ended the command.
+        The exit code (launch/exits.py).
     """
-    try:
-        with signals.raised():
-            try:
-                children.end_with_parent()
-                arguments = _parser().parse_args(argv)
-                return int(arguments.run(arguments))
-            finally:
-                sys.stdout.flush()  # here: at the interpreter's end nobody could catch a broken pipe
-    except ConfigError as error:
-        for line in error.faults:
-            print(f"lte: {line}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except UserError as error:
-        print(f"lte: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except RunEnded as error:
-        print(f"lte: the run ended: {error}", file=sys.stderr)
-        return 0 if error.finished else local.EXIT_RUN_ENDED
-    except signals.Ended as error:
-        print("lte: interrupted", file=sys.stderr)
-        return 128 + error.number
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
-    except (LTEError, OSError) as error:
-        print(f"lte: {error}", file=sys.stderr)
-        return 1
+
+    def act() -> int:
+        children.end_with_parent()
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments))
+
+    return code_of(act)
 
 
 def _parser() -> argparse.ArgumentParser:
