@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from lte.server.journal import Admitted
+from lte.server.journal import Admitted, Merged
 
 
 class Edition(NamedTuple):
@@ -111,6 +111,18 @@ class Merge(Word, frozen=True, kw_only=True):
     remain: tuple[str, ...]
     tokens: int
     is_last: bool
+
+    def journaled(self, master_digest: str, base_digest: str) -> Merged:
+        """What the journal says of it, with the digests of what it came to."""
+        return Merged(
+            version=self.version,
+            incarnations=self.incarnations,
+            num_missing_heads=self.num_missing_heads,
+            remain=self.remain,
+            tokens=self.tokens,
+            master_digest=master_digest,
+            base_digest=base_digest,
+        )
 
 
 class Publish(Word, frozen=True, kw_only=True):

@@ -15,19 +15,18 @@ from typing import Literal
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from lte import config, durable, transport, wire
 from lte.config import Recipe
 from lte.errors import FencedError, LTEError, RunError, UserError, WireError
-from lte.quantize import Quantized
 from lte.server import assembly, commit, recovery, rounds
 from lte.server.admission import Complaints, vouched
 from lte.server.checkpoint import Progress
 from lte.server.commit import Edition
 from lte.server.intake import Intake
-from lte.server.journal import GENERATION, Admitted, Merged, read_generation
-from lte.server.master import Master
+from lte.server.journal import GENERATION, Admitted, read_generation
+from lte.server.master import Advance, Master
 from lte.server.parts import MOST_WRITTEN, Parts
 from lte.server.publisher import Publisher
 from lte.server.shards import folder_of
@@ -69,10 +68,8 @@ def _say_failed(link: Connection, reason: str, *, is_users: bool) -> int:
 class _Ahead:
     """A merge that is on disk and not decided yet: what its publishing needs."""
 
-    version: int
     incarnations: tuple[int, ...]
-    before: dict[str, Quantized]
-    dense: dict[str, Tensor]
+    advance: Advance
     progress: Progress
 
 
@@ -241,29 +238,16 @@ class Holder:
         held = self._parts.take(order.incarnations)
         self._intake.clear()
         outcome = self.master.merge(held, order.num_missing_heads)
-        self.master.enter(order.version)
-        before = self.master.requantize(last=order.is_last)
-        dense = self.master.publish_dense(last=order.is_last)
-        self.master.keep_only(order.remain)
+        advance = self.master.advance(order.version, order.remain, last=order.is_last)
         progress = Progress(
             version=order.version,
             tokens=order.tokens,
-            master_digest=self.master.master_digest(),
-            base_digest=self.master.base_digest(),
+            master_digest=advance.master_digest,
+            base_digest=advance.base_digest,
             num_merged=self._progress.num_merged + len(held),
         )
-        self._store.write(
-            Merged(
-                version=order.version,
-                incarnations=order.incarnations,
-                num_missing_heads=order.num_missing_heads,
-                remain=order.remain,
-                tokens=order.tokens,
-                master_digest=progress.master_digest,
-                base_digest=progress.base_digest,
-            )
-        )
-        self._ahead = _Ahead(order.version, order.incarnations, before, dense, progress)
+        self._store.write(order.journaled(advance.master_digest, advance.base_digest))
+        self._ahead = _Ahead(order.incarnations, advance, progress)
         self._merged = commit.Prepared(
             base_digest=progress.base_digest, change=outcome.change, step=outcome.step
         )
@@ -274,9 +258,7 @@ class Holder:
         ahead, self._ahead = self._ahead, None
         self._progress, self._published_whole = ahead.progress, None
         peers = [self._peers[worker_id] for worker_id in told if worker_id in self._peers]
-        changed = self._publisher.publish(
-            peers, ahead.before, ahead.dense, ahead.incarnations, ahead.progress.base_digest
-        )
+        changed = self._publisher.publish(peers, ahead.advance, ahead.incarnations)
         uplink, downlink, by_kind = self._publisher.close_round()
         self._report(
             commit.Published(

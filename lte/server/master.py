@@ -95,6 +95,22 @@ class Outcome:
         }
 
 
+@dataclass(frozen=True)
+class Advance:
+    """What a new version brought.
+
+    Attributes:
+        before: the base of the version before, which `changes_since` needs.
+        dense: the bytes that tell workers of dense parameters and statistics, by `NAME/dense.0`.
+        base_digest, master_digest: of what was published, and of the master.
+    """
+
+    before: dict[str, Quantized]
+    dense: dict[str, Tensor]
+    base_digest: str
+    master_digest: str
+
+
 class Master:
     """W in fp32, the base Q that is published of it, the outer optimizer's state, and every
     worker's merged factors.
@@ -525,6 +541,19 @@ class Master:
         )
 
     # Publishing
+
+    def advance(self, version: int, remain: Collection[str], *, last: bool) -> Advance:
+        """Make what was merged a version: by its settings, requantized, with nothing left of workers that do
+        not remain.
+
+        Args:
+            remain: worker_ids. last: whether the run ends with this version.
+        """
+        self.enter(version)
+        before = self.requantize(last=last)
+        dense = self.publish_dense(last=last)
+        self.keep_only(remain)
+        return Advance(before, dense, self.base_digest(), self.master_digest())
 
     def to_publish(self, *, last: bool) -> dict[str, Tensor]:
         """What a version publishes, before codes and codecs, by module or name: W and dense, or their

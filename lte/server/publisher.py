@@ -11,8 +11,7 @@ from torch import Tensor
 from lte import wire
 from lte.compress import CODES, KINDS, SCALES, changes, kind_of
 from lte.config import Recipe
-from lte.quantize import Quantized
-from lte.server.master import Master
+from lte.server.master import Advance, Master
 from lte.transport import Peer, ServerEndpoint
 
 
@@ -45,18 +44,15 @@ class Publisher:
     def publish(
         self,
         peers: Sequence[Peer],
-        before: Mapping[str, Quantized],
-        dense: Mapping[str, Tensor],
+        advance: Advance,
         merged: Sequence[int],
-        base_digest: str,
     ) -> dict[str, float]:
         """Send the next version to all, each layer as soon as it is encoded, and remember its bytes; the
         whole of it where the base's format is another one than before.
 
         Args:
-            before: the base of the version before. dense: what `Master.publish_dense` gave.
+            advance: what the version brought.
             merged: incarnations of the workers whose contributions are in it.
-            base_digest: of the master's base as it is now.
 
         Contributions merged on arrival are answered each by its own `bring_up`: there `peers` are none.
 
@@ -68,18 +64,18 @@ class Publisher:
 
         def encoded() -> Iterator[tuple[str, Tensor]]:
             nonlocal codes, scales, num_bytes
-            for name, change in self._master.changes_since(before):
+            for name, change in self._master.changes_since(advance.before):
                 codes, scales = codes + change.codes_changed, scales + change.scales_changed
                 num_bytes += change.codes.numel() + change.scales.numel()
                 for ending, blob in ((CODES, change.codes), (SCALES, change.scales)):
                     blobs[name + ending] = blob
                     yield name + ending, blob
-            blobs.update(dense)
-            yield from dense.items()
+            blobs.update(advance.dense)
+            yield from advance.dense.items()
 
         since, self.version = self.version, self.version + 1
-        self.base_digest, self.num_merged = base_digest, self.num_merged + len(merged)
-        if changes.is_reformatted(before, self._master.base):
+        self.base_digest, self.num_merged = advance.base_digest, self.num_merged + len(merged)
+        if changes.is_reformatted(advance.before, self._master.base):
             return self._publish_whole(peers, merged)
         self._send_update(peers, since, encoded(), merged)
         self._history.append(blobs)

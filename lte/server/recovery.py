@@ -155,10 +155,7 @@ class _Replay:
         )
         num_merged = progress.num_merged + len(kept)
         is_last = master.recipe.round_of(merged.version, num_merged) >= master.recipe.train.rounds
-        master.enter(merged.version)
-        before = master.requantize(last=is_last)
-        master.publish_dense(last=is_last)
-        master.keep_only(merged.remain)
+        advance = master.advance(merged.version, merged.remain, last=is_last)
         where = f"{self._folder / 'journal'}: version {merged.version}"
         _check(master, merged.master_digest, merged.base_digest, where)
         self._found.progress = replace(
@@ -175,7 +172,7 @@ class _Replay:
         )
         if self._diagnosis is not None and is_due:
             measured = self._diagnosis.measure(
-                merged.version, merged.tokens, contributions, outcome.heads, before, last=is_last
+                merged.version, merged.tokens, contributions, outcome.heads, advance.before, last=is_last
             )
             if measured is not None:
                 self._found.diagnostics[merged.version] = measured

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -30,9 +30,9 @@ from lte.server.checkpoint import Progress
 from lte.server.diagnosis import Diagnosis
 from lte.server.evaluation import Evaluate, Evaluation, Losses
 from lte.server.intake import BEHIND_A_RELAY, OTHER_VERSION, Intake, Offered, objection, so_many
-from lte.server.journal import Admitted, Gone, Merged
+from lte.server.journal import Admitted, Gone
 from lte.server.links import Links
-from lte.server.master import Master, Outcome, Received
+from lte.server.master import Advance, Master, Outcome, Received
 from lte.server.publisher import Publisher
 from lte.server.shards import folder_of
 from lte.server.status import Roll, in_words
@@ -46,6 +46,40 @@ _LONGEST_WAIT_S = 1.0
 _MOST_AT_ONCE = 1000
 """Messages heard before the clock is looked at: a flood must not stop it. Connections take turns, so
 that the first messages of all honest ones are among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ahead:
+    """A merge that is not published.
+
+    Attributes:
+        order: whose contributions, and which version they make; the other shards have it.
+        held: the contributions, and the messages that they came with. staleness: in versions, of each.
+        is_diagnosed: whether the round is to be measured. outcome, advance: of merging, of this shard.
+        closed_s, merged_s, requantized_s: when the round was closed, and these were done.
+        prepared: what the other shards say of theirs. is_decided: whether they have, all of them.
+    """
+
+    order: commit.Merge
+    held: list[tuple[Received, wire.Contribution]]
+    staleness: list[int]
+    is_diagnosed: bool
+    outcome: Outcome
+    advance: Advance
+    closed_s: float
+    merged_s: float
+    requantized_s: float
+    prepared: Sequence[commit.Prepared] = ()
+    is_decided: bool = False
+
+    @property
+    def messages(self) -> list[wire.Contribution]:
+        return [message for _, message in self.held]
+
+    def decided(self, prepared: Sequence[commit.Prepared]) -> _Ahead:
+        """On disk everywhere else: from here on it stands."""
+        outcome = assembly.outcome(self.outcome, prepared)
+        return replace(self, prepared=prepared, outcome=outcome, is_decided=True)
 
 
 class Server:
@@ -172,10 +206,7 @@ class Server:
         self._answered: wire.Contribution
         self._offered: Offered | None = None
         self._held: dict[str, tuple[Received, wire.Contribution]] = {}
-        # A merge that is not published: what is left to do when the other shards have it on disk, and
-        # when all have.
-        self._undecided: Callable[[], None] | None = None
-        self._unpublished: Callable[[], None] | None = None
+        self._ahead: _Ahead | None = None
         # worker_id -> the attempt at which its last welcome was sent.
         self._attempts: dict[str, int] = {}
         self._published_s = self._now_s()
@@ -588,131 +619,58 @@ class Server:
 
     def _merge(self, worker_ids: tuple[str, ...], num_missing_heads: int) -> None:
         """Merge, and have the journal say so; then publish, at once or when the disk has room again."""
-        closed_s = self._now_s()
-        held = [self._held[worker_id] for worker_id in worker_ids]
-        self._held = {}
-        on_arrival = self.recipe.merges_on_arrival
+        closed_s, on_arrival = self._now_s(), self.recipe.merges_on_arrival
+        held, self._held = [self._held[worker_id] for worker_id in worker_ids], {}
         if not on_arrival:  # parts of what others send belong to the round that is over
             self._intake.clear()
         self._parked = {}
         self._gathering.clear()
-        version, contributions = self.version + 1, [received for received, _ in held]
-        num_merged = self._state.num_merged + len(held)
-        is_last = self.recipe.round_of(version, num_merged) >= self.recipe.train.rounds
-        incarnations = [message.incarnation for _, message in held]
-        # A round's contributions that are merged on arrival make so many versions at most.
-        most_versions = self.recipe.train.workers if on_arrival else 1
-        recent = version - self.recipe.server.remember_rounds * most_versions
-        absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
-        remain = sorted(absent.union(self._state.members, worker_ids))
+        version, num_merged = self.version + 1, self._state.num_merged + len(held)
         self._tokens += sum(message.tokens for _, message in held)
-        self._links.tell(
-            commit.Merge(
-                version=version,
-                incarnations=tuple(incarnations),
-                num_missing_heads=num_missing_heads,
-                remain=tuple(remain),
-                tokens=self._tokens,
-                is_last=is_last,
-            )
+        order = commit.Merge(
+            version=version,
+            incarnations=tuple(message.incarnation for _, message in held),
+            num_missing_heads=num_missing_heads,
+            remain=self._remaining(version, worker_ids),
+            tokens=self._tokens,
+            is_last=self.recipe.round_of(version, num_merged) >= self.recipe.train.rounds,
         )
+        self._links.tell(order)
         staleness = [self.version - message.version for _, message in held]
-        is_due = self._diagnosis.is_due(version)
+        is_diagnosed = self._diagnosis.is_due(version)
         outcome = self.master.merge(
-            contributions,
+            [received for received, _ in held],
             num_missing_heads,
             staleness=staleness if on_arrival else None,
-            keep_heads=is_due,
+            keep_heads=is_diagnosed,
         )
         merged_s = self._now_s()
-        self.master.enter(version)
-        before = self.master.requantize(last=is_last)
-        dense = self.master.publish_dense(last=is_last)
-        digests = self.master.base_digest(), self.master.master_digest()
-        requantized_s = self._now_s()
-        self.master.keep_only(remain)
-        prepared: list[commit.Prepared] = []
-
-        def decide() -> None:
-            """On disk everywhere else: from here on it is decided."""
-            nonlocal outcome, prepared
-            prepared = self._links.prepared()
-            outcome = assembly.outcome(outcome, prepared)
-            self._store.write(
-                Merged(
-                    version=version,
-                    incarnations=tuple(incarnations),
-                    num_missing_heads=num_missing_heads,
-                    remain=tuple(remain),
-                    tokens=self._tokens,
-                    master_digest=digests[1],
-                    base_digest=digests[0],
-                )
-            )
-            self._unpublished = publish
-
-        def publish() -> None:
-            journaled_s = self._now_s()
-            self._merged_in |= {message.worker_id: (version, message.incarnation) for _, message in held}
-            self._merged_in = {who: last for who, last in self._merged_in.items() if who in self._state.known}
-            base_digest, self._master_digest = digests
-            self._digests[version] = " ".join([base_digest, *(shard.base_digest for shard in prepared)])
-            round_before, told = self._round, dict(self._peers)
-            if on_arrival and not is_last:  # others hear of it when they are done with what they have
-                told = {who: peer for who, peer in told.items() if who in worker_ids}
-            peers = [] if on_arrival else list(told.values())
-            self._links.tell(commit.Publish(told=tuple(told)))
-            changed = self._publisher.publish(peers, before, dense, incarnations, base_digest)
-            published = self._links.published()
-            changed = assembly.changed(self.master, changed, published)
-            if on_arrival:
-                bases = {**self._state.told, **{message.worker_id: message.version for _, message in held}}
-                for who, peer in told.items():
-                    self._publisher.bring_up(peer, bases[who], self._merged_since(who, bases[who]))
-            wait_s, self._published_s = closed_s - self._published_s, self._now_s()
-            self._merged_s = self._published_s
-            for _, message in held:
-                self._roll.merged(message, self.recipe.in_round(version - 1).train.local_steps)
-            if self.recipe.compress.measure_entropy and not changes.is_reformatted(before, self.master.base):
-                pairs = ((before[name], now) for name, now in self.master.base.items())
-                changed["entropy_bytes"] = sum(changes.entropy_bytes(*pair) for pair in pairs)
-            self._happened(rounds.Merged())
-            needed = {version, *self._state.told.values()}
-            self._digests = {v: digest for v, digest in self._digests.items() if v in needed}
-            typical_loss = self._record_round(
-                [message for _, message in held],
-                len(told),
-                published,
-                **changed,
-                **(recovery.in_arrival(num_merged, staleness) if on_arrival else {}),
-                merge_in_steps=outcome.in_steps,
-                **self._held_down(worker_ids, outcome),
-                merge_s=requantized_s - closed_s,
-                requantize_s=requantized_s - merged_s,
-                journal_s=journaled_s - requantized_s,
-                pack_s=self._published_s - journaled_s,
-                wait_s=wait_s,
-            )
-            # From here on the workers train already, on the version that was just published.
-            if is_due:
-                self._diagnose(contributions, outcome, before)
-            self._look_back(round_before, typical_loss)
-
-        self._undecided = decide
+        advance = self.master.advance(version, order.remain, last=order.is_last)
+        self._ahead = _Ahead(
+            order=order,
+            held=held,
+            staleness=staleness,
+            is_diagnosed=is_diagnosed,
+            outcome=outcome,
+            advance=advance,
+            closed_s=closed_s,
+            merged_s=merged_s,
+            requantized_s=self._now_s(),
+        )
         self._publish_if_durable()
 
-    def _held_down(self, worker_ids: tuple[str, ...], outcome: Outcome) -> dict[str, Any]:
-        """What the records say of robust merging."""
-        if self.recipe.outer.bound_norm is None:
-            return {}
-        for what, worker_id, words in self._outliers.saw(worker_ids, outcome.bounded, outcome.trimmed):
-            self._event(what, words, worker_id=worker_id)
-        return outcome.held_down
+    def _remaining(self, version: int, worker_ids: Sequence[str]) -> tuple[str, ...]:
+        """Whose merged factors a version keeps: of those who contribute, are here, or were merged lately."""
+        # A round's contributions that are merged on arrival make so many versions at most.
+        most_versions = self.recipe.train.workers if self.recipe.merges_on_arrival else 1
+        recent = version - self.recipe.server.remember_rounds * most_versions
+        absent = {who for who, (merged_in, _) in self._merged_in.items() if merged_in > recent}
+        return tuple(sorted(absent.union(self._state.members, worker_ids)))
 
     @property
     def _is_ahead(self) -> bool:
         """Whether the master is ahead of what is published."""
-        return self._undecided is not None or self._unpublished is not None
+        return self._ahead is not None
 
     @property
     def _is_merging(self) -> bool:
@@ -725,13 +683,87 @@ class Server:
         return self._links.full | ({0} if self._store.is_full else set())
 
     def _publish_if_durable(self) -> None:
-        """Publish what was merged, if the journals hold it."""
-        if self._undecided and self._links.are_prepared:
-            decide, self._undecided = self._undecided, None
-            decide()
-        if self._unpublished and self._store.is_durable(f"version {self.version + 1} is published"):
-            publish, self._unpublished = self._unpublished, None
-            publish()
+        """Publish what was merged, if the journals hold it: all others' first, which decides it."""
+        if self._ahead and not self._ahead.is_decided and self._links.are_prepared:
+            self._ahead = ahead = self._ahead.decided(self._links.prepared())
+            self._store.write(ahead.order.journaled(ahead.advance.master_digest, ahead.advance.base_digest))
+        if (
+            self._ahead
+            and self._ahead.is_decided
+            and self._store.is_durable(f"version {self.version + 1} is published")
+        ):
+            ahead, self._ahead = self._ahead, None
+            self._publish(ahead)
+
+    def _publish(self, ahead: _Ahead) -> None:
+        """Tell workers of the next version, then the records, then see what is due."""
+        journaled_s, order, advance = self._now_s(), ahead.order, ahead.advance
+        merged_now = {m.worker_id: (order.version, m.incarnation) for m in ahead.messages}
+        still_known = self._merged_in | merged_now
+        self._merged_in = {who: last for who, last in still_known.items() if who in self._state.known}
+        self._master_digest = advance.master_digest
+        of_shards = (shard.base_digest for shard in ahead.prepared)
+        self._digests[order.version] = " ".join([advance.base_digest, *of_shards])
+        round_before, num_merged = self._round, self._state.num_merged + len(ahead.held)
+        num_told, changed, published = self._tell_update(ahead)
+        wait_s, self._published_s = ahead.closed_s - self._published_s, self._now_s()
+        self._merged_s = self._published_s
+        for message in ahead.messages:
+            self._roll.merged(message, self.recipe.in_round(order.version - 1).train.local_steps)
+        if self.recipe.compress.measure_entropy:
+            changed |= _entropy(advance.before, self.master.base)
+        self._happened(rounds.Merged())
+        needed = {order.version, *self._state.told.values()}
+        self._digests = {v: digest for v, digest in self._digests.items() if v in needed}
+        on_arrival = self.recipe.merges_on_arrival
+        typical_loss = self._record_round(
+            ahead.messages,
+            num_told,
+            published,
+            **changed,
+            **(recovery.in_arrival(num_merged, ahead.staleness) if on_arrival else {}),
+            merge_in_steps=ahead.outcome.in_steps,
+            **self._held_down(ahead),
+            merge_s=ahead.requantized_s - ahead.closed_s,
+            requantize_s=ahead.requantized_s - ahead.merged_s,
+            journal_s=journaled_s - ahead.requantized_s,
+            pack_s=self._published_s - journaled_s,
+            wait_s=wait_s,
+        )
+        # From here on the workers train already, on the version that was just published.
+        if ahead.is_diagnosed:
+            self._diagnose(ahead)
+        self._look_back(round_before, typical_loss)
+
+    def _tell_update(self, ahead: _Ahead) -> tuple[int, dict[str, float], list[commit.Published]]:
+        """Send the next version to those who are to have it now.
+
+        Returns:
+            How many these are; what of the base changed; and what the other shards published.
+        """
+        order, told = ahead.order, dict(self._peers)
+        on_arrival = self.recipe.merges_on_arrival
+        if on_arrival and not order.is_last:  # others hear of it when they are done with what they have
+            merged = {message.worker_id for message in ahead.messages}
+            told = {who: peer for who, peer in told.items() if who in merged}
+        self._links.tell(commit.Publish(told=tuple(told)))
+        peers = [] if on_arrival else list(told.values())
+        changed = self._publisher.publish(peers, ahead.advance, order.incarnations)
+        published = self._links.published()
+        if on_arrival:
+            bases = {**self._state.told, **{message.worker_id: message.version for message in ahead.messages}}
+            for who, peer in told.items():
+                self._publisher.bring_up(peer, bases[who], self._merged_since(who, bases[who]))
+        return len(told), assembly.changed(self.master, changed, published), published
+
+    def _held_down(self, ahead: _Ahead) -> dict[str, Any]:
+        """What the records say of robust merging."""
+        if self.recipe.outer.bound_norm is None:
+            return {}
+        worker_ids, outcome = tuple(message.worker_id for message in ahead.messages), ahead.outcome
+        for what, worker_id, words in self._outliers.saw(worker_ids, outcome.bounded, outcome.trimmed):
+            self._event(what, words, worker_id=worker_id)
+        return outcome.held_down
 
     def _keep(self, offered: Offered) -> None:
         """Hold a contribution, and write it ahead: it counts once a merge of it is in the journal."""
@@ -774,17 +806,15 @@ class Server:
         )
         return typical_loss
 
-    def _diagnose(
-        self, contributions: Sequence[Received], outcome: Outcome, before: Mapping[str, Quantized]
-    ) -> None:
+    def _diagnose(self, ahead: _Ahead) -> None:
         """Measure the round and record it, unless told to stop meanwhile. Before a checkpoint of it is
         written: a server that is started anew makes up for what is due since the last one."""
         line = self._diagnosis.measure(
             self.version,
             self._tokens,
-            contributions,
-            outcome.heads,
-            before,
+            [received for received, _ in ahead.held],
+            ahead.outcome.heads,
+            ahead.advance.before,
             last=self.finished,
             is_stopped=lambda: self._stop_reason is not None,
         )
@@ -997,7 +1027,8 @@ class Server:
     def _status(self) -> wire.Status:
         now_s, state, standing = self._watch.now_s(), self._state, self._tracker.standing
         silent_after_s = max(3 * self.recipe.heartbeat_s, self.recipe.server.silence_s / 3)
-        merging = [f"shard {shard}" for shard in self._links.unprepared if self._undecided]
+        is_undecided = self._ahead is not None and not self._ahead.is_decided
+        merging = [f"shard {shard}" for shard in self._links.unprepared if is_undecided]
         words = self._hindrance() or (
             f"merging at {', '.join(merging)}" if merging else in_words(state, now_s)
         )
@@ -1137,6 +1168,13 @@ def _edition(message: wire.Contribution) -> commit.Edition:
     return commit.Edition(
         message.worker_id, message.incarnation, message.version, message.stream, message.tokens
     )
+
+
+def _entropy(before: Mapping[str, Quantized], now: Mapping[str, Quantized]) -> dict[str, float]:
+    """`entropy_bytes`: the least that a change of the base can have (`compress.measure_entropy`)."""
+    if changes.is_reformatted(before, now):
+        return {}
+    return {"entropy_bytes": sum(changes.entropy_bytes(before[name], base) for name, base in now.items())}
 
 
 def _rules(recipe: Recipe) -> rounds.Rules:
