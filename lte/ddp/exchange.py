@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -40,6 +40,17 @@ class Exchange:
                 orthogonalization_epsilon=_EPSILON,
                 random_seed=recipe.run.seed % 2**32,
             )
+
+    def bucket_cap_mb(self, model: nn.Module, backend: str) -> float | None:
+        """Largest bucket of gradients, in MiB; None: torch's own.
+
+        PowerSGD's second and third all-reduce of a bucket are begun where the one before ended: with Gloo in
+        its threads, which on each worker mix those of several buckets in another order. With NCCL the
+        order is the stream's.
+        """
+        if self._powersgd is None or backend == "nccl":
+            return None
+        return 1 + sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 
     def register(self, model: DistributedDataParallel) -> None:
         """Have the model's gradients travel so."""

@@ -56,6 +56,7 @@ class Trainer:
         self._peak_rates = [float(of["lr"]) for of in self.optimizer.param_groups]
         if recipe.train.checkpoint_activations:
             recompute_activations(self.model, recipe.train.checkpoint_modules)
+        self.exchange = Exchange(recipe)
         with warnings.catch_warnings():
             # In 2.13 torch renames `broadcast_buffers`, but has no other name yet for what it means.
             warnings.simplefilter("ignore", FutureWarning)
@@ -63,8 +64,8 @@ class Trainer:
                 _Loss(self.model, self.task, recipe, group.device),
                 broadcast_buffers=False,
                 find_unused_parameters=recipe.ddp.find_unused,
+                bucket_cap_mb=self.exchange.bucket_cap_mb(self.model, group.backend),
             )
-        self.exchange = Exchange(recipe)
         self.exchange.register(self._parallel)
         self._rehearse()
 
