@@ -120,87 +120,12 @@ class Server:
             another run, or holds none where one must be resumed. ConfigError: the recipe's
             patterns do not fit the model.
         """
-        recipe = config.checked(recipe)
+        self.recipe = recipe = config.checked(recipe)
         self.folder = Path(recipe.run.dir)
+        self.stopped_by = 0
         self._resources = ExitStack()
         self._stop_reason: str | None = None
-        try:
-            self._links = Links(model, recipe, lambda: self._stop_reason is not None)
-            self._resources.callback(self._links.close)
-            self._endpoint = transport.bind(
-                recipe.server.address,
-                max_message_bytes=recipe.server.max_message_bytes,
-                insecure=recipe.server.insecure,
-                key=recipe.server.key,
-                allow=recipe.server.allow,
-            )
-            self._resources.callback(self._endpoint.close)
-            self.address = self._endpoint.address
-            claim = self._resources.enter_context(folder.claim(self.folder, recipe, take_over=take_over))
-            if announce:
-                announce(self.address)
-            torch.set_num_threads(1)  # the master shares layers out among threads of its own
-            self.recipe = recipe
-            model = (model if isinstance(model, nn.Module) else model()).eval()
-            self._names = assembly.names(model, recipe)
-            self.master = Master(model, recipe, self._names[0] if self._names else None)
-            self._model, self._whole, self._put_together = model, self.master, -1
-            self._evaluation = Evaluation(
-                model,
-                self._whole_master,
-                evaluate,
-                num_threads=recipe.server.num_threads,
-                is_stopped=lambda: self._stop_reason is not None,
-            )
-            # Raised before the journal is read: from here on nobody else adds to what counts of it.
-            self.generation = folder.next_generation(self.folder)
-            self.run_id = folder.run_id(self.folder)
-            self._diagnosis = Diagnosis(self.folder, self.master)
-            of_others = self._links.recover(self.generation, recipe.server.address)
-            found = recovery.recover(self.folder, self.master, diagnosis=self._diagnosis)
-            found.faults += [fault for other in of_others for fault in other.faults]
-            version = commit.agreed([found.progress.version, *(other.version for other in of_others)])
-            if found.progress.version != version:
-                raise RunError(
-                    f"{self.folder}: its shards lead to version {version}, its own journal to"
-                    f" {found.progress.version}; what is missing in them is damaged or was deleted"
-                )
-            of_bases = self._links.begin(version)
-            self._endpoint.watch(self._links.descriptors)
-            left_out = self._diagnosis.begin(found.progress.version)
-            (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
-            tracker = Tracker(self.folder, recipe, version=found.progress.version, display=display)
-            self._tracker = self._resources.enter_context(tracker)
-            self._store = Store(
-                self.folder,
-                self.generation,
-                config.to_dict(recipe),
-                keep=recipe.server.keep_checkpoints,
-                say=self._event,
-            )
-            self._resources.callback(self._store.close)
-            self._publisher = Publisher(
-                self._endpoint,
-                self.master,
-                recipe,
-                generation=self.generation,
-                version=found.progress.version,
-                num_merged=found.progress.num_merged,
-            )
-            self._complain = Complaints(self._event)
-            self._joins, self._outliers = Joins(recipe.server.max_workers), Outliers()
-            self._intake = Intake(self.master, recipe, self._outliers)
-            rise = recipe.server.diverging
-            self._train_losses, self._eval_losses = Divergence(rise, window=3), Divergence(rise, window=2)
-            # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
-            self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
-            self._take_up(found, of_bases)
-            if not self.address.startswith("inprocess://"):
-                posted.post(self.folder, self.address, recipe.server.host)
-            claim.started()
-        except BaseException:
-            self._resources.close()
-            raise
+        self._said = ""
         self._peers: dict[str, Peer] = {}
         # The contribution at hand, and with its bytes, until the rounds say whether it is kept; those kept.
         self._answered: wire.Contribution
@@ -209,7 +134,6 @@ class Server:
         self._ahead: _Ahead | None = None
         # worker_id -> the attempt at which its last welcome was sent.
         self._attempts: dict[str, int] = {}
-        self._published_s = self._now_s()
         self._merged_s: float | None = None
         # What is told to whoever asks how the run is; who does.
         self._roll, self._inquiries, self._asking = Roll(), Inquiries(), list[Peer]()
@@ -218,8 +142,23 @@ class Server:
         self._gathering = commit.Gathering(recipe.server.shards)
         self._parked: dict[str, tuple[Peer, Offered]] = {}
         self._refused: dict[str, commit.Edition] = {}
-        self.stopped_by = 0
-        self._said = ""
+        try:
+            claim = self._bind(model, take_over=take_over)
+            if announce:
+                announce(self.address)
+            torch.set_num_threads(1)  # the master shares layers out among threads of its own
+            self._build(model, evaluate)
+            found, of_bases = self._recover()
+            left_out = self._diagnosis.begin(found.progress.version)
+            self._open(found.progress, display=display)
+            self._take_up(found, of_bases)
+            if not self.address.startswith("inprocess://"):
+                posted.post(self.folder, self.address, recipe.server.host)
+            claim.started()
+        except BaseException:
+            self._resources.close()
+            raise
+        self._published_s = self._now_s()
         self._event(
             "started",
             f"generation {self.generation} of the server at {self.address}",
@@ -230,6 +169,90 @@ class Server:
             self._event("damaged", fault)
         if left_out:
             self._event("diagnostics", left_out)
+
+    def _bind(self, model: nn.Module | Callable[[], nn.Module], *, take_over: bool) -> folder.Claim:
+        """Start the other shards, bind the address, claim the folder."""
+        server = self.recipe.server
+        self._links = Links(model, self.recipe, lambda: self._stop_reason is not None)
+        self._resources.callback(self._links.close)
+        self._endpoint = transport.bind(
+            server.address,
+            max_message_bytes=server.max_message_bytes,
+            insecure=server.insecure,
+            key=server.key,
+            allow=server.allow,
+        )
+        self._resources.callback(self._endpoint.close)
+        self.address = self._endpoint.address
+        claim = folder.claim(self.folder, self.recipe, take_over=take_over)
+        return self._resources.enter_context(claim)
+
+    def _build(self, model: nn.Module | Callable[[], nn.Module], evaluate: Evaluate | None) -> None:
+        """Make the master, or this shard's part of it, and what measures it."""
+        model = (model if isinstance(model, nn.Module) else model()).eval()
+        self._names = assembly.names(model, self.recipe)
+        self.master = Master(model, self.recipe, self._names[0] if self._names else None)
+        self._model, self._whole, self._put_together = model, self.master, -1
+        self._evaluation = Evaluation(
+            model,
+            self._whole_master,
+            evaluate,
+            num_threads=self.recipe.server.num_threads,
+            is_stopped=lambda: self._stop_reason is not None,
+        )
+        self._diagnosis = Diagnosis(self.folder, self.master)
+
+    def _recover(self) -> tuple[recovery.Recovered, list[str]]:
+        """Find the version that this shard and the others lead to.
+
+        Returns:
+            What was recovered here, and the digests of the others' bases.
+        """
+        # Raised before the journal is read: from here on nobody else adds to what counts of it.
+        self.generation = folder.next_generation(self.folder)
+        self.run_id = folder.run_id(self.folder)
+        of_others = self._links.recover(self.generation, self.recipe.server.address)
+        found = recovery.recover(self.folder, self.master, diagnosis=self._diagnosis)
+        found.faults += [fault for other in of_others for fault in other.faults]
+        version = commit.agreed([found.progress.version, *(other.version for other in of_others)])
+        if found.progress.version != version:
+            raise RunError(
+                f"{self.folder}: its shards lead to version {version}, its own journal to"
+                f" {found.progress.version}; what is missing in them is damaged or was deleted"
+            )
+        of_bases = self._links.begin(version)
+        self._endpoint.watch(self._links.descriptors)
+        return found, of_bases
+
+    def _open(self, progress: Progress, *, display: bool) -> None:
+        """Open what is written to, sent by and checked with."""
+        recipe = self.recipe
+        (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
+        tracker = Tracker(self.folder, recipe, version=progress.version, display=display)
+        self._tracker = self._resources.enter_context(tracker)
+        self._store = Store(
+            self.folder,
+            self.generation,
+            config.to_dict(recipe),
+            keep=recipe.server.keep_checkpoints,
+            say=self._event,
+        )
+        self._resources.callback(self._store.close)
+        self._publisher = Publisher(
+            self._endpoint,
+            self.master,
+            recipe,
+            generation=self.generation,
+            version=progress.version,
+            num_merged=progress.num_merged,
+        )
+        self._complain = Complaints(self._event)
+        self._joins, self._outliers = Joins(recipe.server.max_workers), Outliers()
+        self._intake = Intake(self.master, recipe, self._outliers)
+        rise = recipe.server.diverging
+        self._train_losses, self._eval_losses = Divergence(rise, window=3), Divergence(rise, window=2)
+        # The rounds' clock: what passed while this server was stopped or busy is nobody's silence.
+        self._watch = Watch(min(_LONGEST_WAIT_S, recipe.server.silence_s / 2), self._now_s)
 
     def _take_up(self, found: recovery.Recovered, of_bases: Sequence[str]) -> None:
         """Go on from what was recovered: its records, its workers, a journal and checkpoint of its own."""
