@@ -9,13 +9,15 @@ Workers read 8 sequences of 128 tokens a step, or 16 images, and half of that wh
 tokens, or 64,000 images. Data-parallel training takes the same steps with the same total batch, and, at a
 quarter of the batch, four times as many.
 Every case has as many trials of its rate: from a first guess by factors of 2 until the best lies between two
-others, then between the best and its better neighbour. The winner of each method is run again with other
-seeds, which are paired: initial weights and data are the same for all cases.
+others, then between the best and its better neighbour; a best rate that is still the least or the largest
+tried is marked. The winner of each method is run again with other seeds, which are paired: initial weights
+and data are the same for all cases. The first seed is the one that rates were chosen by.
 
 Finished runs are written down in docs/convergence and not repeated, so a benchmark that takes days goes on
 where it was, on another machine, too; `--minutes` says for how long runs are begun. Loss, bytes and time of a
-row are of the same runs. The published model is compared with the fp32 weights of data-parallel training;
-their NF4 is beside them.
+row are of the same runs: means over the seeds. The published model is compared with the fp32 weights of
+data-parallel training; their NF4, of the same matrices as LTE's, is beside them. MB: what all workers send
+and receive, as the kernel counted it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ STEPS = 1000
 COMMON = ["schedule.final=0", "train.precision=bf16", "eval.every=0", "server.num_threads=2"]
 LOSSES = ("loss", "loss_master")
 """Of a run's last record: of the published model and of the master."""
-STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Two-sided 95 % quantiles of Student's t, by the number of paired seeds."""
 
 
@@ -111,6 +113,8 @@ def workers(num: int) -> tuple[str, ...]:
 
 
 NF4 = ("base.quant=nf4",)
+OF_BLOCKS = "lora.exclude=[output]"
+"""Heads on all matrices of the blocks, 92 % of the parameters, and these are what is quantized."""
 MUON = "optimizer.name=muon"
 DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
 """The rate that is swept is of the matrices; embedding, output and norms have what they have in LTE."""
@@ -119,8 +123,8 @@ DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
 def lte(
     local_steps: int, *more: str, rank: int = 128, num: int = 4, guess: float = 1.4e-3, method: str = ""
 ) -> Case:
-    """Heads on all matrices of the blocks, 92 % of the parameters; embedding and output are dense."""
-    shape = (f"lora.rank={rank}", "lora.exclude=[output]", *workers(num))
+    """Embedding and output are dense."""
+    shape = (f"lora.rank={rank}", OF_BLOCKS, *workers(num))
     settings = (*NF4, *shape, *steps(local_steps), *more)
     name = method or f"LTE T={local_steps}"
     return Case(name, "configs/quickstart.yaml", settings, "optimizer.lr", guess)
@@ -128,23 +132,24 @@ def lte(
 
 def full_rank(local_steps: int, *more: str, method: str = "") -> Case:
     """LTE with heads as large as their matrices: of it the quantized base and the int4 deltas are left."""
-    settings = (*NF4, "train.full_rank=true", "lora.exclude=[output]", *steps(local_steps), *workers(4))
+    settings = (*NF4, "train.full_rank=true", OF_BLOCKS, *steps(local_steps), *workers(4))
     name = method or f"LTE T={local_steps} full rank"
     own = (*settings, *DENSE_MUON, *more)
     return Case(name, "configs/quickstart.yaml", own, "optimizer.dense_lr", 1.6e-2)
 
 
-def outer(lr: float, momentum: float, local_steps: int, guess: float, *more: str) -> Case:
+def outer(
+    lr: float, momentum: float, local_steps: int, guess: float, *more: str, method: str = "DiLoCo"
+) -> Case:
     settings = (*steps(local_steps), f"outer.lr={lr:g}", f"outer.momentum={momentum:g}", *more)
-    return Case(
-        f"DiLoCo T={local_steps}", "configs/methods/diloco.yaml", settings, "optimizer.dense_lr", guess
-    )
+    name = f"{method} T={local_steps}"
+    return Case(name, "configs/methods/diloco.yaml", settings, "optimizer.dense_lr", guess)
 
 
 def ddp(
     *more: str, guess: float = 4e-3, method: str = "DDP", recipe: str = "ddp", total: int = STEPS
 ) -> Case:
-    settings = (*steps(10, total), *more)
+    settings = (OF_BLOCKS, *steps(10, total), *more)
     return Case(method, f"configs/methods/{recipe}.yaml", settings, "optimizer.dense_lr", guess)
 
 
@@ -163,21 +168,26 @@ CASES: dict[str, Case] = {
     "LTE T=10 Muon r=128, no hysteresis": lte(10, MUON, "base.hysteresis=0"),
     "LTE T=10 Muon r=128, base int8": lte(10, MUON, "base.quant=int8", method="LTE T=10 int8"),
     "LTE T=10 Muon r=128, base int8, T=5 from 80": lte(
-        10, MUON, "base.quant=int8", "train.rounds=120", FEWER_STEPS, method="LTE T=10 int8"
+        10, MUON, "base.quant=int8", "train.rounds=120", FEWER_STEPS, method="LTE T=10 int8, then 5"
     ),
-    "LTE T=10 Muon r=64, base int8": lte(10, MUON, "base.quant=int8", rank=64, method="LTE T=10 int8"),
+    "LTE T=10 Muon r=64, base int8": lte(10, MUON, "base.quant=int8", rank=64, method="LTE T=10 int8 r=64"),
     "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, int8_from(80)),
     "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, int8_from(80), rank=64, method="LTE T=10 r=64"),
     "LTE T=10 Muon full rank": full_rank(10),
-    "LTE T=10 Muon full rank, int8": full_rank(10, "base.quant=int8", method="LTE T=10 int8"),
+    "LTE T=10 Muon full rank, int8": full_rank(10, "base.quant=int8", method="LTE T=10 int8 full rank"),
     "LTE T=10 Muon r=32": lte(10, MUON, rank=32, guess=1e-3, method="LTE T=10 r=32"),
     "LTE T=10 AdamW r=128": lte(10, "optimizer.name=adamw", guess=1e-3, method="LTE T=10 AdamW"),
+    "DDP AdamW beta1=0.7": ddp("optimizer.beta1=0.7"),
+    "DDP, batch / 4, Muon": ddp(
+        "train.batch_size=2", *DENSE_MUON, method="DDP Muon batch / 4", total=4 * STEPS, guess=4e-3
+    ),
     "DDP, batch / 4, AdamW": ddp("train.batch_size=2", method="DDP batch / 4", total=4 * STEPS, guess=2e-3),
     "DiLoCo T=10 0.7/0.9": outer(0.7, 0.9, 10, 1e-3),
     "DiLoCo T=10 0.7/0.5": outer(0.7, 0.5, 10, 2e-3),
-    "local SGD T=10": outer(1.0, 0.0, 10, 4e-3),
-    "local SGD T=10 Muon": outer(1.0, 0.0, 10, 1.6e-2, *DENSE_MUON),
-    "local SGD T=20 Muon": outer(1.0, 0.0, 20, 1.6e-2, *DENSE_MUON),
+    "DiLoCo T=10 0.7/0.5 Muon": outer(0.7, 0.5, 10, 8e-3, *DENSE_MUON, method="DiLoCo Muon"),
+    "local SGD T=10": outer(1.0, 0.0, 10, 4e-3, method="local SGD"),
+    "local SGD T=10 Muon": outer(1.0, 0.0, 10, 1.6e-2, *DENSE_MUON, method="local SGD Muon"),
+    "local SGD T=20 Muon": outer(1.0, 0.0, 20, 1.6e-2, *DENSE_MUON, method="local SGD Muon"),
     "DiLoCo T=50 0.7/0.9": outer(0.7, 0.9, 50, 2e-3),
     "LTE T=5 Muon": lte(5, MUON),
     "LTE T=5 Muon, int8 from 160": lte(5, MUON, int8_from(160)),
@@ -186,7 +196,9 @@ CASES: dict[str, Case] = {
     "LTE T=50 Muon r=128, base int8": lte(50, MUON, "base.quant=int8", method="LTE T=50 int8"),
     "LTE T=10 Muon N=8": lte(10, MUON, num=8, method="LTE T=10 N=8"),
     "LTE T=10 Muon N=8, base int8": lte(10, MUON, "base.quant=int8", num=8, method="LTE T=10 N=8 int8"),
-    "ReLoRA": Case("ReLoRA", "configs/methods/relora.yaml", ("train.rounds=20",), "optimizer.lr", 1e-3),
+    "ReLoRA": Case(
+        "ReLoRA", "configs/methods/relora.yaml", ("train.rounds=20", OF_BLOCKS), "optimizer.lr", 1e-3
+    ),
     "PowerSGD r=4": ddp(method="PowerSGD", recipe="powersgd"),
 }
 
@@ -282,11 +294,15 @@ class Runs:
                 continue
             same = {seed: done for seed in range(num_seeds) if (done := self.finished(name, rate, seed))}
             losses = [mean(done[key] for done in same.values()) for key in LOSSES]
-            done = same[0]
-            cells = [name, ", ".join(f"{rate:g}" for rate in sorted(self.trials(name))), f"{rate:g}"]
+            tried = sorted(self.trials(name))
+            edge = " (an edge)" if rate in (tried[0], tried[-1]) else ""
+            cells = [name, ", ".join(f"{rate:g}" for rate in tried), f"{rate:g}{edge}"]
             cells += [*(f"{loss:.4f}" for loss in losses), str(len(same))]
             compared = [text for other in REFERENCES for text in self._against(same, other)]
-            row([*cells, *compared, f"{done.get('bytes', 0) / 1e6:,.0f}", done.get("time_s", "")])
+            num_bytes, time_s = (
+                _mean([done.get(key) for done in same.values()]) for key in ("bytes", "time_s")
+            )
+            row([*cells, *compared, f"{num_bytes / 1e6:,.0f}", f"{time_s:.0f}" if time_s else ""])
 
     def _against(self, same: dict[int, dict[str, Any]], name: str) -> tuple[str, str]:
         """The published loss over that of a data-parallel case's fp32 weights, by pairs of seeds, and its
@@ -303,6 +319,12 @@ class Runs:
             return (f"{excess[0]:+.2f} %" if excess else ""), ""
         half = STUDENT_95[len(excess)] * stdev(excess) / math.sqrt(len(excess))
         return f"{mean(excess):+.2f} %", f"± {half:.2f}"
+
+
+def _mean(numbers: list[float | None]) -> float:
+    """Of those that are known; 0 of none."""
+    known = [number for number in numbers if number is not None]
+    return mean(known) if known else 0.0
 
 
 def diverged(folder: Path) -> bool:
@@ -331,7 +353,7 @@ def main() -> None:
     parser.add_argument("--valid", help="validation text (default: the last tenth of the text)")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--trials", type=int, default=4, help="rates tried of each case")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, choices=range(1, max(STUDENT_95) + 1), default=3)
     parser.add_argument("--minutes", type=float, default=math.inf, help="for how long runs are begun")
     arguments = parser.parse_args()
     if Path(arguments.data).is_dir():
