@@ -255,7 +255,11 @@ class LoRA:
         "heads draw A independently; or disjoint: they share out one orthogonal matrix; or shared: all draw"
         " the same one",
     )
-    rotate_every: Count = _doc(1, "merges between rotations of a rotating A")
+    rotate_every: Count = _doc(
+        1,
+        "merges between rotations of a rotating A; what compression has left out by then is kept only as far as"
+        " the new A can hold it",
+    )
     moments: Literal["keep", "transport", "clear", "prune-magnitude", "prune-random"] = _doc(
         "clear",
         "optimizer moments of a head whose A was redrawn: kept, carried over, cleared; or a share of them"

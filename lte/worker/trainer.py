@@ -622,9 +622,12 @@ class Trainer:
             sent_B, moved, A_now = sent_B.cpu(), (module.lora_A - then).cpu(), module.lora_A.cpu()
             kept = factors.refit(sent_B, moved, A_now)
             module.lora_B.add_(kept.to(module.lora_B.device))
-            left_out, _ = factors.lost(sent_B, moved, kept, A_now)
-            _, total = factors.lost(sent_B, then.cpu(), sent_B, then.cpu())
-            self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
+            self._lose(factors.lost(sent_B, moved, kept, A_now)[0], sent_B, then.cpu())
+
+    def _lose(self, left_out: float, sent_B: Tensor, sent_A: Tensor) -> None:
+        """Count the squared norm of what a merge of sent_B sent_A leaves that the heads cannot hold."""
+        total = factors.lost(sent_B, sent_A, sent_B, sent_A)[1]
+        self._lost_ahead = (self._lost_ahead[0] + left_out, self._lost_ahead[1] + total)
 
     def _draw_now(self) -> int:
         """Which draw of A belongs to the version at hand: the same on all workers that hold it, also on late
@@ -641,10 +644,16 @@ class Trainer:
                 self._redraw()
 
     def _redraw(self) -> None:
-        """New A, and with the optimizer's moments what `lora.moments` says."""
+        """New A, and with the optimizer's moments what `lora.moments` says. What B owes by the old A, which
+        compression left out of what was sent, it keeps as far as the rows of the new one can hold it."""
         lora, seed = self.recipe.lora, self.recipe.run.seed
         for name, module in self.modules.items():
             new_A = draw_A(name, module, lora, seed=seed, first_head=self.first_head, draw=self.draw)
+            if bool(module.lora_B.any()):
+                owed_B, old_A = module.lora_B.cpu(), module.lora_A.cpu()
+                new_B = factors.refit(owed_B, old_A, new_A)
+                self._lose(factors.lost(owed_B, old_A, new_B, new_A)[0], self._sent[name + B], old_A)
+                module.lora_B.copy_(new_B)
             new_A = new_A.to(module.lora_A.device)
             if lora.moments == "transport":
                 for head in range(module.heads):
