@@ -622,3 +622,46 @@ def test_faults_of_one_setting_and_of_several_are_reported_together() -> None:
         "train.rouns",
         "train.workers",
     ]
+
+
+STEPS = {"train.local_steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optimizer.momentum": 0.9, "optimizer.name": "adamw"}, ["optimizer.momentum=0.9"]),
+        ({"optimizer.muon_momentum": 0.1, "optimizer.name": "adamw"}, ["optimizer.muon_momentum=0.1"]),
+        ({"optimizer.adamw_lr": 0.1, "optimizer.name": "sgd"}, ["optimizer.adamw_lr=0.1"]),
+        ({"optimizer.beta1": 0.7, "optimizer.name": "sgd"}, ["optimizer.beta1=0.7"]),
+        ({"optimizer.beta1": 0.7, "optimizer.name": "muon"}, []),
+        ({"optimizer.lr_A": 0.1, "lora.A": "frozen"}, ["optimizer.lr_A=0.1"]),
+        ({"optimizer.lr_A": 0.1, "lora.A": "trained"}, []),
+        ({"schedule.decay_share": 0.5}, ["schedule.decay_share=0.5"]),
+        ({"schedule.decay_share": 0.5, "schedule.name": "wsd"}, []),
+        ({"schedule.restart_rounds": 2}, ["schedule.restart_rounds=2"]),
+        ({"schedule.final": 0.5, "schedule.name": "constant"}, ["schedule.final=0.5"]),
+        (
+            {"schedule.warmup_steps": 7, "train.rounds": 1, "train.local_steps": 7},
+            ["schedule.warmup_steps=7"],
+        ),
+        ({"schedule.warmup_steps": 6, "train.rounds": 1, "train.local_steps": 7}, []),
+        ({"ddp.hook": "powersgd"}, ["ddp.hook=powersgd"]),
+        ({"train.method": "ddp", "log.diagnostics_every": 1}, ["log.diagnostics_every=1"]),
+        ({"lora.modules": [], "outer.weight_decay": 0.1}, ["outer.weight_decay=0.1"]),
+        ({"train.full_rank": True, "lora.dropout": 0.1}, ["lora.dropout=0.1"]),
+        (
+            {
+                "train.full_rank": True,
+                "lora.dropout": 0.1,
+                "train.rounds": 4,
+                "train.phases": [{"from_round": 2, "full_rank": False}],
+            },
+            [],
+        ),
+        ({"lora.rotate_every": 3}, ["lora.rotate_every=3"]),
+    ],
+)
+def test_settings_without_effect_are_told(changes: dict[str, object], said: list[str]) -> None:
+    lines = config.idle(config.replace(Recipe(), **changes))
+    assert [line.split()[0].rstrip(":") for line in lines] == said

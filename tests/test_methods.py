@@ -465,6 +465,55 @@ def test_relora_is_relora(moments: str) -> None:
                     assert kept.any() and not kept.all()
 
 
+def test_relora_after_a_warm_start() -> None:
+    """A round of full rank, then two of ReLoRA: of plain AdamW on the weights, then of a loop that goes on
+    with the dense parameters' moments, and has factors and moments of its own after each merge."""
+    phases = [
+        {"from_round": 0, "full_rank": True, "merge": "reset-b"},
+        {"from_round": 1, "full_rank": False, "merge": "reset"},
+    ]
+    own = {"lora.moments": "prune-magnitude", "train.phases": phases, "schedule.join_warmup_steps": 0}
+    simulation = Simulation(net(), recipe(**RELORA, **own), 1)
+    trainer = simulation.trainers[0]
+    naive = NaiveLoRA(net(), {name: torch.zeros(1, 1, 1) for name in ("up", "down")}, torch.float32)
+    naive.A, naive.B = {}, {}
+    naive.W = {name: nn.Parameter(W) for name, W in naive.W.items()}
+    weights = {"params": list(naive.W.values()), "lr": 0.01}
+    settings = {"betas": (0.9, 0.95), "eps": 1e-2, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([weights, *naive.groups(0.02, 0.01)[1:]], **settings)
+    naive.weight = lambda name: naive.W[name] if not naive.B else NaiveLoRA.weight(naive, name)
+    for step in range(18):
+        (((batch,),),) = ([[b]] for b in batches(1, 1, seed=step)[0])
+        for group in optimizer.param_groups:
+            peak = 0.02 if any(p is A for p in group["params"] for A in naive.A.values()) else 0.01
+            group["lr"] = peak * jagged(step, 24, 6, 2, 3, 0.1)
+        loss = naive.loss(batch)
+        assert mse(trainer.model, batch).item() == pytest.approx(loss.item(), abs=1e-5)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        simulation.local_steps(mse, [[batch]])
+        if step % 6 < 5:
+            continue
+        simulation.merge()
+        assert distance(simulation, naive, "master") < 2e-5
+        W = {name: naive.weight(name).detach() for name in naive.W}
+        before, naive.W = (naive.A, naive.B), W
+        naive.A = {name: nn.Parameter(A) for name, A in starts(simulation).items()}
+        naive.B = {
+            name: nn.Parameter(torch.zeros(A.shape[0], len(W[name]), A.shape[1]))
+            for name, A in naive.A.items()
+        }
+        states = {p: optimizer.state[p] for p in naive.dense.values()}
+        for olds, news in zip(before, (naive.A, naive.B), strict=True):
+            for name, old in olds.items():
+                states[news[name]] = state = optimizer.state[old]
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    state[kind].mul_(state[kind].abs() > torch.quantile(state[kind].abs().flatten(), 0.6))
+        optimizer = torch.optim.AdamW(naive.groups(0.02, 0.01), **settings)
+        optimizer.state.update(states)
+
+
 def test_what_is_pruned_at_random_is_a_function_of_the_seed() -> None:
     """A worker that is started again prunes the same, and no two heads or moments at the same places."""
     settings = {"lora.moments": "prune-random", "lora.heads": 2}
@@ -492,6 +541,10 @@ def test_what_is_pruned_at_random_is_a_function_of_the_seed() -> None:
         (
             {"lora.moments": "prune-random", "lora.prune": 0.9, "lora.merge": "reset-b"},
             "lora.moments: prune-random needs merges that redraw A",
+        ),
+        (
+            {"outer.when": "arrival", "outer.weights": "tokens"},
+            "outer.weights: tokens compares contributions that are merged together",
         ),
         (
             {"lora.moments": "prune-magnitude", "lora.prune": 0.9, "optimizer.name": "adamw8bit"},

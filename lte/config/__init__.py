@@ -4,6 +4,7 @@ Unknown keys and impossible values are reported together.
 """
 
 from lte.config.describe import describe
+from lte.config.idle import idle
 from lte.config.read import checked, differences, from_dict, load, replace, to_dict, to_yaml
 from lte.config.recipe import (
     DDP,
@@ -53,6 +54,7 @@ __all__ = [
     "describe",
     "differences",
     "from_dict",
+    "idle",
     "load",
     "replace",
     "to_dict",

@@ -257,8 +257,8 @@ class LoRA:
     )
     rotate_every: Count = _doc(
         1,
-        "merges between rotations of a rotating A; what compression has left out by then is kept only as far as"
-        " the new A can hold it",
+        "merges between rotations of a rotating A; what compression has left out by then is kept only as far"
+        " as the new A can hold it",
     )
     moments: Literal["keep", "transport", "clear", "prune-magnitude", "prune-random"] = _doc(
         "clear",

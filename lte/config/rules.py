@@ -83,6 +83,7 @@ def _faults(recipe: Recipe) -> list[str]:
     most_rank = max([lora.rank, *(override.rank or 0 for override in lora.overrides)])
     most_of_run = max(most_rank, recipe.as_built.lora.rank)
     most_drawn = max(lora.nested_ranks, default=most_rank)
+    merges = {lora.merge, *(phase.merge for phase in train.phases)}
     undivided = _undivided(recipe)
     pieces = lora.num_slices * train.accumulate
     rules = [
@@ -245,9 +246,9 @@ def _faults(recipe: Recipe) -> list[str]:
             " other",
         ),
         (
-            not lora.moments.startswith("prune") or lora.merge == "reset" or lora.A == "rotating",
+            not lora.moments.startswith("prune") or "reset" in merges or lora.A == "rotating",
             f"lora.moments: {lora.moments} needs merges that redraw A, lora.merge = reset (or lora.A ="
-            " rotating)",
+            " rotating), in some rounds",
         ),
         (
             lora.moments in ("keep", "clear") or "8bit" not in recipe.optimizer.name,
@@ -362,6 +363,11 @@ def _faults(recipe: Recipe) -> list[str]:
         (
             outer.when == "round" or outer.name != "adam",
             "outer.name: adam, which moves by its rate however small a delta is, needs outer.when = round",
+        ),
+        (
+            outer.when == "round" or outer.weights == "heads" or recipe.server.quorum > 1,
+            "outer.weights: tokens compares contributions that are merged together; with outer.when = arrival"
+            " it needs server.quorum = 2 or more",
         ),
         (
             outer.when == "round" or not train.phases,

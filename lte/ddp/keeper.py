@@ -82,6 +82,8 @@ class Keeper:
             num_parameters=plan.num_parameters,
             num_adapted_parameters=0,
         )
+        for line in config.idle(self.recipe):
+            self._event("idle", line)
         self._tracker.alive(place.size)
         return self
 

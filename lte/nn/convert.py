@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +35,10 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "int8", *,
         ConfigError: impossible settings, a pattern that matches nothing, or a model that is converted.
     """
     lora = lora or LoRA()
-    # Who will step these heads is not known here: AdamW may step all of them.
+    # Who will step these heads is not known here: AdamW may step all of them. Nor is what merges of other
+    # rounds will make of its moments.
     settings = Recipe(
-        lora=lora,
+        lora=replace(lora, moments="clear", prune=None),
         base=Base(quant=base),
         train=Train(batch_size=lora.heads, workers=1),
         optimizer=Optimizer(name="adamw"),

@@ -165,6 +165,8 @@ class Server:
             num_parameters=self.master.built.num_parameters,
             num_adapted_parameters=self.master.built.num_adapted_parameters,
         )
+        for line in config.idle(recipe):
+            self._event("idle", line)
         for fault in found.faults:
             self._event("damaged", fault)
         if left_out:
