@@ -120,6 +120,9 @@ DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
 """The rate that is swept is of the matrices; embedding, output and norms have what they have in LTE."""
 
 
+SHORTER = "optimizer.muon_momentum=0.85"
+
+
 def lte(
     local_steps: int, *more: str, rank: int = 128, num: int = 4, guess: float = 1.4e-3, method: str = ""
 ) -> Case:
@@ -178,6 +181,11 @@ CASES: dict[str, Case] = {
     "LTE T=10 Muon r=32": lte(10, MUON, rank=32, guess=1e-3, method="LTE T=10 r=32"),
     "LTE T=10 AdamW r=128": lte(10, "optimizer.name=adamw", guess=1e-3, method="LTE T=10 AdamW"),
     "DDP AdamW beta1=0.7": ddp("optimizer.beta1=0.7"),
+    "DDP AdamW beta1=0.5": ddp("optimizer.beta1=0.5"),
+    "DDP Muon, momentum 0.85": ddp(*DENSE_MUON, SHORTER, method="DDP Muon", guess=8e-3),
+    "LTE T=10 Muon r=128, base int8, momentum 0.85": lte(
+        10, MUON, "base.quant=int8", SHORTER, guess=7e-4, method="LTE T=10 int8"
+    ),
     "DDP, batch / 4, Muon": ddp(
         "train.batch_size=2", *DENSE_MUON, method="DDP Muon batch / 4", total=4 * STEPS, guess=4e-3
     ),
