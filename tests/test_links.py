@@ -9,6 +9,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from lte import config
 from lte.config import Recipe
@@ -84,7 +86,7 @@ def test_a_server_that_is_told_to_stop_gives_up_what_it_would_evaluate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What comes of it later is nobody's."""
-    late = commit.State(tensors=b""), commit.Happened(what="disk", message="full")
+    late = commit.State(tensors=b"", is_last=True), commit.Happened(what="disk", message="full")
     found = links(monkeypatch, tmp_path, answers(*late), is_stopped=True)
     (end,) = found._ends
     found._ends = [LooksFirst(end, 1)]  # type: ignore[list-item]
@@ -95,6 +97,30 @@ def test_a_server_that_is_told_to_stop_gives_up_what_it_would_evaluate(
         found.listen()
     assert list(found.heard) == [(1, late[1])]
     found.close()
+
+
+def test_a_state_comes_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tensors = {"master:a": torch.ones(3), "master:b": torch.zeros(2, 2), "base:a": torch.arange(4)}
+    parts = commit.in_parts({name: tensor.nbytes for name, tensor in tensors.items()}, 28)
+    assert parts == [["master:a", "master:b"], ["base:a"]]
+    reports = [
+        commit.State(tensors=save({name: tensors[name] for name in names}), is_last=names is parts[-1])
+        for names in parts
+    ]
+    found = links(monkeypatch, tmp_path, answers(*reports))
+    (state,) = found.states()
+    found.close()
+    met = {f"{group}:{name}": tensor for group, named in state.items() for name, tensor in named.items()}
+    assert met.keys() == tensors.keys()
+    assert all(torch.equal(met[name], tensors[name]) for name in met)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [({}, [[]]), ({"a": 9}, [["a"]]), ({"a": 1, "b": 9, "c": 2, "d": 2}, [["a"], ["b"], ["c", "d"]])],
+)
+def test_parts_have_at_most_so_many_bytes(sizes: dict[str, int], parts: list[list[str]]) -> None:
+    assert commit.in_parts(sizes, 4) == parts
 
 
 def test_a_holder_that_hangs_ends_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ No socket, disk or clock is in here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -144,7 +144,7 @@ class Save(Word, frozen=True, kw_only=True):
 
 
 class Tell(Word, frozen=True, kw_only=True):
-    """Send master and base of this part, for an evaluation: a `State`."""
+    """Send master and base of this part, for an evaluation: in `State`s."""
 
 
 class Ping(Word, frozen=True, kw_only=True):
@@ -216,9 +216,10 @@ class Saved(Word, frozen=True, kw_only=True):
 
 
 class State(Word, frozen=True, kw_only=True):
-    """Tensors in safetensors' format, `GROUP:NAME`."""
+    """Some of the tensors that were asked for, `GROUP:NAME`, in safetensors' format. `is_last`: the rest."""
 
     tensors: bytes
+    is_last: bool
 
 
 class Pong(Word, frozen=True, kw_only=True):
@@ -274,6 +275,20 @@ def report_of(data: bytes) -> Report:
     """What a holder says, for its coordinator."""
     report: Report = _REPORTS.decode(data)
     return report
+
+
+def in_parts(sizes: Mapping[str, int], most_bytes: int) -> list[list[str]]:
+    """Names in their order, in as many parts as it takes for each to have at most so many bytes: one message
+    has less than 4 GiB. What has more by itself is a part by itself; of nothing there is one part."""
+    parts: list[list[str]] = [[]]
+    left = most_bytes
+    for name, num_bytes in sizes.items():
+        if num_bytes > left and parts[-1]:
+            parts.append([])
+            left = most_bytes
+        parts[-1].append(name)
+        left -= num_bytes
+    return parts
 
 
 def agreed(versions: Iterable[int]) -> int:

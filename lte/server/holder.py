@@ -34,6 +34,8 @@ from lte.server.store import Store
 from lte.server.watch import Outliers
 from lte.transport import Frames, Peer
 
+_STATE_BYTES = 1 << 28
+"""Of one message of master and base, but for larger tensors."""
 _LONGEST_WAIT_S = 1.0
 """How often a holder whose disk is full tries again."""
 
@@ -217,7 +219,7 @@ class Holder:
             case commit.Save():
                 self._store.save_meanwhile(self._progress, self.master.state())
             case commit.Tell():
-                self._report(commit.State(tensors=self._state()))
+                self._tell_state()
             case commit.Ping():
                 self._report(commit.Pong(is_full=self._store.is_full))
 
@@ -280,14 +282,19 @@ class Holder:
         else:
             self._whole[worker_id] = self._published_whole
 
-    def _state(self) -> bytes:
+    def _tell_state(self) -> None:
+        """Send master and base."""
         groups = self.master.state()
         tensors = {
-            f"{group}:{name}": tensor.contiguous()
+            f"{group}:{name}": tensor
             for group in ("master", "base", "constants", "ema")
             for name, tensor in groups.get(group, {}).items()
         }
-        return save({name: tensor.clone() for name, tensor in tensors.items()})
+        parts = commit.in_parts({name: tensor.nbytes for name, tensor in tensors.items()}, _STATE_BYTES)
+        for number, names in enumerate(parts, 1):
+            # Copies: safetensors refuses tensors that share memory.
+            part = save({name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names})
+            self._report(commit.State(tensors=part, is_last=number == len(parts)))
 
     # Workers
 

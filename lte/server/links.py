@@ -165,14 +165,19 @@ class Links:
         Raises:
             StoppedError: the server was told to stop; these may be given up, unlike what is to be on disk.
         """
-        states: list[dict[str, dict[str, Tensor]]] = []
-        for report in self._ask_all(commit.State, commit.Tell()):
-            groups: dict[str, dict[str, Tensor]] = {}
+        self.tell(commit.Tell())
+        return [self._state(shard) for shard in range(1, self.num + 1)]
+
+    def _state(self, shard: int) -> dict[str, dict[str, Tensor]]:
+        groups: dict[str, dict[str, Tensor]] = {}
+        is_last = False
+        while not is_last:
+            report = self._answer(shard, commit.State)
             for key, tensor in load(report.tensors).items():
                 group, _, name = key.partition(":")
                 groups.setdefault(group, {})[name] = tensor
-            states.append(groups)
-        return states
+            is_last = report.is_last
+        return groups
 
     def listen(self) -> None:
         """Add what they have said to `heard`, and have those who said nothing lately give a sign of life.
