@@ -198,6 +198,11 @@ class Trainer:
         if self._own_steps is not None:
             self._own_steps += 1
 
+    def without_gradient(self) -> list[str]:
+        """The modules whose heads the local step at hand does not train: nothing that its loss is made of
+        computed with them."""
+        return [name for name, module in self.modules.items() if module.lora_B.grad is None]
+
     def _seed_dropout(self) -> None:
         """Choose the masks of the next forward pass."""
         draws.seed_dropout(
