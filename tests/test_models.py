@@ -187,7 +187,7 @@ def test_every_parameter_has_its_place(name: str) -> None:
 
 
 def test_a_weight_that_transformers_reads_is_trained() -> None:
-    """Mamba multiplies with `dt_proj.weight`: with B = 0 the gradient of B is s G A^T of the plain one's G."""
+    """Mamba multiplies with `dt_proj.weight`: with B = 0 the gradient of B is s G A^T, G the plain one's."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     settings = Model(name="transformers", architecture="mamba", config=small, vocab_size=TOKENS)

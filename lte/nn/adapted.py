@@ -49,9 +49,9 @@ class _Unsliced(torch.autograd.Function):
         spec, heads = ctx.adapted.spec, ctx.adapted.heads
         raise ConfigError(
             [
-                f"{spec.name}: this model computes with {spec.parameter} itself, not by calling the module, so"
-                f" that {heads} heads cannot have a part of the batch each; name it in lora.exclude, or set"
-                " lora.heads=1"
+                f"{spec.name}: this model computes with {spec.parameter} itself, not by calling the module,"
+                f" so that {heads} heads cannot have a part of the batch each; name it in lora.exclude, or"
+                " set lora.heads=1"
             ]
         )
 
