@@ -109,7 +109,7 @@ def test_what_it_takes_is_what_nn_embedding_takes() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(tokens).dtype == F.embedding(tokens, whole).dtype == torch.float32
     assert (layer.num_embeddings, layer.embedding_dim) == (ROWS, 64)
-    with pytest.raises(ValueError, match="a batch of 3 cannot be cut into 2 equal slices"):
+    with pytest.raises(ConfigError, match="a batch of 3 cannot be cut into 2 equal slices"):
         adapted_table(64, "nf4", heads=2)(torch.zeros(3, 2, dtype=torch.long))
 
 

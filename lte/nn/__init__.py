@@ -7,6 +7,7 @@ from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
 from lte.nn.division import divide, part_of
 from lte.nn.embedding import LoRAEmbedding
+from lte.nn.isolation import watch_slices
 from lte.nn.linear import LoRALinear
 from lte.nn.plan import (
     Plan,
@@ -52,4 +53,5 @@ __all__ = [
     "recompute_activations",
     "statistics",
     "to_matrix",
+    "watch_slices",
 ]

@@ -59,9 +59,9 @@ class _Unsliced(torch.autograd.Function):
 class Adapted(nn.Module):
     """A weight (out, in) as deq(Q) + s (B A - B' A'); subclasses say what is computed with it.
 
-    With H > 1 heads the first dimension of the input is cut into H equal slices, one head each; the
-    loss is taken to be a mean over that dimension. Or all heads see the whole of it, and add 1 / H each:
-    then they compute as one head of rank H r, and have its masks of dropout.
+    With H > 1 heads the first dimension of the input, which is to be the batch (see `isolation`), is cut into
+    H equal slices, one head each; the loss is taken to be a mean over that dimension. Or all heads see the
+    whole of it, and add 1 / H each: then they compute as one head of rank H r, and have its masks of dropout.
 
     In `eval()` mode the heads are left out, which gives the published model, unless they are never
     merged: then they are a part of it.
@@ -210,9 +210,13 @@ class Adapted(nn.Module):
         if self.num_slices == 1:
             return batch.unsqueeze(0)
         if batch.shape[0] % self.heads:
-            raise ValueError(
-                f"a batch of {batch.shape[0]} cannot be cut into {self.heads} equal slices, one a head; what"
-                " sees no batch, as position embeddings, takes one head alone: name it in lora.exclude"
+            raise ConfigError(
+                [
+                    f"{self.spec.name}: a batch of {batch.shape[0]} cannot be cut into {self.heads} equal"
+                    " slices, one a head; what sees no batch, as position embeddings, or rows gathered from"
+                    " all samples, as experts, takes one head alone: name it in lora.exclude, or set"
+                    " lora.heads=1"
+                ]
             )
         return batch.reshape(self.heads, batch.shape[0] // self.heads, *batch.shape[1:])
 

@@ -41,6 +41,7 @@ from lte.nn import (
     plan_of,
     recompute_activations,
     statistics,
+    watch_slices,
 )
 from lte.optim import prune
 from lte.quantize import Quantized
@@ -164,6 +165,7 @@ class Trainer:
             model.register_forward_pre_hook(lambda *_: self._seed_dropout())
         if recipe.lora.nested != "none":
             model.register_forward_pre_hook(lambda *_: self._gate())
+        watch_slices(model, self.modules)
         # Forward passes since the last local step: micro-batches have masks of their own.
         self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
