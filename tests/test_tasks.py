@@ -558,6 +558,58 @@ def test_dropout_is_off_unless_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "first", "size", "settings"),
+    [
+        ("deit", "DeiTForImageClassification", 16, {**_SMALL_HF, "patch_size": 4}),
+        (
+            "levit",
+            "LevitForImageClassification",
+            64,
+            {
+                "hidden_sizes": [16, 24, 32],
+                "depths": [1, 1, 1],
+                "num_attention_heads": [2, 2, 2],
+                "key_dim": [8, 8, 8],
+            },
+        ),
+        (
+            "perceiver",
+            "PerceiverForImageClassificationLearned",
+            16,
+            {
+                "num_latents": 4,
+                "d_latents": 16,
+                "num_blocks": 1,
+                "num_self_attends_per_block": 1,
+                "num_self_attention_heads": 2,
+            },
+        ),
+    ],
+)
+@torch.no_grad()
+def test_of_several_classes_for_an_architecture_the_first_is_taken(
+    architecture: str, first: str, size: int, settings: dict[str, Any]
+) -> None:
+    recipe = Model(
+        name="transformers", architecture=architecture, config=settings, image_size=size, channels=3
+    )
+    model = models.hf.build(recipe, "images")
+    models.initialize(model, 0)
+    assert type(model).__name__ == first
+    logits, _ = models.outputs(model.eval(), torch.randn(2, 3, size, size))
+    assert logits.shape == (2, recipe.num_classes)
+
+
+def test_settings_that_a_model_reads_though_its_config_declares_none_are_taken() -> None:
+    """The library's config stores whatever it is given; what is misspelt is still refused."""
+    more = {"num_key_value_heads": 1, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    model = hf("qwen3_moe", **_SMALL_HF, **more, head_dim=64)
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (2 * 64, 32)
+    with pytest.raises(ConfigError, match=r"haed_dim: unknown .* did you mean model\.config\.head_dim\?$"):
+        hf("qwen3_moe", **_SMALL_HF, haed_dim=64)
+
+
+@pytest.mark.parametrize(
     ("architecture", "kind", "settings", "lines"),
     [
         (
