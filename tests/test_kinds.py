@@ -474,3 +474,12 @@ def test_heads_with_a_slice_each_cannot_train_a_weight_that_is_read() -> None:
     with pytest.raises(ConfigError, match=wanted):
         y.backward()
     model.eval()(tokens).sum().backward()
+
+
+def test_what_has_no_shape_yet_is_one_line() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    with pytest.raises(ConfigError, match=r"^0\.weight: has no shape yet; run a batch through"):
+        lte.convert(model, lte.LoRA(rank=2), "int8")
+    model(torch.randn(4, 6))
+    lte.convert(model, lte.LoRA(rank=2), "int8")
+    assert list(dict(lte.nn.adapted_modules(model))) == ["0"]

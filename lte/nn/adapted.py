@@ -210,14 +210,7 @@ class Adapted(nn.Module):
         if self.num_slices == 1:
             return batch.unsqueeze(0)
         if batch.shape[0] % self.heads:
-            raise ConfigError(
-                [
-                    f"{self.spec.name}: a batch of {batch.shape[0]} cannot be cut into {self.heads} equal"
-                    " slices, one a head; what sees no batch, as position embeddings, or rows gathered from"
-                    " all samples, as experts, takes one head alone: name it in lora.exclude, or set"
-                    " lora.heads=1"
-                ]
-            )
+            raise indivisible(self.spec.name, batch.shape[0], self.heads)
         return batch.reshape(self.heads, batch.shape[0] // self.heads, *batch.shape[1:])
 
     def dropped(self, slices: Tensor) -> Tensor:
@@ -269,6 +262,17 @@ class Adapted(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
             f" heads={self.heads}, scale={self.spec.scale:g}, base={self.quant}"
         )
+
+
+def indivisible(site: str, batch: int, heads: int) -> ConfigError:
+    """What a site whose input has so many samples is refused with."""
+    return ConfigError(
+        [
+            f"{site}: a batch of {batch} cannot be cut into {heads} equal slices, one a head; what sees no"
+            " batch, as position embeddings, or rows gathered from all samples, as experts, takes one head"
+            " alone: name it in lora.exclude, or set lora.heads=1"
+        ]
+    )
 
 
 class Tied(nn.Module):

@@ -1,8 +1,10 @@
-"""Whether heads that are to have a slice of the batch each are given that."""
+"""Whether heads that are to have a slice of the batch each are given that: as far as shapes tell before a
+run, and then in its first local step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,47 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lte.errors import ConfigError
-from lte.nn.adapted import Adapted
+from lte.nn.adapted import Adapted, indivisible
+from lte.nn.plan import Plan
 
 _MOST_NAMED = 3
 """Modules that a fault names."""
+
+
+def rehearse(model: nn.Module, plan: Plan, num_slices: int, run: Callable[[], object]) -> None:
+    """Run a plain model and refuse what its modules with heads could not cut into slices.
+
+    Nothing is refused of a model that cannot run on the meta device, as its way depends on numbers.
+
+    Args:
+        model: on the meta device, in training. run: calls it with a batch of a local step there.
+
+    Raises:
+        ConfigError: a module's batch cannot be cut.
+    """
+    owners = {id(model.get_parameter(spec.parameter)): name for name, spec in plan.adapted.items()}
+    handles = []
+
+    def look(site: str, module: nn.Module, given: tuple[object, ...]) -> None:
+        if given and isinstance(given[0], Tensor) and given[0].dim():
+            has_batch = not (isinstance(module, nn.Conv2d) and given[0].dim() == 3)
+            batch = given[0].shape[0] if has_batch else 1
+            if batch % num_slices:
+                raise indivisible(site, batch, num_slices)
+
+    for module in model.modules():
+        if not isinstance(module, nn.MultiheadAttention):  # which knows where its batch is
+            sites = {owners.get(id(parameter)) for parameter in module.parameters(recurse=False)} - {None}
+            handles += [module.register_forward_pre_hook(partial(look, site)) for site in sites if site]
+    try:
+        run()
+    except ConfigError:
+        raise
+    except Exception:  # any: of a model whose way depends on its numbers, say
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def watch_slices(model: nn.Module, adapted: Mapping[str, Adapted]) -> None:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lte import lowrank
 from lte.config import LoRA
@@ -137,9 +138,11 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     need not ask for it where one of them is no embedding.
 
     Raises:
-        ConfigError: a pattern or an override that matches nothing, nothing to train, parameters to train
-            that are not fp32, or several heads in layers of torch's that have time first.
+        ConfigError: a pattern or an override that matches nothing, nothing to train, parameters without a
+            shape, parameters to train that are not fp32, or several heads in layers of torch's that have time
+            first.
     """
+    _check_shapes(model)
     frozen = frozen_parameters(model, lora)
     _check_dtypes(model, frozen)
     sites = list(_sites(model, lora))
@@ -286,6 +289,15 @@ def _is_head(parameter_name: str, converted: dict[str, Adapted]) -> bool:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Refuse what torch gives a shape at the first forward pass, as of `nn.LazyLinear`."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    if unknown := [name for name, tensor in named if is_lazy(tensor)]:
+        raise ConfigError(
+            [f"{unknown[0]}: has no shape yet; run a batch through the model before it is converted"]
+        )
 
 
 def _check_dtypes(model: nn.Module, frozen: frozenset[str]) -> None:
