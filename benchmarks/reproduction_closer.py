@@ -157,7 +157,7 @@ def serverless(path: Path, overrides: Sequence[str], folder: Path) -> Figures:
             alone.train()
     started = recipes.initial_model(recipe).state_dict()
     mine = {name: parameter.detach() for name, parameter in dense_parameters(alone)}
-    mine |= {f"{name}.weight": module.weight for name, module in adapted_modules(alone)}
+    mine |= {f"{name}.weight": module.published_weight for name, module in adapted_modules(alone)}
     apart = moved = 0.0
     for name, tensor in through_server.state_dict().items():
         apart += float((mine[name] - tensor).double().square().sum())

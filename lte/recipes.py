@@ -14,10 +14,10 @@ from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError, Stopp
 from lte.lowrank import seed_of
 from lte.models import weights
 from lte.nested import Cuts
-from lte.nn import describe
+from lte.nn import describe, plan, rehearse
 from lte.server import Server, assembly, checkpoint, rollback
 from lte.server.master import Master
-from lte.tasks import task_of
+from lte.tasks import AnyTask, task_of
 from lte.team import Own, Share, Team, device_of, with_heads
 from lte.worker import Worker
 from lte.worker.session import Session
@@ -34,13 +34,14 @@ def make_server(
     """A server that trains the recipe's model; see `lte.Server`.
 
     Raises:
-        DataError: the data are missing or too few. ConfigError: they do not fit the model, or
-        `train.method` has no server.
+        DataError: the data are missing or too few. ConfigError: they do not fit the model, nor its heads the
+        batch, or `train.method` has no server.
     """
     if recipe.train.method == "ddp":
         raise ConfigError(["train.method: ddp has no server; use 'lte train', or set train.method=lte"])
     task = task_of(recipe)
     task.check_run()
+    _check_slices(recipe, task)
     return Server(
         lambda: starting_model(recipe),
         recipe,
@@ -49,6 +50,17 @@ def make_server(
         announce=announce,
         take_over=take_over,
     )
+
+
+def _check_slices(recipe: Recipe, task: AnyTask) -> None:
+    """Refuse a model whose heads cannot share out what it gives them of a batch."""
+    lora = recipe.as_built.lora
+    if lora.num_slices == 1:
+        return
+    model, batch = task.build().train(), task.stream(0).batch(0).to(torch.device("meta"))
+    decided = plan(model, lora, recipe.base.quant)
+    with torch.no_grad():
+        rehearse(model, decided, lora.num_slices, lambda: task.loss(model, batch))
 
 
 def work(

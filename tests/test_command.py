@@ -853,6 +853,12 @@ MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["train", "recipe.yaml", "run.dir=text.txt"], ["text.txt: cannot be a run's folder (File exists)"]),
     (["train", "recipe.yaml", "run.dir=text.txt/run"], ["text.txt/run: cannot be a run's folder"]),
     (["train", "recipe.yaml", "run.dir=/proc/run"], ["/proc/run: cannot be a run's folder", "run.dir"]),
+    (
+        ["convert", "recipe.yaml", "--dry-run", "lora.rnak=3"],
+        ["lora.rnak: unknown setting, did you mean lora."],
+    ),
+    (["convert", "recipe.yaml", "--dry-run", "rank"], ["unrecognized arguments: rank (see 'lte --help')"]),
+    (["status", "--server", "inprocess://x", "a=1"], ["unrecognized arguments: a=1"]),
     (["train", "recipe.yaml", "--fast"], ["unrecognized arguments: --fast (see 'lte --help')"]),
     (["server", "recipe.yaml", "server.address=tcp://0.0.0.0:*"], ["there are no keys", "insecure=true"]),
     (["server", "recipe.yaml", "server.address=tcp://127.0.0.1"], ["tcp://127.0.0.1", "tcp://HOST:PORT"]),

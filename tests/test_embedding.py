@@ -73,7 +73,7 @@ def test_the_embedding_computes_the_formula_and_its_gradients(
     met = layer(tokens)
     F.mse_loss(met, target).backward()
 
-    W = layer.weight.double()
+    W = layer.published_weight.double()
     A, B = (p.detach().double().requires_grad_() for p in (layer.lora_A, layer.lora_B))
     weights = [W + D for D in deltas(layer, A, B)]
     slices = zip(tokens.chunk(heads), target.double().chunk(heads), weights, strict=True)
@@ -100,7 +100,7 @@ def test_in_eval_mode_it_gives_the_published_rows(quant: str, width: int) -> Non
 def test_what_it_takes_is_what_nn_embedding_takes() -> None:
     layer = adapted_table(64, "nf4", merge="reset-less")
     tokens = torch.tensor([[3, 29], [0, 3]])
-    whole = layer.weight + deltas(layer, layer.lora_A.double(), layer.lora_B.double())[0].float()
+    whole = layer.published_weight + deltas(layer, layer.lora_A.double(), layer.lora_B.double())[0].float()
     for shaped in (tokens, tokens[0], tokens[0, 0], tokens.int(), tokens.T, tokens[:0]):
         assert torch.allclose(layer(shaped), whole[shaped.long()], atol=1e-5)
     for wrong in (-1, ROWS):
@@ -109,7 +109,7 @@ def test_what_it_takes_is_what_nn_embedding_takes() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(tokens).dtype == F.embedding(tokens, whole).dtype == torch.float32
     assert (layer.num_embeddings, layer.embedding_dim) == (ROWS, 64)
-    with pytest.raises(ValueError, match="a batch of 3 cannot be cut into 2 equal slices"):
+    with pytest.raises(ConfigError, match="a batch of 3 cannot be cut into 2 equal slices"):
         adapted_table(64, "nf4", heads=2)(torch.zeros(3, 2, dtype=torch.long))
 
 

@@ -113,6 +113,22 @@ def test_the_command_prints_the_table(lte: Lte) -> None:
     assert all(name in out for name in named)
 
 
+def test_settings_may_stand_behind_options_and_the_last_one_counts(lte: Lte) -> None:
+    outs = [
+        lte("convert", QUICKSTART, *words)
+        for words in (
+            ("lora.rank=2", "lora.rank=3", "lora.embeddings=true", "--dry-run", "--json"),
+            ("--dry-run", "--json", "lora.rank=2", "lora.embeddings=true", "lora.rank=3"),
+            ("lora.rank=2", "--json", "lora.rank=3", "--dry-run", "lora.embeddings=true"),
+        )
+    ]
+    assert outs[0] == outs[1] == outs[2]
+    code, out, err = outs[0]
+    assert (code, err) == (0, "")
+    ranks = {row["heads"]["rank"] for row in json.loads(out)["parameters"] if row["heads"]}
+    assert ranks == {3}
+
+
 def test_mistakes_are_told_in_one_line(lte: Lte) -> None:
     code, out, err = lte("convert", QUICKSTART)
     assert (code, out) == (2, "")

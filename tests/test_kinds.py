@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import lte
+from lte.errors import ConfigError
 from lte.nn import LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMultiheadAttention
 
 SCALE = 1.5
@@ -211,7 +212,7 @@ def test_output_and_gradients_are_those_of_the_plain_module(
             D = SCALE * (B[site][h] @ A[site][h])
             if module.merged_A is not None:
                 D = D - SCALE * (module.merged_B[h].double() @ module.merged_A[h].double())
-            W = module.weight.double()
+            W = module.published_weight.double()
             weights[decided.adapted[site].parameter] = W + plain_shaped(D, W)
         y = functional_call(
             plain.double(), weights, kwargs=of_slice(case, wide_inputs, h, heads), strict=True
@@ -240,7 +241,9 @@ def test_output_and_gradients_are_those_of_the_plain_module(
 def test_in_eval_mode_it_is_the_plain_module_with_published_weights(name: str, quant: str) -> None:
     case = CASES[name]
     plain, model, decided = converted(case, quant, heads=2)
-    weights = {decided.adapted[site].parameter: m.weight for site, m in lte.nn.adapted_modules(model)}
+    weights = {
+        decided.adapted[site].parameter: m.published_weight for site, m in lte.nn.adapted_modules(model)
+    }
     inputs = case.inputs(torch.Generator().manual_seed(2))
     expected = functional_call(plain.eval(), weights, kwargs=inputs)
     assert (model.eval()(**inputs) - expected).abs().max() < 1e-5
@@ -264,7 +267,9 @@ def test_attention_gives_its_weights_and_takes_what_has_no_batch() -> None:
     for average in (True, False):
         plain, model, decided = converted(attention(), "none")
         sites = lte.nn.adapted_modules(model)
-        weights = {decided.adapted[site].parameter.removeprefix("layer."): m.weight for site, m in sites}
+        weights = {
+            decided.adapted[site].parameter.removeprefix("layer."): m.published_weight for site, m in sites
+        }
         x = torch.randn(5, 8)
         given = {"average_attn_weights": average}
         for each in (x, x[None]):
@@ -310,7 +315,7 @@ def test_torchs_encoder_computes_the_published_model_also_on_its_fast_path(
     assert len(sites) == (8 if not exclude else 6)
     decided = lte.nn.plan(plain, lte.LoRA(rank=2, exclude=exclude), "nf4")
     assert list(decided.adapted) == list(sites)
-    weights = {decided.adapted[site].parameter: m.weight for site, m in sites.items()}
+    weights = {decided.adapted[site].parameter: m.published_weight for site, m in sites.items()}
     for _, module in sites.items():
         nn.init.normal_(module.lora_B)
     x, padding = torch.randn(3, 6, 16), torch.arange(6)[None] >= torch.tensor([6, 4, 3])[:, None]
@@ -359,7 +364,7 @@ def test_a_padding_row_is_not_trained() -> None:
     model(x=tokens).sum().backward()
     assert model.layer.lora_B.grad[:, 3].abs().max() == 0
     assert model.layer.lora_B.grad[0, 2].abs().max() > 0
-    assert torch.equal(model(x=tokens)[1, 0], model.layer.weight[3])
+    assert torch.equal(model(x=tokens)[1, 0], model.layer.published_weight[3])
 
 
 def test_kinds_have_their_classes() -> None:
@@ -371,3 +376,110 @@ def test_kinds_have_their_classes() -> None:
         "attention": LoRAMultiheadAttention,
     }.items():
         assert type(converted(CASES[name], "none")[1].layer) is kind
+
+
+class Reading(nn.Module):
+    """Computes with weights that it takes out of its modules, and with one of them by calling it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.conv = nn.Embedding(20, 8), nn.Linear(8, 6), nn.Conv2d(1, 6, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        x = x + F.linear(x, self.attention.in_proj_weight[:8], self.attention.in_proj_bias[:8])
+        y = F.conv2d(F.linear(x, self.mix.weight)[:, None], self.conv.weight, padding=1).mean(1)
+        return torch.tanh(y) @ self.mix.weight @ self.table.weight.T
+
+
+def reading(quant: str, **settings: object) -> tuple[Reading, Reading]:
+    """A plain and a converted model; the heads of the latter are random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = Reading()
+        lora = lte.LoRA(rank=3, scale=SCALE, embeddings=True, **settings)
+        model = lte.convert(copy.deepcopy(plain), lora, quant)
+        for _, module in lte.nn.adapted_modules(model):
+            for tensor in (module.lora_A, module.lora_B, module.merged_A, module.merged_B):
+                if tensor is not None:
+                    nn.init.normal_(tensor, std=0.2)
+    return plain, model
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"merge": "reset-b"}, {"merge": "reset-less"}, {"heads": 2, "batch": "whole", "merge": "reset"}],
+)
+def test_a_weight_that_other_code_reads_is_trained_as_the_plain_one(
+    settings: dict[str, object], quant: str
+) -> None:
+    """Against the plain model in float64, with W + s (B A - B' A') for its weights; also under autocast the
+    weight is fp32, and whoever computes no gradients, or evaluates, reads the published one."""
+    plain, model = reading(quant, **settings)
+    tokens = torch.randint(20, (4, 6), generator=torch.Generator().manual_seed(1))
+    met = model(tokens)
+    met.square().mean().backward()
+    sites = dict(lte.nn.adapted_modules(model))
+    factors, weights = {}, {n: p.detach().double() for n, p in lte.nn.dense_parameters(model)}
+    for site, module in sites.items():
+        A, B = (p.detach().double().requires_grad_() for p in (module.lora_A, module.lora_B))
+        factors[site], W = (A, B), module.published_weight.double()
+        D = sum(B[h] @ A[h] for h in range(module.heads))
+        if module.merged_A is not None:
+            D = D - sum(module.merged_B.double() @ module.merged_A.double())
+        weights[module.spec.parameter] = W + plain_shaped(module.scale * D, W)
+    expected = functional_call(plain.double(), weights, (tokens,))
+    expected.square().mean().backward()
+    assert (met - expected).abs().max() < 1e-5 * expected.abs().max()
+    for site, module in sites.items():
+        if site == "attention.out_proj":
+            assert module.lora_B.grad is None
+            continue
+        for own, wide_ in zip((module.lora_A, module.lora_B), factors[site], strict=True):
+            assert wide_.grad.abs().max() > 1e-3
+            assert (own.grad - wide_.grad).abs().max() < 1e-5 * wide_.grad.abs().max().clamp(min=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.weight.dtype == torch.float32
+            assert torch.allclose(module.weight.double(), weights[module.spec.parameter], atol=1e-6)
+        with torch.no_grad():
+            assert torch.equal(module.weight, module.published_weight)
+        module.eval()
+        assert not module.weight.requires_grad
+        assert torch.equal(module.weight, module.published_weight)
+
+
+def test_a_weight_that_is_read_has_its_heads_of_full_rank_and_gates() -> None:
+    _, model = reading("none", merge="reset-b")
+    model.mix.gates = torch.tensor([1.0, 0.0, 1.0]).view(1, 1, 3)
+    kept = model.mix.lora_B.detach() * model.mix.gates
+    D = SCALE * (kept @ model.mix.lora_A.detach())[0]
+    assert torch.allclose(model.mix.weight, model.mix.published_weight + D, atol=1e-6)
+    model.mix.set_full_heads()
+    nn.init.normal_(model.mix.lora_B)
+    assert torch.equal(model.mix.weight, model.mix.published_weight + model.mix.lora_B[0])
+
+
+def test_heads_with_a_slice_each_cannot_train_a_weight_that_is_read() -> None:
+    """What asks for no gradient is let: its dtype, an evaluation, and a step without it in the graph."""
+    _, model = reading("nf4", heads=2)
+    tokens = torch.randint(20, (4, 6))
+    assert model.mix.weight.dtype == torch.float32
+    model.table(tokens).sum().backward()
+    with torch.no_grad():
+        model(tokens)
+    y = model(tokens).square().mean()
+    wanted = r"^(mix|table|conv|attention\.in_proj): .* lora.exclude, or set lora.heads=1$"
+    with pytest.raises(ConfigError, match=wanted):
+        y.backward()
+    model.eval()(tokens).sum().backward()
+
+
+def test_what_has_no_shape_yet_is_one_line() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    with pytest.raises(ConfigError, match=r"^0\.weight: has no shape yet; run a batch through"):
+        lte.convert(model, lte.LoRA(rank=2), "int8")
+    model(torch.randn(4, 6))
+    lte.convert(model, lte.LoRA(rank=2), "int8")
+    assert list(dict(lte.nn.adapted_modules(model))) == ["0"]

@@ -69,7 +69,7 @@ def test_dropout_acts_on_the_inputs_of_A_alone() -> None:
         assert 0 < mask.mean() < 1
         own = x[4 * h : 4 * h + 4]
         delta = layer.lora_B[h] @ layer.lora_A[h]
-        expected.append(own @ layer.weight.T + 1.5 * (own * mask / 0.75) @ delta.T)
+        expected.append(own @ layer.published_weight.T + 1.5 * (own * mask / 0.75) @ delta.T)
     assert torch.allclose(model(x), torch.cat(expected), atol=1e-5)
     assert torch.equal(model.eval()(x), x @ layer.weight.T), "the published model drops nothing"
 
@@ -319,7 +319,7 @@ def test_dropout_of_a_convolution_is_that_of_its_factors_inputs(dropout: float) 
     kept = torch.empty_like(x).bernoulli_(1 - dropout, generator=torch.Generator().manual_seed(5))
     inner = nn.functional.conv2d(x * kept / (1 - dropout), conv.lora_A[0].view(2, 3, 2, 2))
     heads = nn.functional.conv2d(inner, conv.lora_B[0][:, :, None, None])
-    expected = nn.functional.conv2d(x, conv.weight) + conv.scale * heads
+    expected = nn.functional.conv2d(x, conv.published_weight) + conv.scale * heads
     assert torch.allclose(model(x), expected, atol=1e-4)
 
 

@@ -204,7 +204,7 @@ def test_rounds_of_other_lengths_are_trained_by_the_same_heads(method: str) -> N
         simulation.merge()
     for name, module in simulation.trainers[0].modules.items():
         published = simulation.master.parameters("published")[f"{name}.weight"]
-        assert torch.allclose(module.weight, published, atol=1e-5)
+        assert torch.allclose(module.published_weight, published, atol=1e-5)
         assert not torch.equal(module.lora_A, before[name])
 
 
@@ -229,7 +229,9 @@ def test_whoever_comes_goes_on_with_heads_that_are_never_merged() -> None:
     second.adopt(master.merged_of("else", 1, 4))
     assert second.merged_digest() == master.merged_digest("else", 1, 4)
     for name, module in second.modules.items():
-        assert torch.allclose(module.weight, master.parameters("published")[f"{name}.weight"], atol=1e-6)
+        assert torch.allclose(
+            module.published_weight, master.parameters("published")[f"{name}.weight"], atol=1e-6
+        )
 
 
 def test_who_may_train_heads_that_are_never_merged() -> None:
@@ -600,7 +602,7 @@ def test_factor_averaging_is_federated_averaging_of_factors(A: str, weights: str
             assert distance(simulation, workers[0], which) < 1e-5
         for trainer in simulation.trainers:
             for name, module in trainer.modules.items():
-                assert torch.allclose(module.weight.double(), workers[0].weight(name), atol=1e-5)
+                assert torch.allclose(module.published_weight.double(), workers[0].weight(name), atol=1e-5)
         inexact = max(
             float((products[name] - workers[0].weight(name)).detach().abs().max()) for name in products
         )
@@ -622,7 +624,7 @@ def test_factors_that_are_averaged_in_few_bits_owe_the_rest_both_ways() -> None:
         published = simulation.master.parameters("published")[f"{name}.weight"]
         assert torch.allclose(published, weight, atol=1e-4)
         for trainer in simulation.trainers:
-            assert torch.allclose(trainer.modules[name].weight, published, atol=1e-4)
+            assert torch.allclose(trainer.modules[name].published_weight, published, atol=1e-4)
         assert (weight - quantize.dequantize(simulation.master.base[name])).abs().max() > 0.01
 
 
@@ -641,17 +643,19 @@ def test_a_worker_that_comes_late_begins_with_the_factors_of_all() -> None:
     )
     published, master = (simulation.master.parameters(which) for which in ("published", "master"))
     for name, module in late.modules.items():
-        assert torch.allclose(module.weight, published[f"{name}.weight"], atol=1e-6)
-        assert not torch.allclose(module.weight, master[f"{name}.weight"], atol=1e-4)
+        assert torch.allclose(module.published_weight, published[f"{name}.weight"], atol=1e-6)
+        assert not torch.allclose(module.published_weight, master[f"{name}.weight"], atol=1e-4)
         assert module.lora_B.abs().max() > 0.001
     simulation.local_steps(mse, batches(3, 4, seed=1))
     gone_wrong, other = simulation.trainers[:2]
     gone_wrong.adopt({})
     for name, module in gone_wrong.modules.items():
-        assert torch.allclose(module.weight, published[f"{name}.weight"], atol=1e-6), (
+        assert torch.allclose(module.published_weight, published[f"{name}.weight"], atol=1e-6), (
             "it starts over with them"
         )
-        assert not torch.allclose(other.modules[name].weight, published[f"{name}.weight"], atol=1e-3)
+        assert not torch.allclose(
+            other.modules[name].published_weight, published[f"{name}.weight"], atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("method", [LORA, FEDLORA])
@@ -663,15 +667,15 @@ def test_steps_ahead_of_an_update_stay_owed(method: dict[str, object]) -> None:
     for round_ in range(3):
         ahead = batches(num_workers, 2, seed=round_)
         simulation.local_steps(mse, batches(num_workers, 2, seed=10 + round_))
-        own = [module.weight for t in simulation.trainers for module in t.modules.values()]
+        own = [module.published_weight for t in simulation.trainers for module in t.modules.values()]
         simulation.merge(ahead=lambda ahead=ahead: simulation.local_steps(mse, ahead))
-        moved = [module.weight for t in simulation.trainers for module in t.modules.values()]
+        moved = [module.published_weight for t in simulation.trainers for module in t.modules.values()]
         assert max(float((a - b).abs().max()) for a, b in zip(own, moved, strict=True)) > 1e-3
     for _ in range(12):
         simulation.merge()
     for name, weight in simulation.master.weights.items():
         for trainer in simulation.trainers:
-            assert torch.allclose(trainer.modules[name].weight, weight, atol=1e-4)
+            assert torch.allclose(trainer.modules[name].published_weight, weight, atol=1e-4)
 
 
 @pytest.mark.parametrize(

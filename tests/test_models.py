@@ -1,5 +1,6 @@
 """Whole rounds of whole models: workers built on the meta device, filled by the server, merged, published."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import lte
-from lte.worker.trainer import Trainer
+from lte.config import Model
+from lte.models import build, initialize, outputs
+from lte.worker.trainer import Trainer, materialize
 
 TOKENS, CLASSES = 40, 6
 
@@ -181,3 +184,28 @@ def test_every_parameter_has_its_place(name: str) -> None:
     named = [n for n, _ in (*model.named_parameters(), *model.named_buffers())]
     assert sorted(placed) == sorted(n for n in named if not n.endswith("num_batches_tracked"))
     assert decided.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_weight_that_transformers_reads_is_trained() -> None:
+    """Mamba multiplies with `dt_proj.weight`: with B = 0 the gradient of B is s G A^T, G the plain one's."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    settings = Model(name="transformers", architecture="mamba", config=small, vocab_size=TOKENS)
+    plain = materialize(build(settings), torch.device("cpu"))
+    initialize(plain, 0)
+
+    def gradients(model: nn.Module) -> None:
+        met, wanted = tokens(0)
+        logits, _ = outputs(model.train(), met)
+        F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).backward()
+
+    model = lte.convert(copy.deepcopy(plain), lte.LoRA(rank=3, scale=1.5), "none")
+    gradients(plain)
+    gradients(model)
+    sites = dict(lte.nn.adapted_modules(model))
+    assert "backbone.layers.0.mixer.dt_proj" in sites
+    for name, module in sites.items():
+        G = plain.get_parameter(f"{name}.weight").grad.double()
+        expected = 1.5 * G @ module.lora_A[0].detach().double().T
+        assert expected.norm() > 0
+        assert (module.lora_B.grad[0] - expected).norm() < 1e-4 * expected.norm(), name

@@ -229,7 +229,7 @@ def test_workers_take_the_average_that_is_published() -> None:
     for trainer in trainers:
         trainer.apply(trainer.version + 1, changed, master.base_digest(), merged=True, whole=False)
         for name, module in trainer.modules.items():
-            assert torch.allclose(module.weight, master.ema.tensors[name], atol=1e-6)
+            assert torch.allclose(module.published_weight, master.ema.tensors[name], atol=1e-6)
 
 
 def test_the_average_is_evaluated_beside_the_others() -> None:

@@ -401,6 +401,28 @@ def test_what_does_not_fit_the_data_is_said_before_anything_starts(
         task_of(recipe_of(name, data, **changes)).check_run()
 
 
+def test_heads_that_cannot_share_out_what_a_module_is_given_are_refused_before_anything_starts(
+    data: Data, tmp_path: Path
+) -> None:
+    """GPT-2 looks its positions up once for all samples. A model whose way depends on its numbers, as with
+    experts, cannot be looked at before."""
+    settings = {"lora.heads": 2, "lora.embeddings": True, "run.dir": str(tmp_path / "run")}
+    settings["server.address"] = f"inprocess://{tmp_path}"
+    wanted = r"^transformer\.wpe: a batch of 1 cannot be cut into 2 equal slices, .* name it in lora\.exclude"
+    with pytest.raises(ConfigError, match=wanted):
+        recipes.make_server(recipe_of("gpt2", data, **settings))
+    assert not (tmp_path / "run").exists()
+    for name, more in (
+        ("gpt2", {"lora.exclude": ["*.wpe"]}),
+        ("gpt2", {"lora.batch": "whole"}),
+        ("vit", {}),
+        ("mixtral", {}),
+    ):
+        recipe = recipe_of(name, data, **settings, **more, **{"run.resume": "never"})
+        with recipes.make_server(recipe, display=False):
+            pass
+
+
 # The reference ViT
 
 
@@ -555,6 +577,58 @@ def test_dropout_is_off_unless_it_is_asked_for() -> None:
         assert torch.equal(one, other) == same
     opt = hf("opt", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32)
     assert opt.get_input_embeddings().padding_idx is None  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "first", "size", "settings"),
+    [
+        ("deit", "DeiTForImageClassification", 16, {**_SMALL_HF, "patch_size": 4}),
+        (
+            "levit",
+            "LevitForImageClassification",
+            64,
+            {
+                "hidden_sizes": [16, 24, 32],
+                "depths": [1, 1, 1],
+                "num_attention_heads": [2, 2, 2],
+                "key_dim": [8, 8, 8],
+            },
+        ),
+        (
+            "perceiver",
+            "PerceiverForImageClassificationLearned",
+            16,
+            {
+                "num_latents": 4,
+                "d_latents": 16,
+                "num_blocks": 1,
+                "num_self_attends_per_block": 1,
+                "num_self_attention_heads": 2,
+            },
+        ),
+    ],
+)
+@torch.no_grad()
+def test_of_several_classes_for_an_architecture_the_first_is_taken(
+    architecture: str, first: str, size: int, settings: dict[str, Any]
+) -> None:
+    recipe = Model(
+        name="transformers", architecture=architecture, config=settings, image_size=size, channels=3
+    )
+    model = models.hf.build(recipe, "images")
+    models.initialize(model, 0)
+    assert type(model).__name__ == first
+    logits, _ = models.outputs(model.eval(), torch.randn(2, 3, size, size))
+    assert logits.shape == (2, recipe.num_classes)
+
+
+def test_settings_that_a_model_reads_though_its_config_declares_none_are_taken() -> None:
+    """The library's config stores whatever it is given; what is misspelt is still refused."""
+    more = {"num_key_value_heads": 1, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    model = hf("qwen3_moe", **_SMALL_HF, **more, head_dim=64)
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (2 * 64, 32)
+    with pytest.raises(ConfigError, match=r"haed_dim: unknown .* did you mean model\.config\.head_dim\?$"):
+        hf("qwen3_moe", **_SMALL_HF, haed_dim=64)
 
 
 @pytest.mark.parametrize(

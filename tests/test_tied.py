@@ -71,7 +71,7 @@ def test_all_modules_compute_with_the_same_heads(heads: int, merge: str, quant: 
             D = 1.5 * B[site][h] @ A[site][h]
             if module.merged_A is not None:
                 D = D - 1.5 * module.merged_B[h].double() @ module.merged_A[h].double()
-            weights[f"{site}.weight"] = module.weight.double() + D
+            weights[f"{site}.weight"] = module.published_weight.double() + D
         own = tokens.chunk(heads)[h]
         expected = functional_call(plain.double(), weights, (own,), strict=True)
         assert (met.chunk(heads)[h] - expected).abs().max() < 1e-5
@@ -81,7 +81,9 @@ def test_all_modules_compute_with_the_same_heads(heads: int, merge: str, quant: 
         assert A[site].grad.abs().max() > 1e-3
         for gradient, wanted in ((module.lora_A.grad, A[site].grad), (module.lora_B.grad, B[site].grad)):
             assert (gradient - wanted).abs().max() < 1e-5
-    published = functional_call(plain.float(), {f"{s}.weight": m.weight for s, m in sites.items()}, (tokens,))
+    published = functional_call(
+        plain.float(), {f"{s}.weight": m.published_weight for s, m in sites.items()}, (tokens,)
+    )
     assert (model.eval()(tokens) - published).abs().max() < 1e-5
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,10 @@ _NOT_COMPUTED = (
     "pretraining",
 )
 """Parts of the names of settings that change nothing of what a trained model computes."""
+_READ = re.compile(
+    r"""\bconfig\.([a-z]\w*)|\bgetattr\((?:self\.)?config, ["'](\w+)|\bkwargs\.(?:pop|get)\(["'](\w+)"""
+)
+"""How code takes a setting from a config."""
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -68,7 +74,7 @@ def _configured(config: Model, kind: Kind) -> tuple[Any, Any]:
         raise UserError(
             "models of transformers and its layout need the library of that name; pip install 'lte[hf]'"
         ) from None
-    names: Iterable[str]
+    names: Mapping[str, Sequence[str]]
     auto: Any
     if kind == "text":
         names, auto = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.AutoModelForCausalLM
@@ -80,11 +86,14 @@ def _configured(config: Model, kind: Kind) -> tuple[Any, Any]:
         hint = _nearest(architecture, names)
         raise ConfigError([f"model.architecture: transformers has no {architecture!r} for {kind}{hint}"])
     config_class: Any = configuration_auto.CONFIG_MAPPING[architecture]
-    settings = _settings(config, kind, config_class)
+    settings = _settings(config, kind, auto, config_class)
     try:
-        return auto, config_class(**settings)
+        made = config_class(**settings)
     except Exception as error:  # of settings that do not fit each other
         raise _impossible(config, error) from None
+    if not isinstance(classes := names[architecture], str):  # among which the library chooses by its name
+        made.architectures = [classes[0]]
+    return auto, made
 
 
 def _impossible(config: Model, error: Exception) -> ConfigError:
@@ -99,7 +108,7 @@ def in_a_line(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-def _settings(config: Model, kind: Kind, config_class: Any) -> dict[str, Any]:
+def _settings(config: Model, kind: Kind, auto: Any, config_class: Any) -> dict[str, Any]:
     """What the model's config is made of: the recipe's, and defaults for training from scratch.
 
     Raises:
@@ -107,11 +116,14 @@ def _settings(config: Model, kind: Kind, config_class: Any) -> dict[str, Any]:
     """
     fields = {field.name: field.default for field in dataclasses.fields(config_class)}
     names = {*fields, *config_class.attribute_map}
-    if unknown := [name for name in config.config if name not in names]:
+    known = names
+    if any(name not in names for name in config.config):
+        known = names | _read_of_config(auto, config_class)
+    if unknown := [name for name in config.config if name not in known]:
         raise ConfigError(
             [
                 f"model.config.{name}: unknown setting of {config.architecture}"
-                f"{_nearest(name, names, 'model.config.')}"
+                f"{_nearest(name, known, 'model.config.')}"
                 for name in unknown
             ]
         )
@@ -128,6 +140,16 @@ def _settings(config: Model, kind: Kind, config_class: Any) -> dict[str, Any]:
     if kind == "images":
         scratch["num_labels"] = config.num_classes  # a property, not a field
     return scratch | config.config
+
+
+def _read_of_config(auto: Any, config_class: Any) -> set[str]:
+    """Names that an architecture's code takes from its config though it declares no such field, as the
+    `head_dim` of some: the config stores whatever it is given, misspelt or not."""
+    found = auto._model_mapping[config_class]
+    model_class = found[0] if isinstance(found, tuple) else found
+    modules = {inspect.getmodule(one) for one in (model_class, config_class)}
+    sources = [inspect.getsource(module) for module in modules if module is not None]
+    return {name for source in sources for match in _READ.finditer(source) for name in match.groups() if name}
 
 
 Misshapen = tuple[str, tuple[int, ...], tuple[int, ...]]

@@ -7,6 +7,7 @@ from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
 from lte.nn.division import divide, part_of
 from lte.nn.embedding import LoRAEmbedding
+from lte.nn.isolation import rehearse, watch_slices
 from lte.nn.linear import LoRALinear
 from lte.nn.plan import (
     Plan,
@@ -50,6 +51,8 @@ __all__ = [
     "plan",
     "plan_of",
     "recompute_activations",
+    "rehearse",
     "statistics",
     "to_matrix",
+    "watch_slices",
 ]

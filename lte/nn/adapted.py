@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lte import lowrank, quantize
 from lte.config import LoRA
+from lte.errors import ConfigError
 from lte.nn.sites import HeadSpec, from_matrix, to_matrix
 from lte.quantize import Quant, Quantized
 
@@ -31,15 +32,42 @@ class _HeadGradient(torch.autograd.Function):
         return grad * ctx.num_heads, None
 
 
+class _Unsliced(torch.autograd.Function):
+    """Identity on a weight that several heads share out among their slices, which has no gradient.
+
+    A weight cannot know of which slice the rows are that it is multiplied with. That is told where the
+    gradient would be wrong: code that asks for a weight's dtype or device alone goes on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, lora_B: Tensor, adapted: Adapted) -> Tensor:
+        ctx.adapted = adapted
+        return matrix.view_as(matrix)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        spec, heads = ctx.adapted.spec, ctx.adapted.heads
+        raise ConfigError(
+            [
+                f"{spec.name}: this model computes with {spec.parameter} itself, not by calling the module,"
+                f" so that {heads} heads cannot have a part of the batch each; name it in lora.exclude, or"
+                " set lora.heads=1"
+            ]
+        )
+
+
 class Adapted(nn.Module):
     """A weight (out, in) as deq(Q) + s (B A - B' A'); subclasses say what is computed with it.
 
-    With H > 1 heads the first dimension of the input is cut into H equal slices, one head each; the
-    loss is taken to be a mean over that dimension. Or all heads see the whole of it, and add 1 / H each:
-    then they compute as one head of rank H r, and have its masks of dropout.
+    With H > 1 heads the first dimension of the input, which is to be the batch (see `isolation`), is cut into
+    H equal slices, one head each; the loss is taken to be a mean over that dimension. Or all heads see the
+    whole of it, and add 1 / H each: then they compute as one head of rank H r, and have its masks of dropout.
 
     In `eval()` mode the heads are left out, which gives the published model, unless they are never
     merged: then they are a part of it.
+
+    Other code may compute with `weight` in place of calling the module, as `F.linear(x, module.weight)`; see
+    there.
 
     Attributes:
         lora_A: (H, r, in), trained or not. lora_B: (H, out, r).
@@ -96,7 +124,37 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The published weight in its plain shape, fp32, dequantized anew: for code that looks at it."""
+        """What the module computes with, in the plain weight's shape, fp32, made anew at each reading: for
+        code that takes the weight without calling the module.
+
+        In training, where gradients are computed, deq(Q) + s (B A - B' A'), through which A and B are trained
+        (without `lora.dropout`); else `published_weight`. Whatever multiplies with it keeps it for the
+        backward pass: one such matrix in full precision for each use, which calling the module costs nobody.
+
+        Heads that see a slice of the batch each can be no part of it: the backward pass through it raises
+        ConfigError.
+        """
+        published = self.published_weight
+        if not (self.training and torch.is_grad_enabled() and self.lora_B.requires_grad):
+            return published
+        if self.num_slices > 1:
+            same: Tensor = _Unsliced.apply(published, self.lora_B, self)  # type: ignore[no-untyped-call]
+            return same
+        with torch.autocast(published.device.type, enabled=False):
+            return from_matrix(self._matrix_with_heads(), self.spec)
+
+    def _matrix_with_heads(self) -> Tensor:
+        """deq(Q) + s (B A - B' A'), (out, in), of heads that see the same samples."""
+        matrix = quantize.dequantize(self.base)
+        if self.is_full:
+            assert self.heads == 1, "the recipe's checks let no more heads of full rank see the whole batch"
+            return matrix + self.lora_B[0]
+        right, left = self.of_slices(self.lora_A, self.lora_B, self.merged_B)
+        return torch.addmm(matrix, left[0], right[0], alpha=self.scale)
+
+    @property
+    def published_weight(self) -> Tensor:
+        """The published weight in its plain shape, fp32, dequantized anew; it asks for no gradient."""
         matrix = quantize.dequantize(self.base)
         if self.evaluates_heads:
             matrix = matrix + lowrank.sum_of_heads(self.lora_A.detach(), self.lora_B.detach(), self.scale)
@@ -152,10 +210,7 @@ class Adapted(nn.Module):
         if self.num_slices == 1:
             return batch.unsqueeze(0)
         if batch.shape[0] % self.heads:
-            raise ValueError(
-                f"a batch of {batch.shape[0]} cannot be cut into {self.heads} equal slices, one a head; what"
-                " sees no batch, as position embeddings, takes one head alone: name it in lora.exclude"
-            )
+            raise indivisible(self.spec.name, batch.shape[0], self.heads)
         return batch.reshape(self.heads, batch.shape[0] // self.heads, *batch.shape[1:])
 
     def dropped(self, slices: Tensor) -> Tensor:
@@ -207,6 +262,17 @@ class Adapted(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
             f" heads={self.heads}, scale={self.spec.scale:g}, base={self.quant}"
         )
+
+
+def indivisible(site: str, batch: int, heads: int) -> ConfigError:
+    """What a site whose input has so many samples is refused with."""
+    return ConfigError(
+        [
+            f"{site}: a batch of {batch} cannot be cut into {heads} equal slices, one a head; what sees no"
+            " batch, as position embeddings, or rows gathered from all samples, as experts, takes one head"
+            " alone: name it in lora.exclude, or set lora.heads=1"
+        ]
+    )
 
 
 class Tied(nn.Module):

@@ -103,7 +103,8 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        # As torch, which reads its weight and never calls it: no hook of out_proj is called.
+        y = self.out_proj.forward(y.transpose(1, 2).flatten(2))
         if not is_batched:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         return y if self.batch_first else y.transpose(0, 1), weights

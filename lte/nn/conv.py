@@ -56,11 +56,11 @@ class LoRAConv2d(Adapted):
         self.padding, self.padding_mode, self.groups = conv.padding, conv.padding_mode, conv.groups
         self._padding_around = list(conv._reversed_padding_repeated_twice)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The result (n, out, height, width) for x (n, in, height, width), or both without the n."""
-        if x.dim() == 3:
-            return self._of_batch(x.unsqueeze(0)).squeeze(0)
-        return self._of_batch(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """The result (n, out, height, width) for an input (n, in, height, width), or both without the n."""
+        if input.dim() == 3:
+            return self._of_batch(input.unsqueeze(0)).squeeze(0)
+        return self._of_batch(input)
 
     def _of_batch(self, x: Tensor) -> Tensor:
         padding: tuple[int, ...] = (0, 0) if isinstance(self.padding, str) else self.padding

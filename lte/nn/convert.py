@@ -15,6 +15,18 @@ from lte.nn.kinds import kind_of, tied_to
 from lte.nn.plan import Plan, adapted_modules, dense_parameters, frozen_parameters, plan, settings_of
 from lte.quantize import Quant
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+"""Where torch has a module's hooks on what it is given and gives. Those of state dicts name what is gone."""
+
 
 def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "int8", *, seed: int = 0) -> nn.Module:
     """Put LoRA heads on frozen, quantized bases in place of weights of a model, in place.
@@ -29,10 +41,12 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "int8", *,
         seed: of the heads.
 
     Returns:
-        The same model, modules that `plan` adapts replaced: `nn.Linear` by `LoRALinear`, say.
+        The same model, modules that `plan` adapts replaced: `nn.Linear` by `LoRALinear`, say. Hooks of
+        theirs, forward and backward, are those of what takes their place.
 
     Raises:
-        ConfigError: impossible settings, a pattern that matches nothing, or a model that is converted.
+        ConfigError: impossible settings, a pattern that matches nothing, a hook on the gradient of a weight
+            that is to have heads, or a model that is converted.
     """
     lora = lora or LoRA()
     # Who will step these heads is not known here: AdamW may step all of them. Nor is what merges of other
@@ -49,6 +63,7 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "int8", *,
     if kind := kind_of(model):
         raise ConfigError([f"a bare {kind.called} has no parent to hold its heads; wrap it in a module"])
     decided = plan(model, lora, base)
+    _check_hooks(model, decided)
     for name in frozen_parameters(model, lora):
         model.get_parameter(name).requires_grad_(False)
     _replace(model, decided, lora)
@@ -68,14 +83,36 @@ def _replace(model: nn.Module, plan: Plan, lora: LoRA) -> None:
             sites = {slot.suffix: owners.get(id(getattr(module, slot.attribute))) for slot in slots}
             own = {s: plan.adapted[name + s] for s, site in sites.items() if site == name + s}
             if own or (kind.holds and f"{name}.{kind.holds}" in plan.adapted):
-                replaced[module] = kind.with_heads(module, own, lora, plan.quant)
+                replaced[module] = _instead(module, kind.with_heads(module, own, lora, plan.quant))
             elif owner := next(filter(None, sites.values()), None):
                 adapted = model.get_submodule(owner)
                 assert isinstance(adapted, Adapted)
-                replaced[module] = tied_to(module, adapted)
+                replaced[module] = _instead(module, tied_to(module, adapted))
         if module in replaced:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, replaced[module].train(module.training))
+            setattr(model.get_submodule(parent), child, replaced[module])
+
+
+def _instead(plain: nn.Module, converted: nn.Module) -> nn.Module:
+    """The converted module in the plain one's mode and with its hooks, the very ones: their handles still
+    remove them."""
+    for hooks in _HOOKS:
+        setattr(converted, hooks, getattr(plain, hooks))
+    return converted.train(plain.training)
+
+
+def _check_hooks(model: nn.Module, plan: Plan) -> None:
+    """Refuse hooks of weights that will be no parameters any more."""
+    names = [spec.parameter for spec in plan.adapted.values()]
+    weights = ((name, model.get_parameter(name)) for name in names)
+    faults = [
+        f"{name}: has a hook on its gradient, which is computed no more once it is a base with heads; name"
+        " its module in lora.exclude, or remove the hook"
+        for name, weight in weights
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def draw_heads(model: nn.Module, lora: LoRA, *, seed: int, first_head: int, draw: int) -> None:

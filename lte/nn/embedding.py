@@ -29,9 +29,9 @@ class LoRAEmbedding(Adapted):
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         with_heads = self.training or self.evaluates_heads
-        return lookup(self, tokens, self.padding_idx, with_heads=with_heads)
+        return lookup(self, input, self.padding_idx, with_heads=with_heads)
 
 
 class TiedEmbedding(Tied):
@@ -41,9 +41,9 @@ class TiedEmbedding(Tied):
         super().__init__(adapted)
         self.padding_idx = embedding.padding_idx
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         with_heads = self.training or self.adapted.evaluates_heads
-        return lookup(self.adapted, tokens, self.padding_idx, with_heads=with_heads)
+        return lookup(self.adapted, input, self.padding_idx, with_heads=with_heads)
 
 
 def lookup(of: Adapted, tokens: Tensor, padding_idx: int | None, *, with_heads: bool) -> Tensor:

@@ -65,10 +65,16 @@ def is_a(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         isinstance(module, kind)
         and all(getattr(own, method, None) is getattr(kind, method, None) for method in _FORWARDS)
+        and not _has_own_forward(module)
         and {"weight"} <= module._parameters.keys() <= {"weight", "bias"}
         and not module._buffers
         and not module._modules
     )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave this one module another forward, which would be lost."""
+    return any(method in module.__dict__ for method in _FORWARDS)
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -104,13 +110,15 @@ def can_take_heads(module: nn.Module) -> bool:
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
     own = type(module)
-    return (own.__module__, own.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+    named = (own.__module__, own.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+    return named and not _has_own_forward(module)
 
 
 def _is_attention(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.MultiheadAttention)
         and type(module).forward is nn.MultiheadAttention.forward
+        and not _has_own_forward(module)
         and module._modules.keys() == {"out_proj"}
         and not module._buffers
     )

@@ -79,8 +79,8 @@ class LoRALinear(Adapted):
         super().__init__(weight, spec, lora, quant)
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return product(self, x, self.bias, with_heads=self.training or self.evaluates_heads)
+    def forward(self, input: Tensor) -> Tensor:
+        return product(self, input, self.bias, with_heads=self.training or self.evaluates_heads)
 
 
 class TiedLinear(Tied):
@@ -90,5 +90,6 @@ class TiedLinear(Tied):
         super().__init__(adapted)
         self.bias = linear.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return product(self.adapted, x, self.bias, with_heads=self.training or self.adapted.evaluates_heads)
+    def forward(self, input: Tensor) -> Tensor:
+        with_heads = self.training or self.adapted.evaluates_heads
+        return product(self.adapted, input, self.bias, with_heads=with_heads)

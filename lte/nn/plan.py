@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lte import lowrank
 from lte.config import LoRA
@@ -137,9 +138,11 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     need not ask for it where one of them is no embedding.
 
     Raises:
-        ConfigError: a pattern or an override that matches nothing, nothing to train, or parameters to
-            train that are not fp32.
+        ConfigError: a pattern or an override that matches nothing, nothing to train, parameters without a
+            shape, parameters to train that are not fp32, or several heads in layers of torch's that have time
+            first.
     """
+    _check_shapes(model)
     frozen = frozen_parameters(model, lora)
     _check_dtypes(model, frozen)
     sites = list(_sites(model, lora))
@@ -153,6 +156,7 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
         and _matches(spec.name, lora.modules)
         and not _matches(spec.name, lora.exclude)
     }
+    _check_batch_first(model, lora, adapted)
     taken = {spec.parameter for spec in adapted.values()}
     dense = {
         name: tuple(parameter.shape)
@@ -287,6 +291,15 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _check_shapes(model: nn.Module) -> None:
+    """Refuse what torch gives a shape at the first forward pass, as of `nn.LazyLinear`."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    if unknown := [name for name, tensor in named if is_lazy(tensor)]:
+        raise ConfigError(
+            [f"{unknown[0]}: has no shape yet; run a batch through the model before it is converted"]
+        )
+
+
 def _check_dtypes(model: nn.Module, frozen: frozenset[str]) -> None:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n not in frozen]
     for name, parameter in [*trained, *statistics(model)]:
@@ -297,6 +310,25 @@ def _check_dtypes(model: nn.Module, frozen: frozenset[str]) -> None:
                     " merged must be float32; use model.float(), and torch.autocast for speed"
                 ]
             )
+
+
+def _check_batch_first(model: nn.Module, lora: LoRA, adapted: Mapping[str, HeadSpec]) -> None:
+    """Refuse what is known to give modules (time, batch, width), of which heads would slice the time. What
+    other models give them is seen when they run; see `isolation`."""
+    if lora.num_slices == 1:
+        return
+    faults = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            inner = [f"{name}.{own}".lstrip(".") for own in ("linear1", "linear2")]
+            if not layer.self_attn.batch_first and any(site in adapted for site in inner):
+                faults.append(
+                    f"{name or 'the model'}: {type(layer).__name__} has batch_first=False, so that"
+                    f" {lora.heads} heads would cut the time in slices, not the batch; set batch_first=True,"
+                    " or lora.heads=1"
+                )
+    if faults:
+        raise ConfigError(faults)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lte.errors import ConfigError
@@ -77,16 +77,22 @@ class _Recomputing:
             return self._forward(*inputs, **named)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._statistics_kept()
+            return nullcontext(), _StatisticsKept(self._block)
 
         return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
-    @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        """Give norms their statistics back, which a forward pass moves whether it is a second one or not."""
-        kept = [(buffer, buffer.clone()) for _, buffer in changing_buffers(self._block)]
-        try:
-            yield
-        finally:
-            for buffer, before in kept:  # unseen by autograd, which saved them, though it needs no value
-                buffer.data.copy_(before)
+
+class _StatisticsKept:
+    """Gives norms their statistics back, which a forward pass moves whether it is a second one or not, each
+    time that it is entered: a graph that is kept is gone through more than once."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self._kept = [(buffer, buffer.clone()) for _, buffer in changing_buffers(self._block)]
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, before in self._kept:  # unseen by autograd, which saved them, though it needs no value
+            buffer.data.copy_(before)

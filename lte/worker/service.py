@@ -24,6 +24,8 @@ from lte.worker.trainer import MakeOptimizer, Trainer
 
 _LOOK_AGAIN_S = 1.0
 """How often a worker whose disk is full tries to write its state."""
+_MOST_NAMED = 3
+"""Modules that a line for a person names."""
 _MOST_REFUSALS = 2
 """In a row, after which a worker whose heads were started over gives up."""
 
@@ -79,7 +81,8 @@ class Worker:
                 worker.
             key: file of this worker's secret key, server_key: of the server's public one, both from
                 `lte keys new`, for a server that has keys.
-            say: told, in a line, when the server is not heard for long, and when it is again.
+            say: told, in a line, when the server is not heard for long, and when it is again; and which
+                modules with heads no gradient reached in the first local step, if any.
 
         Raises:
             ConnectError: no server answers, or keys do not fit. KeysError: the files of keys cannot be
@@ -109,7 +112,7 @@ class Worker:
             if differs := difference(described, welcome.model):
                 raise RefusedError(differs, "build the model that the server's recipe describes")
             self.worker_id, self.slot = welcome.worker_id, welcome.slot
-            self.done = self.stopped = self._told_to_stop = False
+            self.done = self.stopped = self._told_to_stop = self._has_stepped = False
             self.recipe: Recipe = config.from_dict(welcome.settings)
             self._trainer = Trainer(
                 model,
@@ -176,6 +179,10 @@ class Worker:
         """
         if self.done or self.stopped:
             return False
+        if not self._has_stepped:
+            self._has_stepped = True
+            if untrained := self._trainer.without_gradient():
+                self._say(f"{self.worker_id}: {_untrained(untrained, len(self._trainer.modules))}")
         self._trainer.step()
         if loss is not None:
             self._loss += loss.detach().cpu() if isinstance(loss, Tensor) else loss
@@ -433,3 +440,12 @@ def _floats(name: str, blob: Tensor, trainer: Trainer) -> Tensor:
     if shape is None or blob.numel() != 4 * math.prod(shape):
         raise DigestError(f"the server remembers {name!r} of this worker, which its model does not have")
     return blob.clone().view(torch.float32).view(shape)
+
+
+def _untrained(names: list[str], num_modules: int) -> str:
+    """That no gradient reached these of so many modules with heads, in a line for a person."""
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    return (
+        f"heads of {len(names)} of {num_modules} modules got no gradient in the first local step, and are not"
+        f" trained where that goes on: {', '.join(names[:_MOST_NAMED])}{more}"
+    )

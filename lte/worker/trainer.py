@@ -41,6 +41,7 @@ from lte.nn import (
     plan_of,
     recompute_activations,
     statistics,
+    watch_slices,
 )
 from lte.optim import prune
 from lte.quantize import Quantized
@@ -164,6 +165,7 @@ class Trainer:
             model.register_forward_pre_hook(lambda *_: self._seed_dropout())
         if recipe.lora.nested != "none":
             model.register_forward_pre_hook(lambda *_: self._gate())
+        watch_slices(model, self.modules)
         # Forward passes since the last local step: micro-batches have masks of their own.
         self._num_forwards = 0
         self._peak_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -197,6 +199,11 @@ class Trainer:
         self.local_step, self._num_forwards = self.local_step + 1, 0
         if self._own_steps is not None:
             self._own_steps += 1
+
+    def without_gradient(self) -> list[str]:
+        """The modules whose heads the local step at hand does not train: nothing that its loss is made of
+        computed with them."""
+        return [name for name, module in self.modules.items() if module.lora_B.grad is None]
 
     def _seed_dropout(self) -> None:
         """Choose the masks of the next forward pass."""
