@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ def make_server(
     if recipe.train.method == "ddp":
         raise ConfigError(["train.method: ddp has no server; use 'lte train', or set train.method=lte"])
     task = task_of(recipe)
+    check_start(recipe)
     task.check_run()
     return Server(
         lambda: starting_model(recipe),
@@ -197,22 +198,47 @@ def initial_model(recipe: Recipe) -> nn.Module:
 
 def starting_model(recipe: Recipe) -> nn.Module:
     """The model that this recipe's run starts from: `initial_model`, or with the weights of
-    `model.init_from`. A run that has begun needs these no more.
+    `model.init_from`, which are read one at a time into a model that had no memory before. A run that has
+    begun needs these no more.
 
     Raises:
-        ConfigError: they are not the model's. RunError: of a run that has none. UserError: transformers is
-            not installed.
+        ConfigError: they are not the model's; nothing is built before config.json or the recipe of a run has
+            been compared. RunError: of a run that has none. UserError: transformers is not installed.
     """
-    model = initial_model(recipe)
-    if recipe.model.init_from is None or checkpoint.versions(Path(recipe.run.dir) / "checkpoints"):
-        return model
-    path = Path(recipe.model.init_from)
-    if (path / "checkpoints").is_dir():
-        found: Mapping[str, Tensor] = load_run(path, recipe.model.init_weights)[0].state_dict()
+    if recipe.model.init_from is None or _has_begun(recipe):
+        return initial_model(recipe)
+    task, path = task_of(recipe), Path(recipe.model.init_from)
+    check_start(recipe)
+    model = task.build()
+    if _is_run(path):
+        weights.check(model, weights.of_memory(dict(task_of(recipe_of(path)).build().state_dict())), path)
+        found = weights.of_memory(dict(load_run(path, recipe.model.init_weights)[0].state_dict()))
     else:
         found = weights.read(recipe.model, recipe.data.kind, path, model)
-    weights.fill(model, found, path)
+    weights.check(model, found, path)
+    weights.start_buffers(model)
+    weights.fill(model, found)
     return model
+
+
+def check_start(recipe: Recipe) -> None:
+    """Refuse a folder of `model.init_from` that is of another model by its config.json, before anything is
+    built.
+
+    Raises:
+        ConfigError: it is. UserError: transformers is not installed.
+    """
+    path = recipe.model.init_from
+    if path is not None and not _has_begun(recipe) and not _is_run(Path(path)):
+        weights.compare(recipe.model, recipe.data.kind, Path(path))
+
+
+def _has_begun(recipe: Recipe) -> bool:
+    return bool(checkpoint.versions(Path(recipe.run.dir) / "checkpoints"))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
 
 
 def load_run(

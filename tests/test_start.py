@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from test_tasks import Data, data, recipe_of
 
 import lte
 from launch import local
-from lte import cli, config, export, quantize, recipes
+from lte import cli, config, export, models, quantize, recipes
 from lte.config import Recipe
 from lte.errors import ConfigError
 from lte.models import hf
@@ -82,6 +84,101 @@ def test_weights_are_read_from_every_layout(name: str, data: Data, tmp_path: Pat
     for tensor in model.state_dict().values():
         tensor.copy_(tensor.bfloat16())
     assert_same(starting(recipe, tmp_path / "bf16"), model)
+
+
+@torch.no_grad()
+def test_rotary_angles_are_the_librarys(data: Data, tmp_path: Path) -> None:
+    """They are buffers that no file holds, whichever file the weights are of."""
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"rope_theta": 5e5, "original_max_position_embeddings": 8}
+    recipe = recipe_of("llama", data, **{"model.config.rope_parameters": scaled})
+    folder = in_layout(trained_before(recipe), recipe, tmp_path / "llama")
+    with hf.quiet():
+        library = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    angles = library.model.rotary_emb.inv_freq
+    assert angles.abs().sum() > 0
+    x = torch.arange(16)[None]
+    for path in (folder, folder / "model.safetensors"):
+        model: Any = starting(recipe, path).eval()
+        assert torch.equal(model.model.rotary_emb.inv_freq, angles)
+        assert torch.equal(model(x).logits, library(x).logits)
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+from lte import config, recipes
+from lte.tasks import task_of
+
+def kilobytes(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+recipe = config.load(sys.argv[1])
+task_of(recipe).build()  # whatever the library imports
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before = kilobytes("VmRSS")
+model = recipes.starting_model(recipe)
+print((kilobytes("VmHWM") - before) / sum(p.numel() * 4 / 1024 for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_memory_is_that_of_one_model(data: Data, tmp_path: Path) -> None:
+    """No initial weights beside those that are read."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    recipe = recipe_of("llama", data, **{f"model.config.{key}": value for key, value in sizes.items()})
+    folder = in_layout(recipes.initial_model(recipe), recipe, tmp_path / "llama", max_shard_size="20MB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    written = tmp_path / "recipe.yaml"
+    written.write_text(config.to_yaml(config.replace(recipe, **{"model.init_from": str(folder)})))
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, written], check=True, capture_output=True, text=True, timeout=300
+    )
+    assert float(done.stdout) < 1.5, "in sizes of the model in fp32"
+
+
+def test_nothing_is_built_before_another_model_is_refused(
+    data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = recipe_of("llama", data, **{"run.dir": str(tmp_path / "run")})
+    folder = in_layout(recipes.initial_model(llama), llama, tmp_path / "llama")
+    large = {"model.config.hidden_size": 4096, "model.config.num_attention_heads": 32}
+    other = config.replace(llama, **large, **{"model.init_from": str(folder)})
+    written = tmp_path / "recipe.yaml"
+
+    def never(*_: object) -> None:
+        raise AssertionError("it is built")
+
+    monkeypatch.setattr(models, "build", never)
+    monkeypatch.setattr(models, "initialize", never)
+    for method in ("lte", "ddp"):
+        for command in ("train", "server"):
+            if (command, method) == ("server", "ddp"):
+                continue
+            written.write_text(config.to_yaml(config.replace(other, **{"train.method": method})))
+            capfd.readouterr()
+            assert cli.main([command, str(written)]) == 2
+            out, err = capfd.readouterr()
+            assert (out, err.count("\n")) == ("", 1)
+            assert err.startswith(
+                f"lte: model.init_from: {folder} holds another model: hidden_size is 32, not"
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_is_refused_with_the_cure(data: Data, tmp_path: Path) -> None:
+    llama = recipe_of("llama", data)
+    folder = in_layout(recipes.initial_model(llama), llama, tmp_path / "llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    torch.save({}, plain / "weights.pt")
+    for path, file in ((folder, "pytorch_model.bin"), (plain, "weights.pt"), (plain / "weights.pt", "")):
+        with pytest.raises(ConfigError, match=r"is a pickle.*safetensors.*save_pretrained") as raised:
+            starting(llama, path)
+        (line,) = raised.value.faults
+        assert line.startswith(f"model.init_from: {path / file if file else path} is")
 
 
 def test_a_master_keeps_the_weights_that_it_is_given(data: Data, tmp_path: Path) -> None:
@@ -288,5 +385,7 @@ def test_counterparts_name_every_parameter(data: Data) -> None:
         counterpart = counterpart_of(recipe.model)
         named = [part for key, _ in ours.named_parameters() for part in counterpart.of(key)]
         assert sorted(named) == sorted(key for key, _ in theirs.named_parameters())
-        back = counterpart.gather(dict(theirs.named_parameters()), dict(ours.named_parameters()))
-        assert all(torch.equal(back[key], tensor) for key, tensor in ours.named_parameters())
+        there = dict(theirs.named_parameters())
+        for key, tensor in ours.named_parameters():
+            assert torch.equal(counterpart.take(there, key, tuple(tensor.shape)), tensor)
+        assert not there

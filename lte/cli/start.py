@@ -61,6 +61,7 @@ def _train(arguments: argparse.Namespace) -> int:
         code = local.train_in_threads(recipe)
         _conclude(recipe, finished=code == 0)
         return code
+    recipes.check_start(recipe)
     task_of(recipe).check_run()
     return local.train_in_processes(recipe, [arguments.config, *arguments.overrides])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +105,7 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
     tree = to_dict(recipe)
     faults: list[str] = []
     for key, value in changes.items():
-        _place(tree, key, value, key, faults)
+        _place(tree, key, copy.deepcopy(value), key, faults)  # a later change may be of what is in it
     return from_dict(tree, faults)
 
 
