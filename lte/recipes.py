@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from lte import config, diagnostics, ranks, signals
 from lte.config import Override, Recipe
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError, StoppedError
 from lte.lowrank import seed_of
-from lte.models import weights
+from lte.models import taken, weights
 from lte.nested import Cuts
 from lte.nn import describe
 from lte.server import Server, assembly, checkpoint, rollback
@@ -22,6 +23,44 @@ from lte.team import Own, Share, Team, device_of, with_heads
 from lte.worker import Worker
 from lte.worker.session import Session
 from lte.worker.trainer import materialize
+
+
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda line: None
+) -> Recipe:
+    """A recipe as `config.load` reads it; where it starts from a checkpoint and leaves the settings of its
+    model of transformers out, with those of the checkpoint.
+
+    Args:
+        say: prints a line for a person, if settings were taken.
+
+    Raises:
+        ConfigError: see there; or it names settings that are not the checkpoint's. UserError: transformers
+            is not installed.
+    """
+
+    def complete(tree: dict[str, Any]) -> list[str]:
+        if not taken.leaves_out(model := tree.get("model")):
+            return []
+        data, run = (section if isinstance(section := tree.get(key), dict) else {} for key in ("data", "run"))
+        kind, folder = str(data.get("kind", "text")), Path(str(run.get("dir", Recipe().run.dir)))
+        path, begun = Path(model["init_from"]), None
+        if run.get("resume") != "never" and checkpoint.versions(folder / "checkpoints"):
+            begun = recipe_of(folder)
+        if begun is not None and begun.model.init_from == model["init_from"]:
+            # Its checkpoint may be gone, or another by now: what was taken then is the run's.
+            found = taken.from_recipe(begun.model, kind, folder)
+        elif _is_run(path):
+            if (other := recipe_of(path).model).name != "transformers":
+                return []
+            found = taken.from_recipe(other, kind, path)
+        elif (path / taken.CONFIG).is_file():
+            found = taken.from_folder(path, kind)
+        else:
+            return []
+        return taken.complete(tree, found, say)
+
+    return config.load(path, overrides, complete=complete)
 
 
 def make_server(

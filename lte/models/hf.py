@@ -246,18 +246,26 @@ def _seen(auto: Any, made: Any, folder: Path) -> Read | None:
 
 def _difference(made: Any, there: Any) -> str:
     """In what the model of a recipe computes something else than that of a folder, in words, or ''."""
-    from transformers import PreTrainedConfig
-
     if made.model_type != there.model_type:
         return f"a {there.model_type}, not a {made.model_type}"
-    of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names = [field.name for field in dataclasses.fields(made) if field.name not in of_all]
     return ", ".join(
         f"{name} is {getattr(there, name, None)}, not {getattr(made, name, None)}"
-        for name in [*names, "tie_word_embeddings"]
-        if not any(part in name for part in _NOT_COMPUTED)
-        and getattr(made, name, None) != getattr(there, name, None)
+        for name in computed(made)
+        if getattr(made, name, None) != getattr(there, name, None)
     )
+
+
+def computed(made: Any) -> list[str]:
+    """Names of those settings of a config that decide what a trained model computes."""
+    from transformers import PreTrainedConfig
+
+    of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = [field.name for field in dataclasses.fields(made) if field.name not in of_all]
+    return [
+        name
+        for name in dict.fromkeys([*names, "tie_word_embeddings"])
+        if not any(part in name for part in _NOT_COMPUTED)
+    ]
 
 
 @contextmanager

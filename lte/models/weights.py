@@ -20,13 +20,13 @@ from lte.config import Model
 from lte.errors import ConfigError
 from lte.models import hf
 from lte.models.counterparts import counterpart_of
+from lte.models.taken import CONFIG
 
 FILE = "model.safetensors"
 """Name of the file of weights in a folder; transformers' too."""
 DIGEST = "lte.digest"
 """What the head of a file that lte wrote calls the digest of its tensors."""
 _SHARDS = f"{FILE}.index.json"
-_CONFIG = "config.json"
 _COUNTER = "num_batches_tracked"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHOWN = 3
@@ -57,7 +57,7 @@ def compare(config: Model, kind: hf.Kind, path: Path) -> None:
     Raises:
         ConfigError: it is of another model, in a line. UserError: transformers is not installed.
     """
-    if (path / _CONFIG).is_file():
+    if (path / CONFIG).is_file():
         hf.compare(counterpart_of(config).model, kind, path)
 
 
@@ -76,10 +76,10 @@ def read(config: Model, kind: hf.Kind, path: Path, model: nn.Module) -> Found:
         raise ConfigError(
             [
                 f"model.init_from: {pickled} is a pickle, which may run code and is not opened; save the"
-                " model as safetensors: AutoModel...from_pretrained(FOLDER).save_pretrained(NEW) in transformers"
+                " model as safetensors (transformers: AutoModel...from_pretrained(OLD).save_pretrained(NEW))"
             ]
         )
-    if not (path / _CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         return _from_safetensors(path)
     counterpart = counterpart_of(config)
     there = hf.read(counterpart.model, kind, path)
