@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch.arguments import Parser
 from launch.exits import code_of
-from lte import config
+from lte import recipes
 from lte.config import Recipe
 from lte.errors import UserError
 from lte.server import folder
@@ -46,7 +46,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
 def _become(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Make the keys, or be the `lte` command of this role from here on."""
     settings = reachable(arguments.config, arguments.overrides)
-    recipe = config.load(arguments.config, settings)
+    recipe = recipes.load(arguments.config, settings)
     if arguments.role == "keys":
         if needs_keys(recipe):
             make_keys(recipe, max(arguments.number, recipe.train.workers))
@@ -135,7 +135,7 @@ def reachable(recipe: str, overrides: Sequence[str]) -> list[str]:
         UserError: the recipe has faults.
     """
     said = any(override.startswith("server.address=") for override in overrides)
-    if said or not config.load(recipe, overrides).server.address.startswith(LOOPBACK):
+    if said or not recipes.load(recipe, overrides).server.address.startswith(LOOPBACK):
         return [*overrides]
     return [*overrides, f"server.address={_ANYWHERE}"]
 

@@ -27,7 +27,7 @@ from launch import children
 from launch.arguments import Parser
 from launch.exits import code_of
 from launch.slurm import LOOPBACK
-from lte import config, recipes, signals
+from lte import recipes, signals
 from lte.config import Recipe
 from lte.errors import AbsentError, UserError
 from lte.server import folder
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = with_address(arguments.config, arguments.overrides)
-    recipe = config.load(arguments.config, settings)
+    recipe = recipes.load(arguments.config, settings)
     if recipe.train.method == "ddp":
         raise UserError("train.method: ddp has no server; torchrun starts it by '-m lte train CONFIG'")
     rank, size = place_of(environment)
@@ -150,7 +150,7 @@ def with_address(recipe: str, overrides: Sequence[str]) -> list[str]:
         UserError: the recipe has faults.
     """
     said = any(override.startswith("server.address=") for override in overrides)
-    server = config.load(recipe, overrides).server
+    server = recipes.load(recipe, overrides).server
     if said or server.place == "elsewhere" or not server.address.startswith(LOOPBACK):
         return [*overrides]
     return [*overrides, f"server.address={meeting.ENV}"]

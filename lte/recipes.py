@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from lte import config, diagnostics, ranks, signals
 from lte.config import Override, Recipe
 from lte.errors import ConfigError, JoinAnewError, RefusedError, RunError, StoppedError
 from lte.lowrank import seed_of
-from lte.models import weights
+from lte.models import taken, weights
 from lte.nested import Cuts
 from lte.nn import describe, plan, rehearse
 from lte.server import Server, assembly, checkpoint, rollback
@@ -22,6 +23,44 @@ from lte.team import Own, Share, Team, device_of, with_heads
 from lte.worker import Worker
 from lte.worker.session import Session
 from lte.worker.trainer import materialize
+
+
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda line: None
+) -> Recipe:
+    """A recipe as `config.load` reads it; where it starts from a checkpoint and leaves the settings of its
+    model of transformers out, with those of the checkpoint.
+
+    Args:
+        say: prints a line for a person, if settings were taken.
+
+    Raises:
+        ConfigError: see there; or it names settings that are not the checkpoint's. UserError: transformers
+            is not installed.
+    """
+
+    def complete(tree: dict[str, Any]) -> list[str]:
+        if not taken.leaves_out(model := tree.get("model")):
+            return []
+        data, run = (section if isinstance(section := tree.get(key), dict) else {} for key in ("data", "run"))
+        kind, folder = str(data.get("kind", "text")), Path(str(run.get("dir", Recipe().run.dir)))
+        path, begun = Path(model["init_from"]), None
+        if run.get("resume") != "never" and checkpoint.versions(folder / "checkpoints"):
+            begun = recipe_of(folder)
+        if begun is not None and begun.model.init_from == model["init_from"]:
+            # Its checkpoint may be gone, or another by now: what was taken then is the run's.
+            found = taken.from_recipe(begun.model, kind, folder)
+        elif _is_run(path):
+            if (other := recipe_of(path).model).name != "transformers":
+                return []
+            found = taken.from_recipe(other, kind, path)
+        elif (path / taken.CONFIG).is_file():
+            found = taken.from_folder(path, kind)
+        else:
+            return []
+        return taken.complete(tree, found, say)
+
+    return config.load(path, overrides, complete=complete)
 
 
 def make_server(
@@ -40,6 +79,7 @@ def make_server(
     if recipe.train.method == "ddp":
         raise ConfigError(["train.method: ddp has no server; use 'lte train', or set train.method=lte"])
     task = task_of(recipe)
+    check_start(recipe)
     task.check_run()
     _check_slices(recipe, task)
     return Server(
@@ -209,22 +249,47 @@ def initial_model(recipe: Recipe) -> nn.Module:
 
 def starting_model(recipe: Recipe) -> nn.Module:
     """The model that this recipe's run starts from: `initial_model`, or with the weights of
-    `model.init_from`. A run that has begun needs these no more.
+    `model.init_from`, which are read one at a time into a model that had no memory before. A run that has
+    begun needs these no more.
 
     Raises:
-        ConfigError: they are not the model's. RunError: of a run that has none. UserError: transformers is
-            not installed.
+        ConfigError: they are not the model's; nothing is built before config.json or the recipe of a run has
+            been compared. RunError: of a run that has none. UserError: transformers is not installed.
     """
-    model = initial_model(recipe)
-    if recipe.model.init_from is None or checkpoint.versions(Path(recipe.run.dir) / "checkpoints"):
-        return model
-    path = Path(recipe.model.init_from)
-    if (path / "checkpoints").is_dir():
-        found: Mapping[str, Tensor] = load_run(path, recipe.model.init_weights)[0].state_dict()
+    if recipe.model.init_from is None or _has_begun(recipe):
+        return initial_model(recipe)
+    task, path = task_of(recipe), Path(recipe.model.init_from)
+    check_start(recipe)
+    model = task.build()
+    if _is_run(path):
+        weights.check(model, weights.of_memory(dict(task_of(recipe_of(path)).build().state_dict())), path)
+        found = weights.of_memory(dict(load_run(path, recipe.model.init_weights)[0].state_dict()))
     else:
         found = weights.read(recipe.model, recipe.data.kind, path, model)
-    weights.fill(model, found, path)
+    weights.check(model, found, path)
+    weights.start_buffers(model)
+    weights.fill(model, found)
     return model
+
+
+def check_start(recipe: Recipe) -> None:
+    """Refuse a folder of `model.init_from` that is of another model by its config.json, before anything is
+    built.
+
+    Raises:
+        ConfigError: it is. UserError: transformers is not installed.
+    """
+    path = recipe.model.init_from
+    if path is not None and not _has_begun(recipe) and not _is_run(Path(path)):
+        weights.compare(recipe.model, recipe.data.kind, Path(path))
+
+
+def _has_begun(recipe: Recipe) -> bool:
+    return bool(checkpoint.versions(Path(recipe.run.dir) / "checkpoints"))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
 
 
 def load_run(

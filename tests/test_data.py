@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import webdataset as wds  # type: ignore[import-untyped]
 from hypothesis import given, settings
@@ -521,6 +522,71 @@ def test_a_damaged_tokenizer_is_refused(text: Path) -> None:
     assert "270 tokens, index.json says 300" in refusal(lambda: tokenizer.load(folder))
     shutil.copy(text.parent / "good.json", saved)
     assert tokenizer.load(folder).vocab_size == 300
+
+
+def others_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """A tokenizer as a stranger may have made it: pieces of words, a normalizer, a special token before each
+    text, a limit of length, numbers of tokens with a gap, and an unknown token."""
+    words = ["<s>", "<unk>", "▁the", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {word: number + 3 * (number > 9) for number, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(["<s>", "<unk>"])
+    single = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.post_processor = single
+    made.enable_truncation(8)
+    made.enable_padding(length=8)
+    made.save(str(path))
+    return made
+
+
+def test_a_given_tokenizer_is_used_as_it_is(tmp_path: Path, text: Path) -> None:
+    text.write_text("The cat and the dog met.\n" * 200)
+    (tmp_path / "made").mkdir()
+    made = others_tokenizer(tmp_path / "made" / "tokenizer.json")
+    made.no_truncation()
+    made.no_padding()
+    expected = made.encode(text.read_text(), add_special_tokens=False).ids
+    for name in ("made", "made/tokenizer.json"):
+        out = tmp_path / "out"
+        index = pack([text], out, tokenizer=str(tmp_path / name), num_shards=2, valid_fraction=0, force=True)
+        assert (index.tokenizer, index.vocab_size) == ("tokenizer.json", max(made.get_vocab().values()) + 1)
+        assert tokens_of(out, "train").tolist() == expected
+        assert (out / "tokenizer.json").read_bytes() == (tmp_path / "made" / "tokenizer.json").read_bytes()
+    shutil.rmtree(tmp_path / "made")
+    reader = tokenizer.load(out)
+    assert reader.encode("The cat").tolist() == made.encode("The cat", add_special_tokens=False).ids
+    assert reader.decode([2, *expected[:8], 11, 99]) == made.decode([2, *expected[:8]])
+
+
+def test_an_own_tokenizer_can_be_given_on(tmp_path: Path, text: Path) -> None:
+    """The same tokens, whether it is learned or read."""
+    pack([text], tmp_path / "one", tokenizer="bpe:300", num_shards=2)
+    indices = [
+        pack([text], tmp_path / f"out-{k}", tokenizer=str(tmp_path / source), num_shards=2)
+        for k, source in enumerate(("one", "out-0"))
+    ]
+    assert indices[0] == indices[1]
+    assert indices[0].train == Index.load(tmp_path / "one").train, "sha256, bytes and all"
+
+
+def test_a_given_tokenizer_that_is_none_is_one_line(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.json").write_text('{"model":\n 3}')
+    for name, line in (
+        ("gone/tokenizer.json", "or the path of a tokenizer.json"),
+        ("empty", "has no tokenizer.json; transformers writes one"),
+        ("bad.json", "bad.json cannot be read ("),
+    ):
+        met = refusal(lambda name=name: pack([text], tmp_path / "out", tokenizer=str(tmp_path / name)))
+        assert line in met
+    assert not (tmp_path / "out").exists()
+    others_tokenizer(tmp_path / "tokenizer.json")
+    pack([text], tmp_path / "out", tokenizer=str(tmp_path), num_shards=2)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert "tokenizer.json: missing or damaged" in refusal(lambda: tokenizer.load(tmp_path / "out"))
 
 
 # Real text

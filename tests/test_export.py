@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_model
 from test_tasks import Data, data, recipe_of
@@ -20,7 +21,7 @@ from torch import nn
 from launch import local
 from lte import cli, config, models, recipes
 from lte.config import Recipe
-from lte.data import tokenizer
+from lte.data import Index, tokenizer
 from lte.models import hf
 from lte.nn import convert
 from lte.nn.adapted import Adapted, Tied
@@ -175,6 +176,57 @@ def test_the_tokenizer_is_that_of_the_data(
     printed = lte("export", moved, "--format", "hf", "--out", tmp_path / "none")
     assert printed.startswith(f"without its tokenizer ({words}")
     assert not list((tmp_path / "none").glob("token*"))
+
+
+def test_a_checkpoints_tokenizer_is_used_all_the_way(lte: Callable[..., str], tmp_path: Path) -> None:
+    """Text packed by the tokenizer of a folder of transformers', read from and written to by its library."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} bottles of beer on the wall, déjà vu. " for n in range(300)))
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("▁", -2.0)], 0, True))
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=120, unk_token="<unk>", special_tokens=["<unk>", "<s>"], show_progress=False
+    )
+    made.train_from_iterator([text.read_text()], trainer)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>")
+    theirs.save_pretrained(tmp_path / "checkpoint")
+    packed, run = tmp_path / "packed", tmp_path / "run"
+    said = lte("data", "pack", text, "--out", packed, "--tokenizer", tmp_path / "checkpoint", "--shards", 2)
+    assert said.endswith("(tokenizer.json)\n")
+    recipe = recipe_of(
+        "gpt",
+        Data(packed, packed),
+        **{"run.dir": str(run), "server.address": f"inprocess://{run}", "model.vocab_size": len(theirs)},
+    )
+    assert local.train_in_threads(recipe) == 0
+    prompt = "7 bottles of beer"
+    written = lte("generate", run, "--prompt", prompt, "--tokens", 0).rstrip("\n")
+    assert written == theirs.decode(theirs(prompt, add_special_tokens=False)["input_ids"])
+    assert "nats a token" in lte("eval", run)
+    assert lte("export", run, "--format", "hf", "--out", tmp_path / "out") == f"{tmp_path / 'out'}\n"
+    same = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = theirs(text.read_text(), add_special_tokens=False)["input_ids"]
+    assert same(text.read_text(), add_special_tokens=False)["input_ids"] == ids
+    # What was exported can be given on.
+    again = tmp_path / "again"
+    lte("data", "pack", text, "--out", again, "--tokenizer", tmp_path / "out", "--shards", 2)
+    assert Index.load(again).train == Index.load(packed).train
+
+
+def test_the_exported_tokenizer_of_bytes_can_be_given_on(
+    trained: Callable[..., Trained], lte: Callable[..., str], tmp_path: Path
+) -> None:
+    run, _ = trained("gpt")
+    lte("export", run, "--format", "hf", "--out", tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("7 bottles\n\tof déjà vu 🍺 on the  wall. " * 3000)
+    for k, name in enumerate(("bytes", tmp_path / "model")):
+        lte("data", "pack", text, "--out", tmp_path / f"{k}", "--tokenizer", name, "--shards", 2)
+    reader, expected = tokenizer.load(tmp_path / "1"), text.read_bytes()
+    assert reader.encode(text.read_text()).tolist() == list(expected)
+    assert [s.num_tokens for s in Index.load(tmp_path / "1").train] == [
+        s.num_tokens for s in Index.load(tmp_path / "0").train
+    ]
 
 
 @pytest.mark.parametrize("name", ["gpt", "resnet", "gpt2"])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from test_tasks import Data, data, recipe_of
 
 import lte
 from launch import local
-from lte import cli, config, export, quantize, recipes
+from lte import cli, config, export, models, quantize, recipes
 from lte.config import Recipe
 from lte.errors import ConfigError
 from lte.models import hf
@@ -82,6 +85,206 @@ def test_weights_are_read_from_every_layout(name: str, data: Data, tmp_path: Pat
     for tensor in model.state_dict().values():
         tensor.copy_(tensor.bfloat16())
     assert_same(starting(recipe, tmp_path / "bf16"), model)
+
+
+@torch.no_grad()
+def test_rotary_angles_are_the_librarys(data: Data, tmp_path: Path) -> None:
+    """They are buffers that no file holds, whichever file the weights are of."""
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"rope_theta": 5e5, "original_max_position_embeddings": 8}
+    recipe = recipe_of("llama", data, **{"model.config.rope_parameters": scaled})
+    folder = in_layout(trained_before(recipe), recipe, tmp_path / "llama")
+    with hf.quiet():
+        library = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    angles = library.model.rotary_emb.inv_freq
+    assert angles.abs().sum() > 0
+    x = torch.arange(16)[None]
+    for path in (folder, folder / "model.safetensors"):
+        model: Any = starting(recipe, path).eval()
+        assert torch.equal(model.model.rotary_emb.inv_freq, angles)
+        assert torch.equal(model(x).logits, library(x).logits)
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+from lte import config, recipes
+from lte.tasks import task_of
+
+def kilobytes(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+recipe = config.load(sys.argv[1])
+task_of(recipe).build()  # whatever the library imports
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before = kilobytes("VmRSS")
+model = recipes.starting_model(recipe)
+print((kilobytes("VmHWM") - before) / sum(p.numel() * 4 / 1024 for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_memory_is_that_of_one_model(data: Data, tmp_path: Path) -> None:
+    """No initial weights beside those that are read."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    recipe = recipe_of("llama", data, **{f"model.config.{key}": value for key, value in sizes.items()})
+    folder = in_layout(recipes.initial_model(recipe), recipe, tmp_path / "llama", max_shard_size="20MB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    written = tmp_path / "recipe.yaml"
+    written.write_text(config.to_yaml(config.replace(recipe, **{"model.init_from": str(folder)})))
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, written], check=True, capture_output=True, text=True, timeout=300
+    )
+    assert float(done.stdout) < 1.5, "in sizes of the model in fp32"
+
+
+def test_nothing_is_built_before_another_model_is_refused(
+    data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = recipe_of("llama", data, **{"run.dir": str(tmp_path / "run")})
+    folder = in_layout(recipes.initial_model(llama), llama, tmp_path / "llama")
+    large = {"model.config.hidden_size": 4096, "model.config.num_attention_heads": 32}
+    other = config.replace(llama, **large, **{"model.init_from": str(folder)})
+    written = tmp_path / "recipe.yaml"
+
+    def never(*_: object) -> None:
+        raise AssertionError("it is built")
+
+    monkeypatch.setattr(models, "build", never)
+    monkeypatch.setattr(models, "initialize", never)
+    for method in ("lte", "ddp"):
+        for command in ("train", "server"):
+            if (command, method) == ("server", "ddp"):
+                continue
+            written.write_text(config.to_yaml(config.replace(other, **{"train.method": method})))
+            capfd.readouterr()
+            assert cli.main([command, str(written)]) == 2
+            out, err = capfd.readouterr()
+            assert (out, err.count("\n")) == ("", 1)
+            assert err.startswith(
+                f"lte: model.init_from: {folder} holds another model: hidden_size is 32, not"
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def write(recipe: Recipe, path: Path, *left_out: str, **model: Any) -> Path:
+    """The recipe in a file, whose section `model` lacks some settings, and has these."""
+    tree = config.to_dict(recipe)
+    tree["model"] = {k: v for k, v in tree["model"].items() if k not in left_out} | model
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+BY_KIND = {"text": ["vocab_size"], "images": ["image_size", "channels", "num_classes"]}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "hf-vit", "resnet", "convnext"])
+@torch.no_grad()
+def test_what_a_recipe_leaves_out_is_taken_from_the_checkpoint(name: str, data: Data, tmp_path: Path) -> None:
+    """Of a checkpoint with settings that no default has, which the library alone wrote and reads."""
+    scaled = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    more: dict[str, dict[str, Any]] = {
+        "llama": {"rope_parameters": scaled, "attention_bias": True, "rms_norm_eps": 1e-3, "mlp_bias": True},
+        "gpt2": {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True, "resid_pdrop": 0.1},
+        "mixtral": {"num_experts_per_tok": 1, "sliding_window": 4, "head_dim": 4},
+        "hf-vit": {"qkv_bias": False, "layer_norm_eps": 1e-2},
+        "resnet": {"hidden_act": "gelu"},
+        "convnext": {"layer_norm_eps": 1e-2},
+    }
+    recipe = recipe_of(name, data, **{f"model.config.{key}": value for key, value in more[name].items()})
+    folder = in_layout(trained_before(recipe), recipe, tmp_path / "checkpoint")
+    kind = "ImageClassification" if recipe.data.kind == "images" else "CausalLM"
+    with hf.quiet():
+        library = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
+    left_out = ["config", "architecture", *BY_KIND[recipe.data.kind]]
+    if name == "resnet":  # which takes images of any size
+        left_out.remove("image_size")
+    written = write(recipe, tmp_path / "recipe.yaml", *left_out, init_from=str(folder))
+    said = list[str]()
+    made = recipes.load(written, say=said.append)
+    (line,) = said
+    assert f"architecture {recipe.model.architecture}" in line and str(folder / "config.json") in line
+    own = config.replace(made, **{"model.config": recipe.model.config, "model.init_from": None})
+    assert own == recipe, "but for how the model's settings are said"
+    batch = task_of(recipe).stream(0).batch(0)
+    x = batch.pixels if kind == "ImageClassification" else batch[:, :-1]
+    expected = library(x).logits
+    assert torch.equal(recipes.starting_model(made).eval()(x).logits, expected)
+    # What config.yaml will say makes the same model, without the folder.
+    written.write_text(config.to_yaml(config.replace(made, **{"model.init_from": None})))
+    assert recipes.load(written).model.config == made.model.config
+    again = recipes.initial_model(config.load(written)).eval()
+    again.load_state_dict(library.state_dict())
+    assert torch.equal(again(x).logits, expected)
+    assert not any(module.p for module in again.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_a_recipe_that_contradicts_its_checkpoint_is_refused(
+    data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llama = recipe_of("llama", data)
+    folder = in_layout(recipes.initial_model(llama), llama, tmp_path / "llama")
+    file = tmp_path / "recipe.yaml"
+    for setting, value, there in (("vocab_size", 300, 256), ("architecture", "gpt2", "llama")):
+        written = write(llama, file, "config", init_from=str(folder), **{setting: value})
+        capfd.readouterr()
+        assert cli.main(["train", str(written)]) == 2
+        out, err = capfd.readouterr()
+        line = f"lte: model.{setting}: {value}, but {folder / 'config.json'} says {there}; leave it out"
+        assert (out, err.count("\n")) == ("", 1) and err.startswith(line)
+    (folder / "config.json").write_text("{")
+    assert cli.main(["train", str(write(llama, file, "config", init_from=str(folder)))]) == 2
+    assert f"model.init_from: {folder} cannot be read" in capfd.readouterr().err
+    # What names settings is compared with the checkpoint, not completed.
+    written = write(llama, file, "config", init_from=str(folder), config={"hidden_size": 32})
+    assert recipes.load(written, say=pytest.fail).model.config == {"hidden_size": 32}
+
+
+def test_all_commands_see_what_was_taken(
+    data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Server, workers, whoever resumes without the checkpoint, and what tells beforehand."""
+    run, llama = tmp_path / "run", recipe_of("llama", data, **{"model.config.attention_bias": True})
+    llama = config.replace(llama, **{"run.dir": str(run), "server.address": f"inprocess://{run}"})
+    folder = in_layout(trained_before(llama), llama, tmp_path / "llama")
+    out = ["architecture", "config", "vocab_size"]
+    written = str(write(llama, tmp_path / "recipe.yaml", *out, init_from=str(folder)))
+    capfd.readouterr()
+    assert cli.main(["convert", written, "--dry-run", "--json"]) == 0
+    shown = capfd.readouterr().out
+    assert "q_proj.bias" in json.dumps(json.loads(shown)), "it has biases"
+    assert cli.main(["convert", written, "--dry-run"]) == 0
+    assert capfd.readouterr().out.startswith("model: architecture llama, vocab_size 256 and")
+    assert cli.main(["train", written]) == 0
+    assert capfd.readouterr().out.count("are taken from") == 1
+    folder.rename(tmp_path / "gone")
+    begun = config.load(run / "config.yaml")
+    assert begun.model.config["attention_bias"] is True and begun.model.config["hidden_size"] == 32
+    capfd.readouterr()
+    assert cli.main(["train", written]) == 0
+    assert "finished already" in capfd.readouterr().out
+    assert cli.main(["train", written, "train.rounds=3"]) == 0
+    assert [line["version"] for line in lines(run, "round")] == [1, 2, 3]
+    # A run is a checkpoint, too.
+    written = str(write(llama, tmp_path / "recipe.yaml", *out, init_from=str(run)))
+    more = recipes.load(written, [f"run.dir={tmp_path / 'more'}"])
+    assert more.model.config == begun.model.config
+    assert_same(recipes.starting_model(more), recipes.load_run(run, "master")[0])
+
+
+def test_a_pickle_is_refused_with_the_cure(data: Data, tmp_path: Path) -> None:
+    llama = recipe_of("llama", data)
+    folder = in_layout(recipes.initial_model(llama), llama, tmp_path / "llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    torch.save({}, plain / "weights.pt")
+    for path, file in ((folder, "pytorch_model.bin"), (plain, "weights.pt"), (plain / "weights.pt", "")):
+        with pytest.raises(ConfigError, match=r"is a pickle.*safetensors.*save_pretrained") as raised:
+            starting(llama, path)
+        (line,) = raised.value.faults
+        assert line.startswith(f"model.init_from: {path / file if file else path} is")
 
 
 def test_a_master_keeps_the_weights_that_it_is_given(data: Data, tmp_path: Path) -> None:
@@ -288,5 +491,7 @@ def test_counterparts_name_every_parameter(data: Data) -> None:
         counterpart = counterpart_of(recipe.model)
         named = [part for key, _ in ours.named_parameters() for part in counterpart.of(key)]
         assert sorted(named) == sorted(key for key, _ in theirs.named_parameters())
-        back = counterpart.gather(dict(theirs.named_parameters()), dict(ours.named_parameters()))
-        assert all(torch.equal(back[key], tensor) for key, tensor in ours.named_parameters())
+        there = dict(theirs.named_parameters())
+        for key, tensor in ours.named_parameters():
+            assert torch.equal(counterpart.take(there, key, tuple(tensor.shape)), tensor)
+        assert not there

@@ -29,7 +29,8 @@ def _add_data(commands: pieces.Commands) -> None:
         "examples:\n"
         "  lte data pack book.txt --out data/book                      one token a byte\n"
         "  lte data pack *.txt.gz --out data/books --tokenizer bpe:4096\n"
-        "  lte train configs/quickstart.yaml data.shards=data/books model.vocab_size=4096",
+        "  lte train configs/quickstart.yaml data.shards=data/books model.vocab_size=4096\n"
+        "  lte data pack book.txt --out data/book --tokenizer exports/model   its tokenizer.json",
     )
     command.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="text files, .gz too")
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
@@ -37,7 +38,8 @@ def _add_data(commands: pieces.Commands) -> None:
         "--tokenizer",
         default="bytes",
         metavar="NAME",
-        help="bytes, or bpe:SIZE trained here (default: bytes)",
+        help="bytes, bpe:SIZE trained here, or the path of a tokenizer.json or of a folder that holds one"
+        " (default: bytes)",
     )
     command.add_argument(
         "--valid", nargs="+", type=Path, default=[], metavar="TEXT", help="validation text of its own"

@@ -6,12 +6,14 @@ import argparse
 import os
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from launch import local
 from launch.arguments import Parser
-from lte import config, report
+from lte import config, recipes, report
+from lte.config import Recipe
 from lte.errors import UserError
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -34,6 +36,18 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
     )
+
+
+def read_recipe(arguments: argparse.Namespace, *, quietly: bool = False) -> Recipe:
+    """The recipe of `add_recipe`'s arguments. What it takes from a checkpoint is said, but where something
+    reads what the command prints.
+
+    Raises:
+        UserError: see `recipes.load`.
+    """
+    quietly = quietly or getattr(arguments, "json", False)
+    say = (lambda line: None) if quietly else partial(print, flush=True)
+    return recipes.load(arguments.config, arguments.overrides, say=say)
 
 
 def add_address(command: argparse.ArgumentParser) -> None:

@@ -73,7 +73,7 @@ def _add_plan(commands: pieces.Commands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    recipe = config.load(arguments.config, arguments.overrides).in_round(arguments.round)
+    recipe = pieces.read_recipe(arguments).in_round(arguments.round)
     if arguments.table:
         if arguments.bandwidth or arguments.rtt is not None or arguments.workers:
             raise UserError("--table says it for each worker: leave out --bandwidth, --rtt and --workers")
@@ -170,7 +170,7 @@ def _add_simulate(commands: pieces.Commands) -> None:
 def _simulate(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 2:
         raise UserError("--rounds: a simulation needs 2 or more; the first is how it begins")
-    recipe = config.load(arguments.config, arguments.overrides).in_round(arguments.round)
+    recipe = pieces.read_recipe(arguments).in_round(arguments.round)
     fleet = simulate.read_fleet(arguments.links)
     rates = _rates(recipe, arguments)
     found = []
@@ -225,7 +225,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             "convert: there is nothing to write, as servers and workers convert the model themselves; give"
             " --dry-run for the table, or use 'lte train'"
         )
-    recipe = config.load(arguments.config, arguments.overrides).in_round(0)
+    recipe = pieces.read_recipe(arguments).in_round(0)
     found = inventory.take(cost.plan_of(recipe), recipe)
     if arguments.json:
         print(json.dumps(inventory.to_dict(found), indent=2))

@@ -12,10 +12,11 @@ from pathlib import Path
 from rich.console import Console
 
 from launch import data_parallel, local
-from lte import config, ddp, recipes, relay, report, signals
+from lte import ddp, recipes, relay, report, signals
 from lte.cli import pieces
 from lte.config import Recipe
 from lte.config import Server as ServerSettings
+from lte.ddp.place import MEETING
 from lte.errors import UserError
 from lte.server.folder import is_complete
 from lte.tasks import Text, task_of
@@ -47,7 +48,9 @@ def _add_train(commands: pieces.Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    recipe = config.load(arguments.config, arguments.overrides)
+    # Data-parallel workers, which torchrun or this command has started, need not all say it.
+    is_told = os.environ.get("RANK", "0") != "0" or bool(os.environ.get(MEETING))
+    recipe = pieces.read_recipe(arguments, quietly=is_told)
     if recipe.train.method == "ddp":
         return _train_data_parallel(recipe, [arguments.config, *arguments.overrides])
     if is_complete(recipe):
@@ -61,6 +64,7 @@ def _train(arguments: argparse.Namespace) -> int:
         code = local.train_in_threads(recipe)
         _conclude(recipe, finished=code == 0)
         return code
+    recipes.check_start(recipe)
     task_of(recipe).check_run()
     return local.train_in_processes(recipe, [arguments.config, *arguments.overrides])
 
@@ -101,7 +105,8 @@ def _add_server(commands: pieces.Commands) -> None:
 
 
 def _server(arguments: argparse.Namespace) -> int:
-    recipe = config.load(arguments.config, arguments.overrides)
+    # 'lte train', which is announced to, has said it.
+    recipe = pieces.read_recipe(arguments, quietly=arguments.announce is not None)
     if is_complete(recipe):
         return _say_complete(recipe)
 
@@ -235,7 +240,7 @@ def _add_worker(commands: pieces.Commands) -> None:
 def _worker(arguments: argparse.Namespace) -> int:
     if arguments.state and not arguments.id:
         raise UserError("--state belongs to a worker of a name; give it one with --id NAME")
-    recipe = config.load(arguments.config, arguments.overrides) if arguments.config else None
+    recipe = pieces.read_recipe(arguments) if arguments.config else None
     recipes.work(
         arguments.server,
         worker_id=arguments.id,

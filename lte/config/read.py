@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 _UNREADABLE = object()
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    complete: Callable[[dict[str, Any]], Sequence[str]] = lambda tree: (),
+) -> Recipe:
     """Read a YAML recipe, with `key=value` overrides such as `train.rounds=20`.
+
+    Args:
+        complete: may add settings to the tree that was read, of sections, before it is checked; returns
+            lines of faults.
 
     Raises:
         ConfigError: with one line for each fault of file and overrides.
@@ -46,6 +56,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     faults: list[str] = []
     for override in overrides:
         _override(tree, override, faults)
+    faults += complete(tree)
     return from_dict(tree, faults)
 
 
@@ -104,7 +115,7 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
     tree = to_dict(recipe)
     faults: list[str] = []
     for key, value in changes.items():
-        _place(tree, key, value, key, faults)
+        _place(tree, key, copy.deepcopy(value), key, faults)  # a later change may be of what is in it
     return from_dict(tree, faults)
 
 

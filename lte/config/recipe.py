@@ -97,7 +97,8 @@ class Model:
     init_from: Annotated[Name | None, _OrNone] = _doc(
         None,
         "weights to start from, read by a new run's server alone: a folder of transformers', a .safetensors"
-        " file, or another run's folder; none: run.seed's",
+        " file, or another run's folder; none: run.seed's. Without model.config, transformers' settings come"
+        " from there, too",
     )
     init_weights: Literal["published", "master", "ema"] = _doc(
         "master", "which weights of a run that model.init_from names"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lte.data.folder import INDEX, claim, publish, write_shard
 from lte.data.shards import CHUNK_TOKENS, Index, Shard, Tokens, storage
-from lte.data.tokenizer import BPETokenizer, Tokenizer, make, parse
+from lte.data.tokenizer import BPETokenizer, GivenTokenizer, Tokenizer, given, make
 from lte.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -46,7 +46,8 @@ def pack(
     Args:
         texts: files to train on.
         out: folder to make. It is complete once it holds index.json.
-        tokenizer: `bytes`, or `bpe:SIZE`, learned from the training text alone.
+        tokenizer: `bytes`; `bpe:SIZE`, learned from the training text alone; or the path of a tokenizer.json,
+            or of a folder that holds one, such as a checkpoint of transformers: copied beside the shards.
         valid_fraction: share of the text, at its end, that is kept for validation; in bytes.
         num_shards: training shards, of nearly as many tokens each; so many workers can have their own.
         valid_texts: files to validate on; then all of `texts` is for training.
@@ -56,7 +57,7 @@ def pack(
         DataError: texts that are missing, unreadable, too short or, for BPE, not UTF-8; settings that
             make no sense; an `out` that is taken.
     """
-    parse(tokenizer)
+    reader: Tokenizer | None = given(tokenizer)
     if not 0 <= valid_fraction < 1:
         raise DataError(f"valid_fraction {valid_fraction}: must be at least 0 and less than 1")
     if num_shards < 1:
@@ -72,7 +73,8 @@ def pack(
             valid = _joined(valid_texts, folder / "valid.text", utf8)
         else:
             train, valid = _split(train, valid_fraction)
-        reader = make(tokenizer, islice(_pieces(train), BPE_TRAINING_PIECES))
+        if reader is None:
+            reader = make(tokenizer, islice(_pieces(train), BPE_TRAINING_PIECES))
         train_tokens = _encode(train, reader, folder / "train.tokens")
         if len(train_tokens) < 2 * num_shards:
             raise DataError(
@@ -82,13 +84,13 @@ def pack(
         valid_tokens = _encode(valid, reader, folder / "valid.tokens")
         num_valid_shards = -(-len(valid_tokens) // VALID_SHARD_TOKENS)
         index = Index(
-            tokenizer=tokenizer,
+            tokenizer=reader.name,
             vocab_size=reader.vocab_size,
             dtype=reader.dtype.name,  # type: ignore[arg-type]
             train=_write_shards(train_tokens, "train", num_shards, folder, reader),
             valid=_write_shards(valid_tokens, "valid", num_valid_shards, folder, reader),
         )
-        if isinstance(reader, BPETokenizer):
+        if isinstance(reader, BPETokenizer | GivenTokenizer):
             reader.save(folder)
         (folder / INDEX).write_bytes(index.dump())
         publish(folder, out)
@@ -128,7 +130,7 @@ def _blocks(path: Path, utf8: bool) -> Iterator[bytes]:
                 checked += len(block)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: byte {checked - pending + error.start} is not UTF-8, which BPE needs;"
+            f"{path}: byte {checked - pending + error.start} is not UTF-8, which this tokenizer needs;"
             " convert the file (iconv -t utf-8), or pack it with the tokenizer bytes"
         ) from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of the three

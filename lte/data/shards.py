@@ -56,7 +56,7 @@ class Index:
     """What a folder of packed text holds.
 
     Attributes:
-        tokenizer: its name, `bytes` or `bpe:SIZE`.
+        tokenizer: its name, `bytes`, `bpe:SIZE`, or `tokenizer.json` where it was given.
         vocab_size: number of distinct tokens that it knows.
         dtype: of the tokens, as numpy calls it.
         train, valid: shards in the order of the text; no valid ones if none was kept for validation.

@@ -1,4 +1,5 @@
-"""Text to tokens and back: bytes, or byte-level BPE. Both take any text and give it back."""
+"""Text to tokens and back: bytes, or byte-level BPE, which take any text and give it back; or a tokenizer
+that somebody else made, which does what it does."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class Tokenizer(Protocol):
     """Text to tokens and back.
 
     Attributes:
-        name: `bytes` or `bpe:SIZE`; SIZE is the vocabulary asked for.
+        name: `bytes`, `bpe:SIZE`, where SIZE is the vocabulary asked for, or `tokenizer.json`.
         vocab_size: tokens are 0 to vocab_size - 1; a short text may give fewer than were asked for.
         dtype: smallest of uint8, uint16, uint32 that holds them.
     """
@@ -112,8 +113,72 @@ class BPETokenizer:
         self.model.save(str(folder / TOKENIZER))
 
 
-def parse(name: str) -> int:
-    """The size of the BPE vocabulary that a name asks for; 0 for `bytes`.
+class GivenTokenizer:
+    """One that a tokenizer.json describes, as the tokenizers and transformers libraries write it. It adds no
+    special tokens to a text, and cuts and pads none."""
+
+    name = TOKENIZER
+
+    def __init__(self, path: Path) -> None:
+        """Read it.
+
+        Args:
+            path: the file, or a folder that holds it.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        file = path / TOKENIZER if path.is_dir() else path
+        try:
+            self._content = file.read_bytes()
+            self.model = tokenizers.Tokenizer.from_buffer(self._content)
+        except FileNotFoundError:
+            raise DataError(
+                f"tokenizer {str(path)!r}: has no {TOKENIZER}; transformers writes one:"
+                " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
+            ) from None
+        except Exception as error:  # the library raises no narrower class
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"tokenizer {str(path)!r}: {file} cannot be read ({reason})") from None
+        self.model.no_truncation()
+        self.model.no_padding()
+        # Numbers of tokens may have gaps.
+        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.vocab_size:
+            raise DataError(f"tokenizer {str(path)!r}: {file} has no vocabulary")
+        self.dtype: np.dtype[np.unsignedinteger[Any]] = np.dtype(
+            np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        )
+
+    def encode(self, text: str) -> Tokens:
+        """See `Tokenizer`.
+
+        Raises:
+            DataError: it cannot read this text.
+        """
+        try:
+            return np.array(self.model.encode(text, add_special_tokens=False).ids, self.dtype)
+        except Exception as error:  # the library raises no narrower class
+            raise DataError(f"tokenizer: it cannot read this text ({error}); use another") from None
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
+        return self.model.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
+
+    def num_bytes(self, ids: Tokens) -> int:
+        # What its normalizer took away is in no token.
+        return max(1, len(self.decode(ids).encode()))
+
+    def of_library(self) -> tokenizers.Tokenizer:
+        return self.model
+
+    def save(self, folder: Path) -> None:
+        """Write the file as it was read."""
+        (folder / TOKENIZER).write_bytes(self._content)
+
+
+def parse(name: str) -> int | Path:
+    """What a name asks for: the size of a BPE vocabulary, 0 for `bytes`, or the path of a tokenizer.json or
+    of a folder that holds one.
 
     Raises:
         DataError: the name of no tokenizer.
@@ -123,17 +188,33 @@ def parse(name: str) -> int:
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal() and int(size) >= 256:
         return int(size)
-    raise DataError(f"tokenizer {name!r}: must be bytes, or bpe:SIZE (from 256) such as bpe:4096")
+    if name and Path(name).exists():
+        return Path(name)
+    raise DataError(
+        f"tokenizer {name!r}: must be bytes, bpe:SIZE (from 256) such as bpe:4096, or the path of a"
+        f" {TOKENIZER} or of a folder that holds one"
+    )
+
+
+def given(name: str) -> GivenTokenizer | None:
+    """The tokenizer of a name that is a path, or None where it is another's.
+
+    Raises:
+        DataError: the name of no tokenizer, or of a missing or damaged one.
+    """
+    return GivenTokenizer(found) if isinstance(found := parse(name), Path) else None
 
 
 def make(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of a name, trained on pieces of text if it is one that learns.
 
     Raises:
-        DataError: the name of no tokenizer.
+        DataError: the name of no tokenizer, or of a missing or damaged one.
     """
-    vocab_size = parse(name)
-    return BPETokenizer.train(name, vocab_size, texts) if vocab_size else ByteTokenizer()
+    found = parse(name)
+    if isinstance(found, Path):
+        return GivenTokenizer(found)
+    return BPETokenizer.train(name, found, texts) if found else ByteTokenizer()
 
 
 def load(folder: Path) -> Tokenizer:
@@ -146,8 +227,12 @@ def load(folder: Path) -> Tokenizer:
     if index.tokenizer == "bytes":
         return ByteTokenizer()
     path = folder / TOKENIZER
+    loaded: Tokenizer
     try:
-        loaded = BPETokenizer(index.tokenizer, tokenizers.Tokenizer.from_file(str(path)))
+        if index.tokenizer == TOKENIZER:
+            loaded = GivenTokenizer(path)
+        else:
+            loaded = BPETokenizer(index.tokenizer, tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises no narrower class
         raise DataError(f"{path}: missing or damaged ({error}); {cure(folder)}") from None
     if loaded.vocab_size != index.vocab_size:

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from lte import signals
+from lte import recipes, signals
 from lte.config import Recipe
 from lte.ddp.group import Group
 from lte.ddp.keeper import STEP, Keeper
@@ -28,6 +28,7 @@ def check(recipe: Recipe) -> None:
         DataError: the data are missing or too few. ConfigError: settings that do not fit the model.
     """
     task = task_of(recipe)
+    recipes.check_start(recipe)
     task.check_run()
     model = task.build()
     plan(model, recipe.lora, recipe.base.quant)

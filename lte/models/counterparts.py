@@ -46,13 +46,10 @@ class Counterpart:
         # A scalar has no rows to cut.
         yield from zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor], strict=True)
 
-    def gather(self, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the tensors of a model there those of one here, with the names and shapes of `ours`."""
-        found = {}
-        for name, like in ours.items():
-            parts = [theirs[part] for part in self.of(name)]
-            found[name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(like.shape)
-        return found
+    def take(self, theirs: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+        """Remove from the tensors of a model there what a tensor here is made of, and make it."""
+        parts = [theirs.pop(part) for part in self.of(name)]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shape)
 
 
 def counterpart_of(config: Model) -> Counterpart:

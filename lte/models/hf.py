@@ -66,14 +66,25 @@ def build(config: Model, kind: Kind) -> nn.Module:
     return model
 
 
-def _configured(config: Model, kind: Kind) -> tuple[Any, Any]:
-    """The library's class that makes models of this kind, and the config of this one; see `build`."""
+def need() -> None:
+    """See that the library is there.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
-        from transformers.models.auto import configuration_auto, modeling_auto
+        from transformers.models.auto import configuration_auto  # noqa: F401
     except ImportError:
         raise UserError(
             "models of transformers and its layout need the library of that name; pip install 'lte[hf]'"
         ) from None
+
+
+def _configured(config: Model, kind: Kind) -> tuple[Any, Any]:
+    """The library's class that makes models of this kind, and the config of this one; see `build`."""
+    need()
+    from transformers.models.auto import configuration_auto, modeling_auto
+
     names: Mapping[str, Sequence[str]]
     auto: Any
     if kind == "text":
@@ -171,21 +182,43 @@ class Read:
     misshapen: set[Misshapen]
 
 
-def read(config: Model, kind: Kind, folder: Path) -> Read:
-    """Weights for a model of `build` from a folder in the library's layout; no pickles are opened.
+def compare(config: Model, kind: Kind, folder: Path) -> None:
+    """Refuse a folder in the library's layout whose config is of another model than this one.
 
     Raises:
-        ConfigError: it cannot be read, or is of a model that computes something else. UserError:
-            transformers is not installed.
+        ConfigError: it is, or cannot be read. UserError: transformers is not installed.
     """
-    auto, made = _configured(config, kind)
+    _, made = _configured(config, kind)
+    if differs := _difference(made, config_of(folder)):
+        raise ConfigError([f"model.init_from: {folder} holds another model: {differs}"])
+
+
+def config_of(folder: Path) -> Any:
+    """The library's config of a folder.
+
+    Raises:
+        ConfigError: it cannot be read. UserError: transformers is not installed.
+    """
+    need()
     from transformers import AutoConfig
 
     try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of files that are damaged or of unknown models, in many classes
+        raise ConfigError([f"model.init_from: {folder} cannot be read ({in_a_line(error)})"]) from None
+
+
+def read(config: Model, kind: Kind, folder: Path) -> Read:
+    """Weights for a model of `build` from a folder in the library's layout, which `compare` has seen; no
+    pickles are opened. They are converted one at a time, so that memory is that of one model in fp32.
+
+    Raises:
+        ConfigError: it cannot be read. UserError: transformers is not installed.
+    """
+    auto, made = _configured(config, kind)
+    try:
         with quiet(), torch.random.fork_rng(devices=[]):
-            there = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if differs := _difference(made, there):
-                raise ConfigError([f"model.init_from: {folder} holds another model: {differs}"])
             model, found = auto.from_pretrained(
                 folder,
                 config=made,
@@ -196,15 +229,16 @@ def read(config: Model, kind: Kind, folder: Path) -> Read:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except ConfigError:
-        raise
     except Exception as error:  # of files that are missing or damaged, in many classes
         # The library compares tied tensors and fails where one of them has another shape.
         if (seen := _seen(auto, made, folder)) is not None and seen.misshapen:
             return seen
         raise ConfigError([f"model.init_from: {folder} cannot be read ({in_a_line(error)})"]) from None
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    model.to("meta")  # it refers to itself: what is taken of the tensors would live on in it
     return Read(
-        tensors=dict(model.named_parameters()) | dict(model.named_buffers()),
+        tensors=tensors,
         missing=set(found["missing_keys"]),
         unknown=set(found["unexpected_keys"]),
         misshapen={(name, tuple(one), tuple(other)) for name, one, other in found["mismatched_keys"]},
@@ -234,18 +268,26 @@ def _seen(auto: Any, made: Any, folder: Path) -> Read | None:
 
 def _difference(made: Any, there: Any) -> str:
     """In what the model of a recipe computes something else than that of a folder, in words, or ''."""
-    from transformers import PreTrainedConfig
-
     if made.model_type != there.model_type:
         return f"a {there.model_type}, not a {made.model_type}"
-    of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names = [field.name for field in dataclasses.fields(made) if field.name not in of_all]
     return ", ".join(
         f"{name} is {getattr(there, name, None)}, not {getattr(made, name, None)}"
-        for name in [*names, "tie_word_embeddings"]
-        if not any(part in name for part in _NOT_COMPUTED)
-        and getattr(made, name, None) != getattr(there, name, None)
+        for name in computed(made)
+        if getattr(made, name, None) != getattr(there, name, None)
     )
+
+
+def computed(made: Any) -> list[str]:
+    """Names of those settings of a config that decide what a trained model computes."""
+    from transformers import PreTrainedConfig
+
+    of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = [field.name for field in dataclasses.fields(made) if field.name not in of_all]
+    return [
+        name
+        for name in dict.fromkeys([*names, "tie_word_embeddings"])
+        if not any(part in name for part in _NOT_COMPUTED)
+    ]
 
 
 @contextmanager
