@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from launch import local
 from lte import cli, config, models, recipes
 from lte.config import Recipe
-from lte.data import Index, tokenizer
+from lte.data import Index, tokenizer, validation_images
 from lte.models import hf
 from lte.nn import convert
 from lte.nn.adapted import Adapted, Tied
@@ -150,6 +151,53 @@ def test_transformers_loads_the_model(
         assert (met - expected).abs().max() < 1e-5 * expected.abs().max()
     for other in {"published", "master", "ema"} - {which}:  # they do differ
         assert not torch.allclose(met, models.outputs(recipes.load_run(run, other)[0], x)[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "colour"])
+@torch.no_grad()
+def test_transformers_reads_images_as_the_run_does(
+    name: str,
+    trained: Callable[..., Trained],
+    lte: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """From files of images, with the library's own processor, to the names of their classes."""
+    images = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    generator, shape = np.random.default_rng(1), (12, 12, 3) if name == "colour" else (12, 12)
+    pixels = generator.integers(0, 256, (24, *shape), np.uint8)
+    for k, image in enumerate(pixels):
+        path = (
+            tmp_path / "photos" / ("test" if k % 2 else "train") / ("cat", "dog")[k // 2 % 2] / f"{k:02d}.png"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images.fromarray(image).save(path)
+    packed = tmp_path / "packed"
+    lte("data", "pack-images", tmp_path / "photos", "--out", packed, "--shards", 2)
+    folder = tmp_path / "run"
+    where = {"run.dir": str(folder), "server.address": f"inprocess://{folder}"}
+    own = {"model.channels": 3 if name == "colour" else 1, "train.batch_size": 4, "lora.heads": 1}
+    recipe = recipe_of("vit" if name == "colour" else name, Data(packed, packed), **where, **own)
+    assert local.train_in_threads(recipe) == 0
+    assert lte("export", folder, "--format", "hf", "--out", tmp_path / "out") == f"{tmp_path / 'out'}\n"
+    with hf.quiet():
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    paths = sorted((tmp_path / "photos" / "test").rglob("*.png"), key=lambda path: path.name)
+    files = [images.open(path) for path in paths]
+    (expected,) = validation_images(packed, batch_size=99)
+    met = processor(files, return_tensors="pt")["pixel_values"]
+    order = [int(torch.argmin((expected.pixels - one).abs().flatten(1).sum(1))) for one in met]
+    assert sorted(order) == list(range(12))
+    assert torch.allclose(met, expected.pixels[order], rtol=0, atol=1e-6)
+    theirs = from_pretrained(recipe, tmp_path / "out")
+    named = [theirs.config.id2label[int(label)] for label in expected.labels[order]]
+    assert named == [path.parent.name for path in paths]
+    assert theirs.config.label2id == {"cat": 0, "dog": 1, "LABEL_2": 2}
+    if name == "colour":  # gray files among those in colour
+        gray = processor(files[0].convert("L"), return_tensors="pt")["pixel_values"]
+        assert gray.shape == (1, 3, 12, 12)
+    shutil.rmtree(packed)
+    said = lte("export", folder, "--format", "hf", "--out", tmp_path / "more")
+    assert said.startswith(f"without names of classes and preprocessor_config.json ({packed}")
 
 
 def test_the_tokenizer_is_that_of_the_data(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import webdataset as wds  # type: ignore[import-untyped]
 from PIL import Image
 
 from lte.data import ImageIndex, TrainingImages, TrainingStream, pack, pack_images, validation_images
@@ -197,6 +198,77 @@ def test_a_channel_without_variation_stays_finite(tmp_path: Path) -> None:
     pack_images(tmp_path / "source", tmp_path / "out", num_shards=1, valid_fraction=0)
     pixels = stream(tmp_path / "out", batch_size=3).batch(0).pixels
     assert torch.allclose(pixels, torch.zeros(3, 1, 8, 8), atol=1e-5)
+
+
+def write_webdataset(
+    path: Path, numbers: range, labels: Callable[[int], str] = lambda n: str(label_of(n))
+) -> None:
+    """A tar by the library's own writer: 0000.png, 0000.cls, 0000.json, 0001.png, ..."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wds.TarWriter(str(path), encoder=False) as writer:
+        for n in numbers:
+            sample = {"png": png(picture(n)), "cls": labels(n).encode(), "json": b"{}"}
+            writer.write({"__key__": f"{n:04d}", **sample})
+
+
+def test_webdatasets_tars(tmp_path: Path) -> None:
+    one = tmp_path / "one.tar"
+    write_webdataset(one, range(20))
+    index = pack_images(one, tmp_path / "one", num_shards=2, valid_fraction=0)
+    assert index.classes == ("0", "1", "2")
+    write_webdataset(tmp_path / "named.tar", range(20), lambda n: CLASSES[label_of(n)] + "\n")
+    named = pack_images(tmp_path / "named.tar", tmp_path / "named", num_shards=2, valid_fraction=0)
+    assert named.classes == CLASSES
+    assert named.train == index.train, "sha256 and all"
+    for pixels, label in content(tmp_path / "one", "train"):
+        assert np.array_equal(pixels, picture(number_of(pixels)))
+        assert label == label_of(number_of(pixels))
+
+
+@pytest.mark.parametrize(
+    ("train", "valid"),
+    [("train-{:04d}.tar", "val-{:04d}.tar"), ("train/{:04d}.tar", "test/{:04d}.tar"), ("{}.tar", None)],
+)
+def test_folders_of_webdatasets_tars(tmp_path: Path, train: str, valid: str | None) -> None:
+    source = tmp_path / "source"
+    for k in range(3):  # keys begin anew in each, as some writers have it
+        write_webdataset(source / train.format(k), range(10 * k, 10 * k + 10))
+    if valid:
+        write_webdataset(source / valid.format(0), range(30, 36))
+    (source / "classnames.txt").write_text("\n".join((*CLASSES, "dog")) + "\n")
+    index = pack_images(source, tmp_path / "out", num_shards=2, valid_fraction=0.2)
+    assert index.classes == (*CLASSES, "dog")
+    met = content(tmp_path / "out", "train"), content(tmp_path / "out", "valid")
+    numbers = [{number_of(pixels) for pixels, _ in split} for split in met]
+    assert numbers[0] | numbers[1] == set(range(36 if valid else 30))
+    assert numbers[1] == set(range(30, 36)) if valid else len(numbers[1]) == 6
+    assert all(label == label_of(number_of(pixels)) for split in met for pixels, label in split)
+
+
+def test_samples_of_webdataset_as_files_and_equal_keys(tmp_path: Path) -> None:
+    for k in range(2):
+        write_webdataset(tmp_path / "tars" / f"{k}.tar", range(10))
+        with tarfile.open(tmp_path / "tars" / f"{k}.tar") as tar:
+            tar.extractall(tmp_path / "files", filter="data")
+    assert sum(s.num_images for s in pack_images(tmp_path / "tars", tmp_path / "a", num_shards=2).train) == 18
+    index = pack_images(tmp_path / "files", tmp_path / "b", num_shards=2, valid_fraction=0)
+    assert (sum(s.num_images for s in index.train), index.classes) == (10, ("0", "1", "2"))
+
+
+def test_webdatasets_that_cannot_be_packed_are_one_line(tmp_path: Path) -> None:
+    def refused(labels: Callable[[int], str]) -> str:
+        write_webdataset(tmp_path / "source" / "a.tar", range(9), labels)
+        return refusal(lambda: pack_images(tmp_path / "source", tmp_path / "out", num_shards=1))
+
+    assert "0000.png: the .cls beside it is neither" in refused(lambda n: " ")
+    assert "class 65536 in a .cls; 65535 is the largest" in refused(lambda n: "65536")
+    (tmp_path / "source" / "classnames.txt").write_text("ape\nbee\n")
+    assert "classnames.txt: 2 names, but there is a class 2" in refused(lambda n: str(label_of(n)))
+    with wds.TarWriter(str(tmp_path / "source" / "a.tar"), encoder=False) as writer:
+        for n in range(4):
+            writer.write({"__key__": f"{n}", "png": png(picture(n))} | ({"cls": b"1"} if n % 2 else {}))
+    line = refusal(lambda: pack_images(tmp_path / "source", tmp_path / "out", num_shards=1))
+    assert "a/0.png has no .cls beside it" in line
 
 
 def _cut(path: Path) -> None:

@@ -61,6 +61,7 @@ def _add_data(commands: pieces.Commands) -> None:
         "examples:\n"
         "  lte data pack-images fashion-mnist --out data/fashion        idx-ubyte files, .gz too\n"
         "  lte data pack-images cifar10.tar.gz --out data/cifar10       train/CLASS/*.png, test/CLASS/*.png\n"
+        "  lte data pack-images shards --out data/photos                WebDataset's 0.jpg, 0.cls, in tars\n"
         "  lte train configs/vit-cifar10.yaml data.shards=data/cifar10",
     )
     command.add_argument(
@@ -68,7 +69,7 @@ def _add_data(commands: pieces.Commands) -> None:
         type=Path,
         metavar="IMAGES",
         help="folder, or .tar(.gz) of one: a sub-folder of PNG or JPEG files a class, also in folders train"
-        " and test; or the files of MNIST",
+        " and test; WebDataset's tars, with a .cls beside each image; or the files of MNIST",
     )
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
     command.add_argument(

@@ -127,10 +127,12 @@ def _add_export(commands: pieces.Commands) -> None:
         "  lte export runs/quickstart --format peft --out exports/heads     a folder a head, and their base\n"
         "  lte train configs/quickstart.yaml run.dir=runs/more model.init_from=exports/weights\n\n"
         "hf: AutoModelForCausalLM (or ...ForImageClassification).from_pretrained(DIR) loads the merged\n"
-        "  model, of a reference model its counterpart there (Arcee, ViT); AutoTokenizer its tokenizer.\n"
+        "  model, of a reference model its counterpart there (Arcee, ViT); AutoTokenizer its tokenizer,\n"
+        "  AutoImageProcessor how images are read (of one channel: from gray files).\n"
         "safetensors: the state dict, by the model's own names, in DIR/model.safetensors.\n"
         "peft: PeftModel.from_pretrained(base, DIR/WORKER-head-K) computes what a worker did when it saved\n"
-        "  its state last, that is before its last contribution was sent, or when it was stopped.",
+        "  its state last, that is before its last contribution was sent, or when it was stopped. base is\n"
+        "  DIR/base-K; AutoPeftModel finds it by its absolute path, so not once DIR was moved.",
     )
     command.add_argument("folder", type=Path, metavar="RUN", help="run.dir of a run")
     command.add_argument("--format", required=True, choices=("hf", "safetensors", "peft"))

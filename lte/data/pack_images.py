@@ -9,7 +9,7 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ VALID_FOLDERS, TRAIN_FOLDERS = ("valid", "val", "validation", "test"), ("train",
 """Folders above those of the classes, by which images are for validation or for training."""
 VALID_SHARD_IMAGES = 1 << 13
 """Most images of a validation shard, so that a short evaluation reads little."""
+TARS = (".tar", ".tar.gz", ".tgz")
+LIST = "classnames.txt"
+"""Beside a folder's images, or tars of them: names of classes that are numbers, one a line."""
+_MOST_CLASSES = (1 << 16) - 1
 _IDX = re.compile(r"(train|t10k)-images[.-]idx3-ubyte(\.gz)?")
 _GRAY = ("1", "L", "LA")
 
@@ -53,8 +57,10 @@ def pack_images(
 
     Args:
         source: a folder, or a .tar or .tar.gz of one, whose sub-folders of PNG or JPEG files are the
-            classes, or hold them in folders train and test (or valid); or a folder with the idx-ubyte files,
-            plain or .gz, of MNIST and Fashion-MNIST.
+            classes, or hold them in folders train and test (or valid); a WebDataset tar, or a folder of such,
+            whose images have a .cls beside them with the number or name of their class (a classnames.txt may
+            say the names of numbers; train and valid in the names of tars say the split); or a folder with
+            the idx-ubyte files, plain or .gz, of MNIST and Fashion-MNIST.
         out: folder to make. It is complete once it holds index.json.
         valid_fraction: share of the images, drawn at random, that is kept for validation where the
             source has none of its own.
@@ -196,31 +202,45 @@ def _idx_array(path: Path, num_dimensions: int) -> npt.NDArray[np.uint8]:
 # Files of images
 
 
+class File(NamedTuple):
+    """A file that is an image by its name.
+
+    Attributes:
+        name: its path in the source, in which it is unlike all others. content: its bytes.
+        label: what the .cls of its sample says, as WebDataset has it; None: there is none, and its folder is
+            its class. above: folders that may say which split it is of, from the outermost on.
+    """
+
+    name: PurePosixPath
+    content: bytes
+    label: str | None
+    above: tuple[str, ...]
+
+
 def _decoded(source: Path, target: Path) -> Images:
-    """Images of files in folders, decoded into a file that is kept as long as the result is used."""
-    names, shape, in_colour = list[PurePosixPath](), None, False
+    """Images of files, decoded into a file that is kept as long as the result is used."""
+    names, labels, splits = list[PurePosixPath](), list[str | None](), list[str | None]()
+    shape, in_colour = None, False
     with target.open("wb") as file:
-        for name, content in _files(source):
-            pixels, mode = _decode(name, content)
+        for found in _files(source):
+            pixels, mode = _decode(found.name, found.content)
             if shape not in (None, pixels.shape):
                 raise DataError(
-                    f"{name}: {pixels.shape[1]}x{pixels.shape[0]} pixels, others have {shape[1]}x{shape[0]};"
-                    " make all images one size first"
+                    f"{found.name}: {pixels.shape[1]}x{pixels.shape[0]} pixels, others have"
+                    f" {shape[1]}x{shape[0]}; make all images one size first"
                 )
             shape, in_colour = pixels.shape, in_colour or mode not in _GRAY
-            names.append(name)
+            names.append(found.name)
+            labels.append(found.label)
+            splits.append(_split_of(found.above))
             file.write(pixels.tobytes())
     if shape is None:
         raise DataError(
-            f"{source}: no images in it; give a folder or tar whose sub-folders hold PNG or JPEG files"
+            f"{source}: no images in it; give a folder or tar whose sub-folders hold PNG or JPEG files, or"
+            " WebDataset's tars of them with .cls files"
         )
     held = np.memmap(target, np.uint8, "r", shape=(len(names), *shape))
-    classes = tuple(sorted({name.parent.name for name in names}))
-    if "" in classes:
-        lost = next(name for name in names if not name.parent.name)
-        raise DataError(f"{source}: {lost} is in no folder that says its class; make a folder of each class")
-    places = {name: place for place, name in enumerate(classes)}
-    splits = [_split_of(name) for name in names]
+    classes, places = _classes(source, names, labels)
     says = {"train", "valid"} <= set(splits)
     if says and None in splits:
         lost = names[splits.index(None)]
@@ -228,36 +248,135 @@ def _decoded(source: Path, target: Path) -> Images:
     return Images(
         held if in_colour else held[..., :1],
         np.array(sorted(range(len(names)), key=names.__getitem__)),
-        np.array([places[name.parent.name] for name in names], np.uint16),
+        np.array(places, np.uint16),
         np.array([split == "valid" for split in splits]) if says else None,
         classes,
     )
 
 
-def _split_of(name: PurePosixPath) -> str | None:
-    above = [part.lower() for part in name.parent.parts[:-1]]
+def _classes(
+    source: Path, names: list[PurePosixPath], labels: list[str | None]
+) -> tuple[tuple[str, ...], list[int]]:
+    """Names of the classes, and the place in them of each image's: by .cls files if there are any, numbers
+    or names, or else by folders."""
+    has_labels = any(label is not None for label in labels)
+    found = [label if has_labels else name.parent.name for name, label in zip(names, labels, strict=True)]
+    if lost := [name for name, label in zip(names, found, strict=True) if not label]:
+        raise DataError(
+            f"{source}: {lost[0]} has no .cls beside it that says its class, as others have"
+            if has_labels
+            else f"{source}: {lost[0]} is in no folder that says its class, and has no .cls beside it; make a"
+            " folder of each class"
+        )
+    said = [label for label in found if label is not None]
+    if has_labels and all(label.isdecimal() for label in said):
+        places = [int(label) for label in said]
+        if max(places) > _MOST_CLASSES:
+            raise DataError(f"{source}: class {max(places)} in a .cls; {_MOST_CLASSES} is the largest")
+        listed = _listed(source)
+        if listed and len(listed) <= max(places):
+            raise DataError(
+                f"{source / LIST}: {len(listed)} names, but there is a class {max(places)}, counted from 0"
+            )
+        return listed or tuple(str(place) for place in range(max(places) + 1)), places
+    classes = tuple(sorted(set(said)))
+    numbers = {name: place for place, name in enumerate(classes)}
+    return classes, [numbers[label] for label in said]
+
+
+def _listed(source: Path) -> tuple[str, ...]:
+    """Names of numbered classes, where a file beside the images lists them, one a line."""
+    path = source / LIST
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _split_of(folders: tuple[str, ...]) -> str | None:
+    above = [part.lower() for part in folders]
     if any(part in VALID_FOLDERS for part in above):
         return "valid"
     return "train" if any(part in TRAIN_FOLDERS for part in above) else None
 
 
-def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Path in the source, and content, of each file that is an image by its name."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if _is_image(path.name) and path.is_file():
-                yield PurePosixPath(path.relative_to(source).as_posix()), path.read_bytes()
+def _files(source: Path) -> Iterator[File]:
+    """Each file that is an image by its name, of a folder, of a tar, or of a folder of tars."""
+    if not source.is_dir():
+        yield from _of_tar(source, ())
         return
+    paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    images = [path for path in paths if _is_image(path.name)]
+    for path in images:
+        name, beside = PurePosixPath(path.relative_to(source).as_posix()), path.with_name(_key(path.name))
+        sample = {
+            f"{beside.name}.cls": file.read_bytes() for file in [Path(f"{beside}.cls")] if file.is_file()
+        }
+        yield _file(name, path.read_bytes(), sample, ())
+    if not images:
+        for path in paths:
+            if path.name.endswith(TARS) and not path.name.startswith("."):
+                name = path.relative_to(source).as_posix().removesuffix(".gz").rpartition(".")[0]
+                yield from _of_tar(path, PurePosixPath(name).parts)
+
+
+def _of_tar(path: Path, inside: tuple[str, ...]) -> Iterator[File]:
+    """Those of a tar file. What follows each other and is of one name up to its dots is one sample.
+
+    Args:
+        inside: its path in the source, less its ending. Words of it, as in train-0001, may say its split.
+    """
+    above = (*inside[:-1], *re.split(r"[-_.]", inside[-1])) if inside else ()
+
+    def files(sample: dict[str, bytes]) -> Iterator[File]:
+        for member, content in sample.items():
+            if _is_image(PurePosixPath(member).name):
+                found = _file(PurePosixPath(member), content, sample, above)
+                yield found._replace(name=PurePosixPath(*inside, found.name))
+
     try:
-        with tarfile.open(source) as tar:
+        with tarfile.open(path) as tar:
+            sample, key = dict[str, bytes](), ""
             for member in tar:
-                if member.isfile() and _is_image(PurePosixPath(member.name).name):
-                    content = tar.extractfile(member)
-                    assert content is not None, "it is a file"
-                    yield PurePosixPath(member.name), content.read()
+                name = PurePosixPath(member.name)
+                is_class = name.suffix == ".cls" and not name.name.startswith(".")
+                if not member.isfile() or not (is_class or _is_image(name.name)):
+                    continue
+                if (own := str(name.with_name(_key(name.name)))) != key:
+                    yield from files(sample)
+                    sample, key = {}, own
+                content = tar.extractfile(member)
+                assert content is not None, "it is a file"
+                sample[member.name] = content.read()
+            yield from files(sample)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{source}: not a folder or tar file that can be read ({reason[:100]})") from None
+        raise DataError(f"{path}: not a folder or tar file that can be read ({reason[:100]})") from None
+
+
+def _file(name: PurePosixPath, content: bytes, sample: Mapping[str, bytes], above: tuple[str, ...]) -> File:
+    """An image, with the class that its sample says.
+
+    Args:
+        sample: files of its sample. above: what is above the folders of the name.
+    """
+    said = next((text for file, text in sample.items() if file.endswith(".cls")), None)
+    if said is None:
+        return File(name, content, None, (*above, *name.parent.parts[:-1]))
+    try:
+        label = said.decode().strip()
+    except UnicodeDecodeError:
+        label = ""
+    if not label:
+        raise DataError(f"{name}: the .cls beside it is neither a number nor a name")
+    return File(name, content, label, (*above, *name.parent.parts))
+
+
+def _key(name: str) -> str:
+    """What WebDataset calls the sample of a file: its name up to the first dot."""
+    return name.partition(".")[0]
 
 
 def _is_image(name: str) -> bool:

@@ -15,16 +15,20 @@ from torch import nn
 import lte
 from lte import config, durable, models, quantize, recipes
 from lte.config import Recipe
-from lte.data import tokenizer
+from lte.data import ImageIndex, tokenizer
 from lte.errors import DataError, UserError
 from lte.models import hf, weights
 from lte.models.counterparts import counterpart_of
 from lte.worker.trainer import materialize
 
+_BILINEAR = 2
+"""Pillow's number of this way of resizing."""
+
 
 def to_transformers(run: Path, out: Path, which: str, rank: int | None = None) -> str:
-    """Write a run's model as a folder that transformers' `from_pretrained` loads: config, weights, and for
-    text the generation config and tokenizer. A reference model becomes its counterpart there.
+    """Write a run's model as a folder that transformers' `from_pretrained` loads: config, weights, for text
+    the generation config and tokenizer, for images the names of classes and the preprocessor's config. A
+    reference model becomes its counterpart there.
 
     Args:
         which: weights, `published`, `master` or `ema`. out: a folder that is not there, or empty.
@@ -39,8 +43,12 @@ def to_transformers(run: Path, out: Path, which: str, rank: int | None = None) -
     model, recipe, _ = recipes.load_run(run, which, rank)
     theirs = in_transformers(model, recipe)
     with written_whole(out) as folder, hf.quiet():
+        if recipe.data.kind == "images":
+            left_out = _save_reading(recipe, theirs.config, folder)
+        else:
+            left_out = _save_tokenizer(recipe, folder)
         theirs.save_pretrained(folder)
-        return _save_tokenizer(recipe, folder)
+        return left_out
 
 
 def in_transformers(model: nn.Module, recipe: Recipe) -> Any:
@@ -56,6 +64,32 @@ def in_transformers(model: nn.Module, recipe: Recipe) -> Any:
     models.initialize(theirs, seed=0)  # buffers that no state dict holds
     counterpart.fill(dict(theirs.named_parameters()), dict(model.named_parameters()))
     return theirs.eval()
+
+
+def _save_reading(recipe: Recipe, settings: Any, folder: Path) -> str:
+    """Write how images become the model's input, and into its config the names of their classes."""
+    try:
+        index = ImageIndex.load(recipe.data.shards)
+    except DataError as error:
+        return f"without names of classes and preprocessor_config.json ({error})"
+    # A model may have more classes than its data.
+    unnamed = {place: f"LABEL_{place}" for place in range(settings.num_labels)}
+    settings.id2label = unnamed | dict(enumerate(index.classes))
+    settings.label2id = {name: place for place, name in settings.id2label.items()}
+    described = {
+        "image_processor_type": "ViTImageProcessor",  # which does this and no more, for whichever model
+        "do_convert_rgb": index.channels == 3,
+        "do_resize": True,  # which leaves those of the right size alone
+        "size": {"height": index.height, "width": index.width},
+        "resample": _BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": index.mean,
+        "image_std": index.std,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    return ""
 
 
 def _save_tokenizer(recipe: Recipe, folder: Path) -> str:
