@@ -40,8 +40,9 @@ def load(
     """
 
     def complete(tree: dict[str, Any]) -> list[str]:
-        if not taken.leaves_out(model := tree.get("model")):
+        if not taken.leaves_out(tree.get("model")):
             return []
+        model: dict[str, Any] = tree["model"]
         data, run = (section if isinstance(section := tree.get(key), dict) else {} for key in ("data", "run"))
         kind, folder = str(data.get("kind", "text")), Path(str(run.get("dir", Recipe().run.dir)))
         path, begun = Path(model["init_from"]), None

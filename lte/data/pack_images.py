@@ -318,8 +318,8 @@ def _files(source: Path) -> Iterator[File]:
     if not images:
         for path in paths:
             if path.name.endswith(TARS) and not path.name.startswith("."):
-                name = path.relative_to(source).as_posix().removesuffix(".gz").rpartition(".")[0]
-                yield from _of_tar(path, PurePosixPath(name).parts)
+                inside = path.relative_to(source).as_posix().removesuffix(".gz").rpartition(".")[0]
+                yield from _of_tar(path, PurePosixPath(inside).parts)
 
 
 def _of_tar(path: Path, inside: tuple[str, ...]) -> Iterator[File]:
@@ -338,13 +338,13 @@ def _of_tar(path: Path, inside: tuple[str, ...]) -> Iterator[File]:
 
     try:
         with tarfile.open(path) as tar:
-            sample, key = dict[str, bytes](), ""
+            sample, key = dict[str, bytes](), PurePosixPath()
             for member in tar:
                 name = PurePosixPath(member.name)
                 is_class = name.suffix == ".cls" and not name.name.startswith(".")
                 if not member.isfile() or not (is_class or _is_image(name.name)):
                     continue
-                if (own := str(name.with_name(_key(name.name)))) != key:
+                if (own := name.with_name(_key(name.name))) != key:
                     yield from files(sample)
                     sample, key = {}, own
                 content = tar.extractfile(member)
