@@ -16,7 +16,7 @@ from types import FrameType
 
 from launch.children import Child, ended, last_words, log_of, report_failures, send, spawn
 from launch.exits import EXIT_FAILURE, EXIT_RUN_ENDED, failure
-from lte import recipes, signals
+from lte import cost, inventory, recipes, signals
 from lte.config import Recipe
 from lte.errors import RunEnded, RunError
 from lte.track import METRICS, Records
@@ -169,6 +169,13 @@ class _Processes:
             child.wait()
 
 
+def warn(recipe: Recipe) -> None:
+    """Say on stderr what of a model is trained in full, where that is most of it."""
+    first = recipe.in_round(0)
+    if line := inventory.left_out(cost.plan_of(first), first):
+        print(f"lte: {line}", file=sys.stderr)
+
+
 def train_in_threads(recipe: Recipe) -> int:
     """Run a recipe with server and workers as threads of this process.
 
@@ -194,6 +201,7 @@ def train_in_threads(recipe: Recipe) -> int:
             server.stop(str(error))
 
     with recipes.make_server(recipe) as server:
+        warn(recipe)
         if threading.current_thread() is threading.main_thread():
             server.stop_on_signals()
         threads = [

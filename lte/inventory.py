@@ -19,6 +19,8 @@ from lte.nn import HeadSpec, Plan
 from lte.quantize import Quant
 
 What = Literal["adapted", "dense", "averaged", "frozen", "buffer"]
+_MOST_NAMED = 3
+"""Parameters that a line for a person names."""
 MEANINGS: dict[What, str] = {
     "adapted": "heads on a frozen base",
     "dense": "trained in full, averaged at merges",
@@ -107,6 +109,22 @@ def take(plan: Plan, recipe: Recipe) -> Inventory:
         base_bytes=sum(quantize.num_bytes(spec.shape, plan.quant) for spec in plan.adapted.values()),
         factors_bytes=4 * copies * (held_A + held_B),
         optimizer_bytes=moments_bytes(recipe.optimizer) * trained,
+    )
+
+
+def left_out(plan: Plan, recipe: Recipe) -> str:
+    """A line that says what is trained in full where that is more than half of what is trained; '' where it
+    is not, or was asked for: without heads, or with heads of full rank."""
+    if not recipe.lora.modules or plan.full_rank or 2 * plan.num_adapted_parameters >= plan.num_parameters:
+        return ""
+    largest = sorted(plan.dense, key=lambda name: -prod(plan.dense[name]))[:_MOST_NAMED]
+    named = ", ".join(f"{name} ({_by(plan.dense[name])})" for name in largest)
+    share = plan.num_adapted_parameters / plan.num_parameters
+    more = ", ..." if len(plan.dense) > len(largest) else ""
+    return (
+        f"heads are on {share:.1%} of what is trained alone; the rest is trained in full by every worker, and"
+        f" travels as such. Its largest: {named}{more}; embeddings get heads with lora.embeddings, tied"
+        " weights with lora.tied"
     )
 
 

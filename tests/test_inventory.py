@@ -113,6 +113,27 @@ def test_the_command_prints_the_table(lte: Lte) -> None:
     assert all(name in out for name in named)
 
 
+def test_a_model_that_is_mostly_trained_in_full_is_told_of(lte: Lte) -> None:
+    """transformers keeps the experts of a mixture as parameters of three dimensions, which get no heads."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    small = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_local_experts: 4}"
+    given = ("configs/llama-1m.yaml", "model.architecture=mixtral", f"model.config={small}")
+    code, out, err = lte("convert", *given, "--dry-run", "--json")
+    met = json.loads(out)
+    assert code == 0
+    assert met["adapted_share"] < 0.5
+    assert err.startswith(f"lte: heads are on {met['adapted_share']:.1%} of what is trained alone;")
+    dense = [row for row in met["parameters"] if row["what"] == "dense"]
+    largest = sorted(dense, key=lambda row: -row["elements"])[:3]
+    names = ", ".join(f"{row['parameter']} ({'x'.join(map(str, row['shape']))})" for row in largest)
+    assert f"Its largest: {names}, ...; " in err
+    assert err.count("\n") == 1
+    for asked in ("lora.modules=[]", "train.full_rank=true"):
+        merge = ["lora.merge=reset-b"] if "full" in asked else []
+        code, _, err = lte("convert", *given, "--dry-run", asked, *merge)
+        assert (code, err) == (0, "")
+
+
 def test_settings_may_stand_behind_options_and_the_last_one_counts(lte: Lte) -> None:
     outs = [
         lte("convert", QUICKSTART, *words)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -226,11 +227,14 @@ def _convert(arguments: argparse.Namespace) -> int:
             " --dry-run for the table, or use 'lte train'"
         )
     recipe = pieces.read_recipe(arguments).in_round(0)
-    found = inventory.take(cost.plan_of(recipe), recipe)
+    plan = cost.plan_of(recipe)
+    found = inventory.take(plan, recipe)
     if arguments.json:
         print(json.dumps(inventory.to_dict(found), indent=2))
     else:
         text, console = inventory.to_text(found), Console()
         widest = console.measure(text, options=console.options.update(width=1000)).maximum
         Console(width=max(widest, console.width)).print(text)  # names are worth no cutting
+    if line := inventory.left_out(plan, recipe):
+        print(f"lte: {line}", file=sys.stderr)
     return 0

@@ -116,6 +116,7 @@ def _server(arguments: argparse.Namespace) -> int:
             os.close(arguments.announce)
 
     with recipes.make_server(recipe, announce=announce, take_over=arguments.take_over) as server:
+        local.warn(recipe)
         server.stop_on_signals()
         finished = server.serve()
     _conclude(recipe, finished, in_haste=server.stopped_by in (signal.SIGTERM, signal.SIGUSR1))
