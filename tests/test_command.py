@@ -884,7 +884,7 @@ MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["data", "pack", "text.txt", "--out", "text.txt"], ["text.txt: cannot be made a folder"]),
     (
         ["data", "pack", "text.txt", "--out", "out", "--tokenizer", "bpe"],
-        ["'bpe': must be bytes, or bpe:SIZE"],
+        ["'bpe': must be bytes, bpe:SIZE"],
     ),
     (["data", "pack", "text.txt", "--out", "out", "--shards", "none"], ["--shards: 'none' is not a whole"]),
     (["trian", "recipe.yaml"], ["invalid choice: 'trian'"]),
