@@ -60,8 +60,9 @@ def tree(**settings: Any) -> dict[str, Any]:
     return small
 
 
+MANY = 60
 LONG = {  # rounds enough that whoever watches comes in time, and quick ones
-    "train__rounds": 150,
+    "train__rounds": MANY,
     "train__local_steps": 1,
     "base__quant": "none",
     "server__checkpoint_every": 1000,
@@ -428,7 +429,7 @@ def test_the_run_goes_on_without_a_worker_that_was_killed(family: Family, folder
 
     assert command.ended() == 0
     family.until_all_ended(ENDS_WITHIN_S)
-    assert_whole(folder / "run", 150)
+    assert_whole(folder / "run", MANY)
     merged = [line["num_merged"] for line in lines(folder / "run", "round")]
     assert merged == [2] * merged.count(2) + [1] * merged.count(1)
     assert merged.count(1) > 0
@@ -534,20 +535,20 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     shown = terminal.close()
     assert "Traceback" not in shown
     assert "Saved in run. The same command goes on from here." in shown
-    assert re.search(r"run\S* round \d+/150", shown), "no live display"
+    assert re.search(rf"run\S* round \d+/{MANY}", shown), "no live display"
     version = versions(folder / "run")[-1]
-    assert 3 <= version < 150
+    assert 3 <= version < MANY
     assert saved_versions(folder / "run") == [0, version]
     assert lines(folder / "run", "event")[-1]["message"] == "stopped by SIGINT"
 
     again = family.start("train", recipe)
     assert again.ended() == 0
     assert (again.err, family.members()) == ("", [])
-    assert_whole(folder / "run", 150)
+    assert_whole(folder / "run", MANY)
     started = [line["version"] for line in lines(folder / "run", "event") if line["what"] == "started"]
     assert started == [0, version]
     tokens = [line["tokens"] for line in lines(folder / "run", "round")]
-    assert tokens == [version * 2 * 4 * 16 for version in range(1, 151)]
+    assert tokens == [version * 2 * 4 * 16 for version in range(1, MANY + 1)]
 
 
 def test_sigterm_saves_and_ends_too(lte: Lte, family: Family, folder: Path) -> None:
@@ -658,7 +659,7 @@ def test_ctrl_c_of_a_hand_run_worker_leaves_the_others_training(family: Family, 
     name = workers[0].out.split()[0]
     (left,) = (line["message"] for line in lines(folder / "run", "event") if line["what"] == "left")
     assert left == f"{name} is gone: interrupted"
-    assert_whole(folder / "run", 150)
+    assert_whole(folder / "run", MANY)
     assert {line["num_merged"] for line in lines(folder / "run", "round")} == {1, 2}
 
 
