@@ -16,11 +16,10 @@ from lte import quantize
 from lte.config import Recipe
 from lte.cost import moments_bytes
 from lte.nn import HeadSpec, Plan
+from lte.printable import some
 from lte.quantize import Quant
 
 What = Literal["adapted", "dense", "averaged", "frozen", "buffer"]
-_MOST_NAMED = 3
-"""Parameters that a line for a person names."""
 MEANINGS: dict[What, str] = {
     "adapted": "heads on a frozen base",
     "dense": "trained in full, averaged at merges",
@@ -117,13 +116,12 @@ def left_out(plan: Plan, recipe: Recipe) -> str:
     is not, or was asked for: without heads, or with heads of full rank."""
     if not recipe.lora.modules or plan.full_rank or 2 * plan.num_adapted_parameters >= plan.num_parameters:
         return ""
-    largest = sorted(plan.dense, key=lambda name: -prod(plan.dense[name]))[:_MOST_NAMED]
-    named = ", ".join(f"{name} ({_by(plan.dense[name])})" for name in largest)
+    largest = sorted(plan.dense, key=lambda name: -prod(plan.dense[name]))
+    named = some(f"{name} ({_by(plan.dense[name])})" for name in largest)
     share = plan.num_adapted_parameters / plan.num_parameters
-    more = ", ..." if len(plan.dense) > len(largest) else ""
     return (
         f"heads are on {share:.1%} of what is trained alone; the rest is trained in full by every worker, and"
-        f" travels as such. Its largest: {named}{more}; embeddings get heads with lora.embeddings, tied"
+        f" travels as such. Its largest: {named}; embeddings get heads with lora.embeddings, tied"
         " weights with lora.tied"
     )
 

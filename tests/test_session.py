@@ -466,6 +466,13 @@ def group() -> Iterator[Group]:
 BLOBS = [("a", torch.ones(3, dtype=torch.uint8)), ("b", torch.ones(2, dtype=torch.uint8))]
 
 
+def ends_with_the_update(session: Session, thread: threading.Thread, heard: list[wire.Message]) -> None:
+    """What a session of two shards was waiting for has come from both."""
+    thread.join(20)
+    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
+    session.close("enough")
+
+
 def test_a_part_that_one_shard_has_not_got_goes_to_it_again_and_to_no_other(group: Group) -> None:
     session = group.join()
     session.push(0, BLOBS, lambda parts, blobs: CONTRIBUTION)
@@ -480,9 +487,7 @@ def test_a_part_that_one_shard_has_not_got_goes_to_it_again_and_to_no_other(grou
     assert group.sent(0, 3) == []
     group.say(1, wire.Receipt(generation=1, version=0, stream=1, status="held", reason=""))
     group.say_all(UPDATE)
-    thread.join(20)
-    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
-    session.close("enough")
+    ends_with_the_update(session, thread, heard)
 
 
 def test_a_refusal_is_of_the_contribution_that_it_names(group: Group) -> None:
@@ -496,9 +501,7 @@ def test_a_refusal_is_of_the_contribution_that_it_names(group: Group) -> None:
     session.push(0, BLOBS, lambda parts, blobs: CONTRIBUTION)
     thread, heard = in_thread(session, group.ends[0])
     group.say_all(UPDATE)
-    thread.join(20)
-    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
-    session.close("enough")
+    ends_with_the_update(session, thread, heard)
 
 
 def test_a_part_of_an_update_that_was_lost_is_asked_for_where_it_was(group: Group) -> None:
@@ -510,9 +513,7 @@ def test_a_part_of_an_update_that_was_lost_is_asked_for_where_it_was(group: Grou
     assert group.hear(1, wire.Behind).version == 0
     assert group.sent(0, 3) == []
     group.say(1, UPDATE)
-    thread.join(20)
-    assert heard == [msgspec.structs.replace(UPDATE, base_digest=" ")]
-    session.close("enough")
+    ends_with_the_update(session, thread, heard)
 
 
 def test_factors_of_two_versions_are_asked_for_again_where_they_are_older(group: Group) -> None:

@@ -21,6 +21,7 @@ from lte.errors import ConfigError
 from lte.models import hf
 from lte.models.counterparts import counterpart_of
 from lte.models.taken import CONFIG
+from lte.printable import some
 
 FILE = "model.safetensors"
 """Name of the file of weights in a folder; transformers' too."""
@@ -29,7 +30,6 @@ DIGEST = "lte.digest"
 _SHARDS = f"{FILE}.index.json"
 _COUNTER = "num_batches_tracked"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,7 @@ def _check(
 
 
 def _counted(names: list[str]) -> str:
-    more = ", ..." if len(names) > _SHOWN else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:_SHOWN])}{more}"
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}: {some(names)}"
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -14,9 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted, indivisible
 from lte.nn.plan import Plan
-
-_MOST_NAMED = 3
-"""Modules that a fault names."""
+from lte.printable import some
 
 
 def rehearse(model: nn.Module, plan: Plan, num_slices: int, run: Callable[[], object]) -> None:
@@ -116,10 +114,9 @@ def _check(sliced: Mapping[str, Adapted], output: Tensor) -> None:
     named = zip(sliced, gradients, strict=True)
     mixed = [name for name, grad in named if grad is not None and bool(grad[:-1].any())]
     if mixed:
-        more = ", ..." if len(mixed) > _MOST_NAMED else ""
         raise ConfigError(
             [
-                f"{', '.join(mixed[:_MOST_NAMED])}{more}: heads see each other's samples, as the first"
+                f"{some(mixed)}: heads see each other's samples, as the first"
                 " dimension of what they are given is not the batch, or the model mixes its samples; have it"
                 " first (batch_first=True, say), set lora.heads=1, or name them in lora.exclude"
             ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -18,6 +18,7 @@ from lte.nn.adapted import Adapted
 from lte.nn.constants import HEADS, Constant, constant_tensors, statistics
 from lte.nn.kinds import can_share, can_take_heads, is_table, kind_of
 from lte.nn.sites import HeadSpec
+from lte.printable import some
 from lte.quantize import Quant
 
 
@@ -179,7 +180,7 @@ def frozen_parameters(model: nn.Module, lora: LoRA) -> frozenset[str]:
     for pattern in lora.freeze:
         if not any(fnmatchcase(name, pattern) for name in every):
             nearest = difflib.get_close_matches(pattern, every, n=1, cutoff=0.5)
-            hint = f", did you mean {nearest[0]}?" if nearest else f"; there are: {_some(every)}"
+            hint = f", did you mean {nearest[0]}?" if nearest else f"; there are: {some(every, 6)}"
             faults.append(f"lora.freeze: {pattern!r} matches no parameter{hint}")
     if faults:
         raise ConfigError(faults)
@@ -331,19 +332,13 @@ def _check_batch_first(model: nn.Module, lora: LoRA, adapted: Mapping[str, HeadS
         raise ConfigError(faults)
 
 
-def _some(names: Iterable[str]) -> str:
-    """A few names, for a fault."""
-    first = list(names)[:7]
-    return ", ".join([*first[:6], *(["..."] if len(first) > 6 else [])]) or "none"
-
-
 def _check_patterns(lora: LoRA, names: list[str]) -> None:
     named = [("lora.modules", p) for p in lora.modules]
     named += [("lora.exclude", p) for p in lora.exclude]
     named += [("lora.overrides", o.modules) for o in lora.overrides]
     off = "" if lora.embeddings else " (embeddings do with lora.embeddings=true)"
     faults = [
-        f"{key}: {pattern!r} matches nothing that takes heads{off}; there are: {_some(names)}"
+        f"{key}: {pattern!r} matches nothing that takes heads{off}; there are: {some(names, 6)}"
         for key, pattern in named
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names)
     ]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted, Tied
 from lte.nn.constants import changing_buffers
+from lte.printable import some
 
 
 def blocks(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -29,10 +30,9 @@ def blocks(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         if isinstance(module, nn.ModuleList | nn.Sequential)
         for child, _ in module.named_children()
     ]
-    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     faults = [
         f"train.checkpoint_modules: {pattern!r} matches no child of an nn.ModuleList or nn.Sequential; there"
-        f" are: {shown or 'none'}"
+        f" are: {some(names, 6)}"
         for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in names)
     ]

@@ -100,11 +100,18 @@ class Holder:
         # all who join a version.
         self._whole: dict[str, Callable[[Peer], None]] = {}
         self._published_whole: Callable[[Peer], None] | None = None
-        order = commit.order_of(link.recv_bytes())
+        self._bind()
+        found = self._recover(model)
+        self._open(found)
+        self._report(commit.Ready(base_digest=self._publisher.base_digest))
+
+    def _bind(self) -> None:
+        """Bind the address, and fence who has had the folder."""
+        order = commit.order_of(self._link.recv_bytes())
         assert isinstance(order, commit.Recover)
         torch.set_num_threads(1)
         self._generation = order.generation
-        server = recipe.server
+        server = self._recipe.server
         self._endpoint = transport.bind(
             order.address,
             max_message_bytes=server.max_message_bytes,
@@ -112,10 +119,12 @@ class Holder:
             key=server.key,
             allow=server.allow,
         )
-        self._endpoint.watch([link.fileno()])
+        self._endpoint.watch([self._link.fileno()])
         _raise_generation(self._folder, order.generation)
-        self._build = model
-        self.master, found = self._recovered(None)
+
+    def _recover(self, model: nn.Module | Callable[[], nn.Module]) -> recovery.Recovered:
+        """Make the master, and bring it to the version that all shards have."""
+        self.master, found = self._recovered(model, None)
         self._report(
             commit.Found(
                 version=found.progress.version,
@@ -123,45 +132,49 @@ class Holder:
                 faults=tuple(found.faults),
             )
         )
-        begin = commit.order_of(link.recv_bytes())
+        begin = commit.order_of(self._link.recv_bytes())
         assert isinstance(begin, commit.Begin)
         if found.progress.version != begin.version:  # its last merge was never decided
-            self.master, found = self._recovered(begin.version)
+            self.master, found = self._recovered(model, begin.version)
         if found.progress.version != begin.version:
             raise RunError(
                 f"{self._folder}: leads to version {found.progress.version}, the other shards to"
                 f" {begin.version}; what is missing in it is damaged or was deleted"
             )
-        del self._build
-        self._progress = found.progress
+        return found
+
+    def _open(self, found: recovery.Recovered) -> None:
+        """Open what is sent by, checked with and written to."""
+        version, num_merged = found.progress.version, found.progress.num_merged
         self._publisher = Publisher(
             self._endpoint,
             self.master,
-            recipe,
+            self._recipe,
             generation=self._generation,
-            version=begin.version,
-            num_merged=found.progress.num_merged,
+            version=version,
+            num_merged=num_merged,
         )
         self._progress = Progress(
-            version=begin.version,
+            version=version,
             tokens=found.progress.tokens,
             master_digest=self.master.master_digest(),
             base_digest=self._publisher.base_digest,
-            num_merged=found.progress.num_merged,
+            num_merged=num_merged,
         )
-        self._intake = Intake(self.master, recipe, Outliers())
+        self._intake = Intake(self.master, self._recipe, Outliers())
         self._store = Store(
             self._folder,
             self._generation,
-            config.to_dict(recipe),
-            keep=server.keep_checkpoints,
+            config.to_dict(self._recipe),
+            keep=self._recipe.server.keep_checkpoints,
             say=self._say,
         )
         self._store.begin(self._progress, self.master.state(), found.follows)
-        self._report(commit.Ready(base_digest=self._publisher.base_digest))
 
-    def _recovered(self, until: int | None) -> tuple[Master, recovery.Recovered]:
-        model = (self._build if isinstance(self._build, nn.Module) else self._build()).eval()
+    def _recovered(
+        self, build: nn.Module | Callable[[], nn.Module], until: int | None
+    ) -> tuple[Master, recovery.Recovered]:
+        model = (build if isinstance(build, nn.Module) else build()).eval()
         master = Master(model, self._recipe, assembly.names(model, self._recipe)[self._shard])
         return master, recovery.recover(self._folder, master, until=until)
 

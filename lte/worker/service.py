@@ -17,6 +17,7 @@ from lte import config, durable, wire
 from lte.config import Recipe
 from lte.errors import DigestError, RefusedError, RunError, StoppedError
 from lte.nn import adapted_modules, describe, difference
+from lte.printable import some
 from lte.worker import state
 from lte.worker.session import Session, Step, parting_words
 from lte.worker.state import Saved, Tally
@@ -24,8 +25,6 @@ from lte.worker.trainer import MakeOptimizer, Trainer
 
 _LOOK_AGAIN_S = 1.0
 """How often a worker whose disk is full tries to write its state."""
-_MOST_NAMED = 3
-"""Modules that a line for a person names."""
 _MOST_REFUSALS = 2
 """In a row, after which a worker whose heads were started over gives up."""
 
@@ -444,8 +443,7 @@ def _floats(name: str, blob: Tensor, trainer: Trainer) -> Tensor:
 
 def _untrained(names: list[str], num_modules: int) -> str:
     """That no gradient reached these of so many modules with heads, in a line for a person."""
-    more = ", ..." if len(names) > _MOST_NAMED else ""
     return (
         f"heads of {len(names)} of {num_modules} modules got no gradient in the first local step, and are not"
-        f" trained where that goes on: {', '.join(names[:_MOST_NAMED])}{more}"
+        f" trained where that goes on: {some(names)}"
     )
