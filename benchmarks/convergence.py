@@ -121,6 +121,7 @@ DENSE_MUON = (MUON, "optimizer.adamw_lr=3e-3")
 
 
 SHORTER = "optimizer.muon_momentum=0.85"
+LONGER = "optimizer.muon_momentum=0.975"
 
 
 def lte(
@@ -185,6 +186,12 @@ CASES: dict[str, Case] = {
     "DDP Muon, momentum 0.85": ddp(*DENSE_MUON, SHORTER, method="DDP Muon", guess=8e-3),
     "LTE T=10 Muon r=128, base int8, momentum 0.85": lte(
         10, MUON, "base.quant=int8", SHORTER, guess=7e-4, method="LTE T=10 int8"
+    ),
+    "DDP Muon, momentum 0.7": ddp(
+        *DENSE_MUON, "optimizer.muon_momentum=0.7", method="DDP Muon", guess=8e-3
+    ),
+    "LTE T=10 Muon r=128, base int8, momentum 0.975": lte(
+        10, MUON, "base.quant=int8", LONGER, guess=7e-4, method="LTE T=10 int8"
     ),
     "DDP, batch / 4, Muon": ddp(
         "train.batch_size=2", *DENSE_MUON, method="DDP Muon batch / 4", total=4 * STEPS, guess=4e-3

@@ -114,10 +114,10 @@ def test_the_command_prints_the_table(lte: Lte) -> None:
 
 
 def test_a_model_that_is_mostly_trained_in_full_is_told_of(lte: Lte) -> None:
-    """transformers keeps the experts of a mixture as parameters of three dimensions, which get no heads."""
+    """JetMoe keeps its experts as parameters of three dimensions that are not laid out as other mixtures'."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     small = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_local_experts: 4}"
-    given = ("configs/llama-1m.yaml", "model.architecture=mixtral", f"model.config={small}")
+    given = ("configs/llama-1m.yaml", "model.architecture=jetmoe", f"model.config={small}")
     code, out, err = lte("convert", *given, "--dry-run", "--json")
     met = json.loads(out)
     assert code == 0

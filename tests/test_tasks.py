@@ -404,8 +404,7 @@ def test_what_does_not_fit_the_data_is_said_before_anything_starts(
 def test_heads_that_cannot_share_out_what_a_module_is_given_are_refused_before_anything_starts(
     data: Data, tmp_path: Path
 ) -> None:
-    """GPT-2 looks its positions up once for all samples. A model whose way depends on its numbers, as with
-    experts, cannot be looked at before."""
+    """GPT-2 looks its positions up once for all samples."""
     settings = {"lora.heads": 2, "lora.embeddings": True, "run.dir": str(tmp_path / "run")}
     settings["server.address"] = f"inprocess://{tmp_path}"
     wanted = r"^transformer\.wpe: a batch of 1 cannot be cut into 2 equal slices, .* name it in lora\.exclude"
@@ -416,7 +415,6 @@ def test_heads_that_cannot_share_out_what_a_module_is_given_are_refused_before_a
         ("gpt2", {"lora.exclude": ["*.wpe"]}),
         ("gpt2", {"lora.batch": "whole"}),
         ("vit", {}),
-        ("mixtral", {}),
     ):
         recipe = recipe_of(name, data, **settings, **more, **{"run.resume": "never"})
         with recipes.make_server(recipe, display=False):

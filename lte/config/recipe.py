@@ -483,7 +483,7 @@ class DDP:
         50, "local steps at the run's start with whole gradients, before PowerSGD"
     )
     find_unused: bool = _doc(
-        False, "allow steps that use only some parameters, such as experts; costs a small message a step"
+        False, "allow steps that use only some parameters, as of dropped layers; costs a small message a step"
     )
 
 

@@ -29,7 +29,7 @@ from lte.errors import RunError, UserError
 from lte.export.merged import in_transformers, written_whole
 from lte.models import hf
 from lte.models.counterparts import counterpart_of
-from lte.nn import HeadSpec, from_matrix
+from lte.nn import HeadSpec, experts_split, from_matrix, places_in_stacks
 from lte.server import folder as run_folder
 from lte.server import recovery
 from lte.server.master import Master
@@ -51,6 +51,10 @@ class Factors:
     left: Tensor
     right: Tensor
     scale: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.right)
 
 
 def to_peft(run: Path, out: Path, states: Sequence[Path] = ()) -> list[str]:
@@ -145,7 +149,8 @@ class _Writer:
             with hf.quiet():
                 theirs.save_pretrained(self._folder / self.bases[digest])
         base = self._final.absolute() / self.bases[digest]
-        heads = [_of_modules(theirs, factors, self._recipe) for factors in _heads(saved, master)]
+        with experts_split(theirs):
+            heads = [_of_modules(theirs, factors, self._recipe) for factors in _heads(saved, master)]
         for k, factors in enumerate(heads):
             _save_adapter(theirs, factors, self._recipe, base, self._folder / f"{name}-head-{k}")
         self.lines.append(f"{name}: {len(heads)} of version {saved.version}, on {base.name}")
@@ -192,7 +197,7 @@ def _heads(saved: Saved, master: Master) -> list[dict[HeadSpec, Factors]]:
 
 
 def _of_modules(theirs: nn.Module, factors: Mapping[HeadSpec, Factors], recipe: Recipe) -> dict[str, Factors]:
-    """The same by modules of the model there: all that share a weight add the same to it.
+    """The same by modules of the model there, experts split: all that share a weight add the same to it.
 
     Raises:
         UserError: PEFT has no such heads.
@@ -235,15 +240,19 @@ def _save_adapter(
     """Write one head, by PEFT itself. The model is as before afterwards."""
     from peft import LoraConfig, get_peft_model
 
-    ranks = {name: len(head.right) for name, head in factors.items()}
-    alphas = {name: head.scale * ranks[name] for name, head in factors.items()}
+    of_experts = _of_experts(theirs, factors)
+    of_modules = {name: head for name, head in factors.items() if name not in places_in_stacks(theirs)}
+    both = of_modules | {name: heads[0] for name, heads in of_experts.items()}
+    ranks = {name: head.rank for name, head in both.items()}
+    alphas = {name: head.scale * head.rank for name, head in both.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = LoraConfig(
         r=int(rank),
         lora_alpha=alpha,  # type: ignore[arg-type]
         rank_pattern={_only(name): own for name, own in ranks.items() if own != rank},
         alpha_pattern={_only(name): own for name, own in alphas.items() if own != alpha},
-        target_modules=list(factors),
+        target_modules=list(of_modules),
+        target_parameters=list(of_experts) or None,
         task_type="CAUSAL_LM" if recipe.data.kind == "text" else None,
         inference_mode=True,
     )
@@ -252,8 +261,10 @@ def _save_adapter(
         adapted: Any = get_peft_model(theirs, config)
         adapted.peft_config[_NAME].base_model_name_or_path = str(base)  # it forgets what a config says
         with torch.no_grad():
-            for name, head in factors.items():
+            for name, head in of_modules.items():
                 _set(adapted.base_model.model.get_submodule(name), head)
+            for name, heads in of_experts.items():
+                _set_experts(adapted.base_model.model, name, heads)
         adapted.save_pretrained(folder, save_embedding_layers=False)
         adapted.unload()
 
@@ -266,6 +277,40 @@ def _set(layer: Any, head: Factors) -> None:
     else:
         for linear, factor in ((layer.lora_A[_NAME], head.right), (layer.lora_B[_NAME], head.left)):
             linear.weight.copy_(factor.reshape(linear.weight.shape))
+
+
+def _of_experts(theirs: nn.Module, factors: Mapping[str, Factors]) -> dict[str, list[Factors]]:
+    """By the name of their parameter the heads of all of its experts, of one rank and scale."""
+    places = places_in_stacks(theirs)
+    stacks: dict[str, list[str]] = {}
+    for name, (parameter, _) in places.items():
+        stacks.setdefault(parameter, []).append(name)
+    found = {}
+    for parameter, names in stacks.items():
+        own = [factors[name] for name in names if name in factors]
+        if own:
+            like = max(own, key=lambda head: head.rank)
+            found[parameter] = [_as(like, factors.get(name)) for name in names]
+    return found
+
+
+def _as(like: Factors, head: Factors | None) -> Factors:
+    """A head, or none, as one of another's rank and scale."""
+    left, right = torch.zeros_like(like.left), torch.zeros_like(like.right)
+    if head is not None:
+        left[:, : head.rank], right[: head.rank] = head.left * (head.scale / like.scale), head.right
+    return Factors(left, right, like.scale)
+
+
+def _set_experts(adapted: nn.Module, name: str, heads: Sequence[Factors]) -> None:
+    """Give PEFT's layer of a parameter with stacked experts the factors of all of them: A (experts k, in),
+    and B (out, k experts)."""
+    module, _, parameter = name.rpartition(".")
+    layer: Any = adapted.get_submodule(module)
+    while layer.parameter_name != parameter:  # one lies around the other
+        layer = layer.base_layer
+    layer.lora_A[_NAME].weight.copy_(torch.cat([head.right for head in heads]))
+    layer.lora_B[_NAME].weight.copy_(torch.stack([head.left for head in heads], -1).flatten(1))
 
 
 def _only(name: str) -> str:

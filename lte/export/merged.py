@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 import lte
-from lte import config, durable, models, quantize, recipes
+from lte import config, durable, quantize, recipes
 from lte.config import Recipe
 from lte.data import ImageIndex, tokenizer
 from lte.errors import DataError, UserError
 from lte.models import hf, weights
 from lte.models.counterparts import counterpart_of
+from lte.nn import experts_split, has_split_experts
 from lte.worker.trainer import materialize
 
 _BILINEAR = 2
@@ -52,17 +53,21 @@ def to_transformers(run: Path, out: Path, which: str, rank: int | None = None) -
 
 
 def in_transformers(model: nn.Module, recipe: Recipe) -> Any:
-    """A recipe's model as one of transformers: itself, or a reference model's counterpart, in eval mode.
+    """A recipe's model as one of transformers, in eval mode: itself, if it is one as the library has it, or
+    a reference model's counterpart.
 
     Raises:
         UserError: transformers is not installed.
     """
-    if recipe.model.name == "transformers":
+    if recipe.model.name == "transformers" and not has_split_experts(model):
         return model
     counterpart = counterpart_of(recipe.model)
-    theirs = materialize(models.build(counterpart.model, recipe.data.kind), torch.device("cpu"))
-    models.initialize(theirs, seed=0)  # buffers that no state dict holds
-    counterpart.fill(dict(theirs.named_parameters()), dict(model.named_parameters()))
+    with torch.device("meta"):
+        theirs = hf.build(counterpart.model, recipe.data.kind)
+    materialize(theirs, torch.device("cpu"))
+    hf.initialize(theirs, seed=0)  # buffers that no state dict holds
+    with experts_split(theirs):
+        counterpart.fill(theirs.state_dict(), model.state_dict())
     return theirs.eval()
 
 

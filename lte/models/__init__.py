@@ -10,6 +10,7 @@ from lte.models import hf
 from lte.models.gpt import GPT
 from lte.models.linear import Linear
 from lte.models.vit import ViT
+from lte.nn import split_experts
 
 __all__ = ["GPT", "Linear", "ViT", "build", "initialize", "outputs"]
 
@@ -17,7 +18,7 @@ _REFERENCES = {"gpt": GPT, "vit": ViT, "linear": Linear}
 
 
 def build(config: Model, kind: hf.Kind = "text") -> nn.Module:
-    """The model of a recipe, on the meta device: shapes without memory.
+    """The model of a recipe, on the meta device: shapes without memory. Experts have matrices of their own.
 
     Args:
         kind: of the data, where the model is one for several.
@@ -27,7 +28,7 @@ def build(config: Model, kind: hf.Kind = "text") -> nn.Module:
     """
     with torch.device("meta"):
         if config.name == "transformers":
-            return hf.build(config, kind)
+            return split_experts(hf.build(config, kind))
         return _REFERENCES[config.name](config)
 
 

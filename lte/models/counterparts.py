@@ -35,7 +35,7 @@ class Counterpart:
 
     @torch.no_grad()
     def fill(self, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-        """Copy tensors of a model here into those of the model there."""
+        """Copy tensors of a model here, as of its state dict, into those of the model there."""
         for name, tensor in ours.items():
             for part, piece in self.cut(name, tensor):
                 theirs[part].copy_(piece.reshape(theirs[part].shape))

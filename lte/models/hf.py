@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lte.config import Model
 from lte.errors import ConfigError, UserError
 from lte.lowrank import seed_of
+from lte.nn import split_experts
 
 Kind = Literal["text", "images", "regression"]
 """What is read; the recipe's checks let no model of transformers read a regression's."""
@@ -43,7 +44,8 @@ _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def build(config: Model, kind: Kind) -> nn.Module:
-    """A causal language model, or a classifier of images, on the device that torch makes tensors on.
+    """A causal language model, or a classifier of images, on the device that torch makes tensors on, as the
+    library makes it.
 
     Raises:
         ConfigError: no such architecture, settings that it does not know, or cannot be made a model of.
@@ -172,8 +174,9 @@ class Read:
     """Weights that were read from a folder.
 
     Attributes:
-        tensors: fp32, by the model's names. missing: names of those that the folder does not have.
-        unknown: names of what it has beside. misshapen: those of another shape.
+        tensors: fp32, by the model's names, experts split. missing: names of those that the folder does not
+            have, as the library has them. unknown: names of what it has beside. misshapen: those of another
+            shape.
     """
 
     tensors: dict[str, Tensor]
@@ -234,6 +237,7 @@ def read(config: Model, kind: Kind, folder: Path) -> Read:
         if (seen := _seen(auto, made, folder)) is not None and seen.misshapen:
             return seen
         raise ConfigError([f"model.init_from: {folder} cannot be read ({in_a_line(error)})"]) from None
+    split_experts(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     model.to("meta")  # it refers to itself: what is taken of the tensors would live on in it

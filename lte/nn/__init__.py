@@ -7,6 +7,7 @@ from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
 from lte.nn.division import divide, part_of
 from lte.nn.embedding import LoRAEmbedding
+from lte.nn.experts import Experts, experts_split, has_split_experts, places_in_stacks, split_experts
 from lte.nn.isolation import rehearse, watch_slices
 from lte.nn.linear import LoRALinear
 from lte.nn.plan import (
@@ -25,6 +26,7 @@ from lte.nn.sites import HeadSpec, from_matrix, to_matrix
 
 __all__ = [
     "Adapted",
+    "Experts",
     "HeadSpec",
     "LoRAConv2d",
     "LoRAEmbedding",
@@ -42,16 +44,20 @@ __all__ = [
     "divide",
     "draw_A",
     "draw_heads",
+    "experts_split",
     "fit_heads",
     "from_matrix",
     "frozen_parameters",
+    "has_split_experts",
     "lora_of",
     "parameter_groups",
     "part_of",
+    "places_in_stacks",
     "plan",
     "plan_of",
     "recompute_activations",
     "rehearse",
+    "split_experts",
     "statistics",
     "to_matrix",
     "watch_slices",

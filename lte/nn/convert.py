@@ -35,7 +35,8 @@ def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "int8", *,
     In `eval()` mode the converted model computes the published model, without heads.
 
     Args:
-        model: any module; one on the meta device gets a base of zeros, to be filled by a server.
+        model: any module; one on the meta device gets a base of zeros, to be filled by a server. Experts of
+            transformers get heads if `split_experts` gave them matrices of their own.
         lora: which modules get heads, and what these are.
         base: `nf4`, `int8` or `none`.
         seed: of the heads.

@@ -16,6 +16,7 @@ from lte.config import LoRA
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
 from lte.nn.constants import HEADS, Constant, constant_tensors, statistics
+from lte.nn.experts import Experts
 from lte.nn.kinds import can_share, can_take_heads, is_table, kind_of
 from lte.nn.sites import HeadSpec
 from lte.printable import some
@@ -141,7 +142,7 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     Raises:
         ConfigError: a pattern or an override that matches nothing, nothing to train, parameters without a
             shape, parameters to train that are not fp32, or several heads in layers of torch's that have time
-            first.
+            first, or in experts.
     """
     _check_shapes(model)
     frozen = frozen_parameters(model, lora)
@@ -157,7 +158,7 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
         and _matches(spec.name, lora.modules)
         and not _matches(spec.name, lora.exclude)
     }
-    _check_batch_first(model, lora, adapted)
+    _check_slices(model, lora, adapted)
     taken = {spec.parameter for spec in adapted.values()}
     dense = {
         name: tuple(parameter.shape)
@@ -313,12 +314,18 @@ def _check_dtypes(model: nn.Module, frozen: frozenset[str]) -> None:
             )
 
 
-def _check_batch_first(model: nn.Module, lora: LoRA, adapted: Mapping[str, HeadSpec]) -> None:
-    """Refuse what is known to give modules (time, batch, width), of which heads would slice the time. What
-    other models give them is seen when they run; see `isolation`."""
+def _check_slices(model: nn.Module, lora: LoRA, adapted: Mapping[str, HeadSpec]) -> None:
+    """Refuse what is known to give modules (time, batch, width), of which heads would slice the time, or rows
+    of all samples. What other models give them is seen when they run; see `isolation`."""
     if lora.num_slices == 1:
         return
     faults = []
+    experts = [f"{name}." for name, module in model.named_modules() if isinstance(module, Experts)]
+    if gathered := [site for site in adapted if any(map(site.startswith, experts))]:
+        faults.append(
+            f"{some(gathered)}: experts are given rows of all samples, which {lora.heads} heads cannot share"
+            " out; name them in lora.exclude, or set lora.heads=1, or lora.batch=whole"
+        )
     for name, layer in model.named_modules():
         if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             inner = [f"{name}.{own}".lstrip(".") for own in ("linear1", "linear2")]

@@ -1,0 +1,154 @@
+"""Experts of the transformers library, each with matrices of its own, which can take heads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+"""What the library's `use_experts_implementation` gives a module whose experts lie in parameters of three
+dimensions, and who can then compute in any of the library's ways."""
+
+
+class Experts(nn.Module):
+    """What a module of stacked experts computes, of the same arguments.
+
+    Its parameter (experts, out, in) of a projection, or (experts, in, out), is a list of `nn.Linear`, whose
+    weights and biases are views of it. All else that it owns stays where it was.
+
+    Every expert takes part in every pass, those that no row is sent to with none: their gradients are zero,
+    as those of stacked experts, and not missing.
+    """
+
+    def __init__(self, stacked: nn.Module) -> None:
+        """Take over the parameters and children of a module that `_is_stacked`."""
+        super().__init__()
+        for name in _projections(stacked):
+            self.add_module(name, nn.ModuleList(_linears(stacked, name)))
+        for name, child in stacked.named_children():
+            self.add_module(name, child)
+        rest = copy.copy(stacked)
+        rest._parameters = {}
+        # In a tuple, where torch does not find it: its children are this module's.
+        self._rest = (rest,)
+
+    def __getattr__(self, name: str) -> Any:
+        """Its settings are those of the stacked module, and so is how it gates."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_rest" not in self.__dict__:
+                raise
+            return getattr(self._rest[0], name)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the experts make of their rows, weighted and summed.
+
+        Args:
+            hidden_states: (rows, width). top_k_index: (rows, k), which experts each row is sent to; one that
+                there is not sends it nowhere. top_k_weights: (rows, k).
+
+        Returns:
+            (rows, width).
+        """
+        total = torch.zeros_like(hidden_states)
+        up, *_ = (self.get_submodule(name) for name in _projections(self))
+        assert isinstance(up, nn.ModuleList)
+        for first, down, chosen in zip(up, self.down_proj, _chosen(top_k_index, len(up)), strict=True):
+            rows = chosen // top_k_index.shape[1]
+            y = first(hidden_states[rows])
+            y = down(self._apply_gate(y) if self.has_gate else self.act_fn(y))
+            if self.has_post_expert_norm:
+                y = self.post_expert_norm(y)
+            weighted = y * top_k_weights.flatten()[chosen, None]
+            total.index_add_(0, rows, weighted.to(total.dtype))
+        return total
+
+
+def split_experts(model: nn.Module) -> nn.Module:
+    """Give each expert of a plain model of transformers matrices of its own, in place: as the library has
+    them, stacked in parameters of three dimensions, they take no heads. The model computes what it did.
+
+    Returns:
+        The same model. The experts' new parameters are views of the old ones, under other names:
+        `experts.down_proj.3.weight` for `experts.down_proj[3]`.
+    """
+    for name, module in _stacked(model):
+        _set(model, name, Experts(module))
+    return model
+
+
+@contextmanager
+def experts_split(model: nn.Module) -> Iterator[None]:
+    """Have a model as `split_experts` makes it for a while. What its parameters are given meanwhile, in
+    place, is theirs afterwards."""
+    stacked = _stacked(model)
+    split_experts(model)
+    try:
+        yield
+    finally:
+        for name, module in stacked:
+            _set(model, name, module)
+
+
+def places_in_stacks(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """The modules that `split_experts` would make of a model's matrices of experts, by name: the parameter
+    that each would be cut from, and its place there."""
+    return {
+        f"{name}.{projection}.{place}": (f"{name}.{projection}", place)
+        for name, module in _stacked(model)
+        for projection in _projections(module)
+        for place in range(len(module.get_parameter(projection)))
+    }
+
+
+def has_split_experts(model: nn.Module) -> bool:
+    """Whether `split_experts` made modules of a model."""
+    return any(isinstance(module, Experts) for module in model.modules())
+
+
+def _stacked(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if name and _is_stacked(module)]
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether it keeps to the library's interface, and all its own parameters are what that names."""
+    if isinstance(module, Experts) or not all(name in module.__dict__ for name in _INTERFACE):
+        return False
+    names = _projections(module)
+    wanted = {*names, *(f"{name}_bias" for name in names if module.has_bias)}
+    return module._parameters.keys() == wanted and not module._buffers
+
+
+def _projections(experts: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def _linears(stacked: nn.Module, name: str) -> Iterator[nn.Linear]:
+    weights = stacked.get_parameter(name)
+    biases = stacked.get_parameter(f"{name}_bias") if stacked.has_bias else [None] * len(weights)
+    for weight, bias in zip(weights.detach(), biases, strict=True):
+        weight = weight.mT if stacked.is_transposed else weight
+        out_features, in_features = weight.shape
+        linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, weights.requires_grad)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach(), weights.requires_grad)
+        yield linear
+
+
+def _chosen(top_k_index: Tensor, num_experts: int) -> Sequence[Tensor]:
+    """Places in the flattened index of those rows that each expert is sent."""
+    sent_to = top_k_index.flatten()
+    counts = sent_to.clamp(max=num_experts).bincount(minlength=num_experts + 1)
+    return torch.split(sent_to.argsort(stable=True), counts.tolist())[:num_experts]
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

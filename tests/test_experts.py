@@ -1,0 +1,189 @@
+"""Mixtures of experts of transformers, whose experts lie in parameters of three dimensions."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_start import starting
+from test_tasks import Data, data, recipe_of
+from torch import Tensor, nn
+
+from lte import LoRA, cli, config, convert, models, recipes, split_experts
+from lte.config import Model
+from lte.export.merged import in_transformers
+from lte.models import hf
+from lte.nn import Experts, adapted_modules, experts_split, places_in_stacks
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+__all__ = ["data"]  # a fixture
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 16,
+    "num_experts_per_tok": 2,
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "layer_types": None},  # (in, out), biases, a gate of its own
+    "qwen3_moe": {"num_experts": 5, "moe_intermediate_size": 24},
+    "cohere2_moe": {"num_experts": 4},
+    "exaone_moe": {"num_experts": 4, "moe_intermediate_size": 24},
+    "aria_text": {"moe_num_experts": 4},
+}
+
+
+def mixture(name: str) -> Any:
+    """One of `MIXTURES`, as the library makes it, with numbers of its own in all tensors."""
+    settings = {key: value for key, value in (_SMALL | MIXTURES[name]).items() if value is not None}
+    if name == "aria_text":
+        settings = {k: v for k, v in settings.items() if k != "num_experts_per_tok"} | {"moe_topk": 2}
+    described = Model(name="transformers", architecture=name, config=settings, context_tokens=16)
+    model = hf.build(described, "text")
+    models.initialize(model, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.train()
+
+
+def tokens() -> Tensor:
+    return torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(2))
+
+
+def stacked_gradients(model: nn.Module, split: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of every parameter with experts its gradient, and what those of its parts are together."""
+    found: dict[str, list[Tensor]] = {}
+    for name, (parameter, _) in places_in_stacks(model).items():
+        weight = split.get_parameter(f"{name}.weight").grad
+        assert weight is not None, name
+        transposed = model.get_submodule(parameter.rpartition(".")[0]).is_transposed
+        found.setdefault(parameter, []).append(weight.mT if transposed else weight)
+    grads = {name: model.get_parameter(name).grad for name in found}
+    return {name: (grads[name], torch.stack(parts)) for name, parts in found.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_split_experts_compute_what_the_librarys_do(name: str) -> None:
+    """Outputs and gradients, those of experts that no row is sent to among them."""
+    model = mixture(name)
+    split = split_experts(copy.deepcopy(model))
+    found = [module for module in split.modules() if isinstance(module, Experts)]
+    assert found and not any(parameter.dim() > 2 for parameter in split.parameters())
+    for given in (tokens(), tokens()[:1, :1]):  # one row is sent to two experts
+        for one in (model, split):
+            one.zero_grad()
+            one(given, use_cache=False).logits.square().mean().backward()
+        expected = model(given, use_cache=False).logits
+        assert torch.allclose(split(given, use_cache=False).logits, expected, atol=1e-6)
+        for key, (wanted, met) in stacked_gradients(model, split).items():
+            assert torch.allclose(met, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())), key
+    assert any((met == 0).flatten(1).all(1).any() for _, met in stacked_gradients(model, split).values())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_a_model_is_the_librarys_again_with_what_its_experts_were_given(name: str) -> None:
+    model = mixture(name)
+    before, modules = {k: v.clone() for k, v in model.state_dict().items()}, dict(model.named_modules())
+    with experts_split(model):
+        assert model.state_dict().keys() != before.keys()
+        for parameter in model.parameters():
+            parameter += 1
+    assert dict(model.named_modules()) == modules
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key] + (key in parameters)), key
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_heads_of_experts_against_stacked_weights(name: str) -> None:
+    """(W + s B A) of each expert, in the library's own forward."""
+    model = mixture(name)
+    plain = copy.deepcopy(model)
+    converted = convert(
+        split_experts(model), LoRA(rank=4, scale=2.0, modules=("*.experts.*",)), "none"
+    ).train()
+    adapted, places = dict(adapted_modules(converted)), places_in_stacks(plain)
+    assert adapted.keys() == places.keys()
+    generator = torch.Generator().manual_seed(3)
+    for site, (parameter, place) in places.items():
+        heads = adapted[site]
+        heads.lora_B.copy_(torch.randn(heads.lora_B.shape, generator=generator))
+        product = 2.0 * heads.lora_B[0].double() @ heads.lora_A[0].double()
+        weight = plain.get_parameter(parameter)[place]
+        weight += (product.mT if name == "gpt_oss" else product).float()
+    expected = plain(tokens(), use_cache=False).logits
+    met = converted(tokens(), use_cache=False).logits
+    assert (met - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_a_mixture_goes_to_the_librarys_layout_and_back(name: str, data: Data, tmp_path: Path) -> None:
+    library = mixture(name).eval()
+    library.save_pretrained(tmp_path / "theirs")
+    recipe = recipe_of(
+        "mixtral", data, **{"model.architecture": name, "model.init_from": str(tmp_path / "theirs")}
+    )
+    recipe = config.replace(
+        recipe,
+        **{"model.config": {k: v for k, v in (_SMALL | MIXTURES[name]).items() if v is not None}},
+    )
+    ours = starting(recipe, tmp_path / "theirs").eval()
+    assert any(isinstance(module, Experts) for module in ours.modules())
+    expected = library(tokens(), use_cache=False).logits
+    assert torch.allclose(ours(tokens(), use_cache=False).logits, expected, atol=1e-6)
+    with hf.quiet():
+        in_transformers(ours, recipe).save_pretrained(tmp_path / "again")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    theirs = again.state_dict()
+    assert theirs.keys() == library.state_dict().keys()
+    assert all(torch.equal(theirs[key], tensor) for key, tensor in library.state_dict().items())
+
+
+def test_heads_that_share_the_batch_out_cannot_be_of_experts(
+    data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line says so before anything starts."""
+    file = tmp_path / "recipe.yaml"
+    two = {"lora.heads": 2, "run.dir": str(tmp_path / "run")}
+    file.write_text(config.to_yaml(recipe_of("mixtral", data, **two)))
+    assert cli.main(["train", str(file)]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "model.layers.0.mlp.experts.gate_up_proj.0, " in err and "rows of all samples" in err
+    for more in ({"lora.exclude": ["*.experts.*"]}, {"lora.batch": "whole"}):
+        address = {"server.address": f"inprocess://{tmp_path}", "run.resume": "never"}
+        with recipes.make_server(recipe_of("mixtral", data, **two, **more, **address), display=False):
+            pass
+
+
+def test_experts_by_other_rules_are_left_alone() -> None:
+    """Those of a module that does not say how it is laid out, or has more parameters of its own."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4))
+            self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+
+    model = nn.Sequential(Own())
+    names = [name for name, _ in split_experts(model).named_parameters()]
+    assert names == ["0.gate_up_proj", "0.down_proj"]
+    mixtral = mixture("mixtral")
+    for module in mixtral.modules():
+        if hasattr(module, "is_transposed"):
+            module.temperature = nn.Parameter(torch.ones(1))
+    before = [name for name, _ in mixtral.named_parameters()]
+    assert [name for name, _ in split_experts(mixtral).named_parameters()] == before
