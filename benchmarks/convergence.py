@@ -174,6 +174,15 @@ CASES: dict[str, Case] = {
     "LTE T=10 Muon r=128, base int8, T=5 from 80": lte(
         10, MUON, "base.quant=int8", "train.rounds=120", FEWER_STEPS, method="LTE T=10 int8, then 5"
     ),
+    "LTE T=20 Muon r=128, base int8, batch / 2": lte(
+        20,
+        MUON,
+        "base.quant=int8",
+        "train.batch_size=4",
+        *steps(20, 2 * STEPS),
+        guess=5e-4,
+        method="LTE T=20 int8, batch / 2",
+    ),
     "LTE T=10 Muon r=64, base int8": lte(10, MUON, "base.quant=int8", rank=64, method="LTE T=10 int8 r=64"),
     "LTE T=10 Muon r=128, int8 from 80": lte(10, MUON, int8_from(80)),
     "LTE T=10 Muon r=64, int8 from 80": lte(10, MUON, int8_from(80), rank=64, method="LTE T=10 r=64"),
@@ -187,9 +196,7 @@ CASES: dict[str, Case] = {
     "LTE T=10 Muon r=128, base int8, momentum 0.85": lte(
         10, MUON, "base.quant=int8", SHORTER, guess=7e-4, method="LTE T=10 int8"
     ),
-    "DDP Muon, momentum 0.7": ddp(
-        *DENSE_MUON, "optimizer.muon_momentum=0.7", method="DDP Muon", guess=8e-3
-    ),
+    "DDP Muon, momentum 0.7": ddp(*DENSE_MUON, "optimizer.muon_momentum=0.7", method="DDP Muon", guess=8e-3),
     "LTE T=10 Muon r=128, base int8, momentum 0.975": lte(
         10, MUON, "base.quant=int8", LONGER, guess=7e-4, method="LTE T=10 int8"
     ),

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from lte import config, cost
 from lte.config import Recipe
-from lte.cost import Link, Rates, Site, links, model
-from lte.errors import RunError, UserError
+from lte.cost import Link, Rates, Site, calibrate, links, model
+from lte.errors import ConfigError, RunError, UserError
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -425,6 +425,49 @@ ROUND: dict[str, Any] = {
 }
 
 
+def test_a_step_is_three_times_the_products_of_a_forward_pass() -> None:
+    """Counted by hand, on text and on images, of attention and of experts."""
+    of_attention = 2 * 2 * 16 * 16 * 64
+    assert calibrate.step_flop(recipe()) == 3 * 4 * (2 * 16 * ADAPTED + of_attention)
+    images = {"data.kind": "images", "model.name": "vit", "model.patch_size": 4, "model.image_size": 12}
+    patches, tokens = 9, 10  # a class token
+    of_vit = sum(o * i for o, i in zip(OUT[:4], IN[:4], strict=True))
+    products = 2 * tokens * of_vit + 2 * patches * 64 * 3 * 16 + 2 * 64 * 10
+    expected = 3 * 4 * (products + 2 * 2 * tokens * tokens * 64)
+    met = calibrate.step_flop(recipe(**images, **{"model.num_classes": 10, "model.channels": 3}))
+    assert met == pytest.approx(expected, rel=0.01)
+
+
+def test_a_step_of_any_model_of_transformers() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    of_attention = 4 * 64 * 64 + 2 * 2 * 16 * 64 // 2  # of a token, q, k, v and o; scores and their values
+
+    def flop(architecture: str, **more: int) -> float:
+        settings = {**shape, "num_key_value_heads": 2, "max_position_embeddings": 16, **more}
+        model = {"name": "transformers", "architecture": architecture, "config": settings}
+        model["context_tokens"] = 16
+        given = config.replace(Recipe(), **{f"model.{key}": value for key, value in model.items()})
+        return calibrate.step_flop(given) / (3 * given.train.batch_size * 16 * 2)
+
+    mlp = 3 * 64 * 128
+    assert flop("llama") == pytest.approx(2 * (of_attention + mlp) + 256 * 64, rel=0.02)
+    experts = flop("mixtral", num_local_experts=8, num_experts_per_tok=2)
+    assert experts == pytest.approx(2 * (of_attention + 2 * mlp + 8 * 64) + 256 * 64, rel=0.02)
+    with pytest.raises(ConfigError, match=r"^model: its operations cannot be counted, .*; a short run tells"):
+        flop("jetmoe", num_local_experts=4)
+
+
+def test_processes_of_a_worker_share_a_step_and_hold_the_model_again() -> None:
+    alone, two = (recipe(**{"worker.processes": number}) for number in (1, 2))
+    assert cost.assumed(two).step_s == cost.assumed(alone).step_s / 2
+    held = {number: lte_round(each, sites()).worker_bytes for number, each in ((1, alone), (2, two))}
+    again = held[2].pop("its other processes")
+    assert held[1] == held[2]
+    trained = sum(OUT) * 8 + sum(IN) * 8 + DENSE
+    assert again == model.sizes(two, cost.plan_of(two)).base_bytes + 8 * trained
+
+
 def test_rates_are_medians_of_a_run_without_its_start(tmp_path: Path) -> None:
     first = {**ROUND, "step_s": 99.0, "downlink_codes_bytes": 10**9}
     folder = write_run(tmp_path / "run", recipe(), [first] * 2 + [ROUND] * 18, num_parameters=ADAPTED + DENSE)
@@ -625,6 +668,15 @@ def test_a_plan_for_unequal_workers(lte: Command, tmp_path: Path) -> None:
     assert code == 0
     assert "4 workers" in out
     assert "time of a round (far)" in out
+
+
+@pytest.mark.parametrize("name", ["llama-1m", "vit-fashion-mnist", "methods/mhlora"])
+def test_a_plan_of_any_model(lte: Command, name: str) -> None:
+    if "llama" in name:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    code, out, err = lte(str(ROOT / "configs" / f"{name}.yaml"), *OVER)
+    assert (code, err) == (0, "")
+    assert ("images/s" if "vit" in name else "tokens/s") in out
 
 
 def test_a_plan_from_a_run(lte: Command, tmp_path: Path) -> None:

@@ -302,10 +302,16 @@ _TWO_WAIT_WHILE_THREE_GO = [
     *((1.0, "contribute", 3), (1.0, "join", 0)),
 ]
 """The round begins anew with those who waited, and so does its deadline."""
+_THE_LAST_IS_REPLACED = [
+    *((1.0, "go", number) for number in (0, 1, 2, 3)),
+    *((1.0, "join", number) for number in (0, 4)),
+]
+"""Who waited takes part with the new process."""
 
 
 @settings(max_examples=60, deadline=None)
 @example(_TWO_WAIT_WHILE_THREE_GO, 1, 4.0, 4.0)
+@example(_THE_LAST_IS_REPLACED, 1, 0.0, 4.0)
 @given(happenings, st.integers(1, 5), st.floats(0, 4), st.floats(4, 8))
 def test_its_rounds_are_the_products(
     events: list[Happening], quorum: int, grace_s: float, deadline_s: float

@@ -200,7 +200,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         title = f"{name}: T = {steps}, {arguments.rounds} rounds simulated"
         extras = [(arguments.shards, "shards"), (arguments.relay_group, "workers a relay")]
         title += "".join(f", {number} {what} (modelled)" for number, what in extras if number > 1)
-        Console(width=max(80, Console().width)).print(simulate.to_text(found, title))
+        Console(width=max(80, Console().width)).print(simulate.to_text(found, title, recipe.data.counted))
     return 0
 
 

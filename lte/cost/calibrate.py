@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lte import config, optim, recipes
 from lte.compress import CODES, SCALES
 from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
 from lte.errors import ConfigError, RunError
-from lte.models import build
 from lte.nn import convert, dense_parameters, draw_heads
 from lte.quantize import Quant
 from lte.server.master import Master, Received
@@ -28,7 +29,7 @@ from lte.track import METRICS, Records
 from lte.worker.trainer import Trainer, materialize
 
 GFLOP_S = 50.0
-"""Assumed of a machine that nobody measured: billions of operations a second in local steps."""
+"""Assumed of a process that nobody measured: billions of operations a second in local steps."""
 
 _BITS: dict[Codec, float] = {"fp32": 32, "bf16": 11.5, "int8": 7.9, "int4": 3.85, "int2": 2.15}
 """Bits an element, squeezed, of changes that look like noise."""
@@ -43,16 +44,26 @@ _TRIAL_WORKERS = 8
 
 
 def step_flop(recipe: Recipe) -> float:
-    """Operations of a local step, roughly: 6 a parameter and token.
+    """Operations of a worker's local step: three times those of the matrix products of a forward pass,
+    counted without memory. Of experts as many as a token is sent to.
 
     Raises:
-        ConfigError: the model is not the GPT, of which alone that is true.
+        ConfigError: they cannot be counted, as the model's way depends on its numbers.
     """
-    if recipe.model.name != "gpt":
-        raise ConfigError(
-            [f"model.name: plans are for gpt, not for {recipe.model.name}; a short run tells its costs"]
-        )
-    return 6.0 * plan_of(recipe).num_parameters * recipe.train.batch_size * recipe.model.context_tokens
+    task, counter = task_of(recipe), FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model, sample = task.build().train(), task.noise(1, torch.device("meta"))
+        try:
+            with counter:
+                task.loss(model, sample)
+        except Exception as error:  # any, of whatever model
+            raise ConfigError(
+                [
+                    "model: its operations cannot be counted, as what it does depends on its numbers"
+                    f" ({type(error).__name__}); a short run tells its costs"
+                ]
+            ) from None
+    return 3.0 * counter.get_total_flops() * recipe.train.batch_size
 
 
 def assumed(recipe: Recipe, *, gflop_s: float = GFLOP_S) -> Rates:
@@ -60,10 +71,10 @@ def assumed(recipe: Recipe, *, gflop_s: float = GFLOP_S) -> Rates:
     compress = recipe.compress
     guess = "assumed; --probe or --from RUN measures it"
     sources = {rate.name: guess for rate in dataclasses.fields(Rates) if rate.name != "sources"}
-    sources["step_s"] = f"6 x parameters x tokens at {gflop_s:g} GFLOP/s, assumed"
+    sources["step_s"] = f"3 x the products of a forward pass at {gflop_s:g} GFLOP/s, assumed"
     sources |= dict.fromkeys(("factor_bits", "dense_bits_up", "dense_bits_down"), "of noise in this codec")
     return Rates(
-        step_s=step_flop(recipe) / (gflop_s * 1e9),
+        step_s=step_flop(recipe) / recipe.worker.processes / (gflop_s * 1e9),
         encode_el_s=2e7,
         decode_el_s=1e8,
         merge_flop_s=5e10,
@@ -98,7 +109,7 @@ def from_run(folder: Path, recipe: Recipe, rates: Rates) -> Rates:
 
     Args:
         recipe: what is planned. Bits count only where it has the run's formats; the time of a local
-            step is scaled by parameters and tokens.
+            step is scaled by operations, and by the processes of a worker.
         rates: for what the run did not record.
 
     Raises:
@@ -116,6 +127,7 @@ def from_run(folder: Path, recipe: Recipe, rates: Rates) -> Rates:
     figures = _figures(rounds[len(rounds) // 10 :], run, sizes(run, plan))
     if figures["step_s"]:
         figures["step_s"] *= step_flop(recipe) / step_flop(run)
+        figures["step_s"] *= run.worker.processes / recipe.worker.processes
     for name, key in _FORMATS.items():
         if _at(run, key) != _at(recipe, key):
             figures[name] = None
@@ -178,8 +190,9 @@ def _figures(rounds: Sequence[Mapping[str, Any]], run: Recipe, size: Sizes) -> d
 
 
 def probe(recipe: Recipe, rates: Rates) -> Rates:
-    """Rates of this machine: local steps of the recipe's model on random tokens, and rounds of a
-    model of one of its layers. Takes some seconds. Bits are not measured: noise trains nothing."""
+    """Rates of this machine: local steps of the recipe's model on noise, of one process's share of a batch,
+    and rounds of a model of one of its layers (of transformers: of all). Takes some seconds. Bits are not
+    measured: noise trains nothing."""
     one_layer = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, num_layers=1),
@@ -192,17 +205,19 @@ def probe(recipe: Recipe, rates: Rates) -> Rates:
 def _step_s(recipe: Recipe) -> float:
     """Median seconds of a local step of the recipe's model, its base all zeros."""
     torch.set_num_threads(recipe.worker.num_threads)
-    model = convert(build(recipe.model), recipe.lora, recipe.base.quant)
+    task = task_of(recipe)
+    model = convert(task.build(), recipe.lora, recipe.base.quant)
     materialize(model, device_of(recipe))
     draw_heads(model, recipe.lora, seed=0, first_head=0, draw=0)
     with torch.no_grad():
         for _, parameter in dense_parameters(model):
             parameter.normal_(std=0.02)
     optimizer = optim.make_optimizer(model, recipe.optimizer)
+    batch = task.noise(recipe.train.batch_size // recipe.worker.processes, device_of(recipe))
     step_s: list[float] = []
     while len(step_s) < 2 or (sum(step_s) < _STEP_TRIAL_S and len(step_s) < _MAX_TRIAL_STEPS):
         with _timed(step_s):
-            _loss(model, recipe).backward()  # type: ignore[no-untyped-call]
+            task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
     return statistics.median(step_s[1:])
@@ -211,9 +226,9 @@ def _step_s(recipe: Recipe) -> float:
 def _round_rates(recipe: Recipe) -> dict[str, float | None]:
     """Encoding to applying, of a model of this recipe and contributions of the same worker."""
     torch.set_num_threads(1)  # as the server does, whose layers are shared out among threads
-    master = Master(recipes.initial_model(recipe), recipe)
+    task, master = task_of(recipe), Master(recipes.initial_model(recipe), recipe)
     trainer = Trainer(
-        convert(build(recipe.model), recipe.lora, recipe.base.quant),
+        convert(task.build(), recipe.lora, recipe.base.quant),
         recipe,
         slot=0,
         version=0,
@@ -224,8 +239,9 @@ def _round_rates(recipe: Recipe) -> dict[str, float | None]:
     seconds: dict[str, list[float]] = {
         part: [] for part in ("encode", "decode", "merge", "requantize", "pack", "apply")
     }
+    batch = task.noise(recipe.train.batch_size, torch.device("cpu"))
     for version in range(1, _TRIAL_ROUNDS + 1):
-        _loss(trainer.model, recipe).backward()  # type: ignore[no-untyped-call]
+        task.loss(trainer.model, batch).backward()  # type: ignore[no-untyped-call]
         trainer.step()
         with _timed(seconds["encode"]):
             contribution = dict(trainer.contribution())
@@ -260,12 +276,6 @@ def _round_rates(recipe: Recipe) -> dict[str, float | None]:
         "pack_el_s": size.adapted / took["pack"],
         "apply_el_s": size.adapted / took["apply"],
     }
-
-
-def _loss(model: torch.nn.Module, recipe: Recipe) -> torch.Tensor:
-    shape = (recipe.train.batch_size, recipe.model.context_tokens + 1)
-    device = next(model.parameters()).device
-    return task_of(recipe).loss(model, torch.randint(recipe.model.vocab_size, shape, device=device))
 
 
 @contextmanager

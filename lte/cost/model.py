@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from lte import quantize
 from lte.compress import factors
 from lte.config import Optimizer, Recipe
@@ -108,7 +110,7 @@ class Estimate:
         uplink_bytes, downlink_bytes: a worker and round, by kind.
         seconds: of the site that a round waits for, `slowest`.
         round_s: from update to update. compute_share: of it, the mean share that workers compute.
-        tokens_s: trained on a second, by all workers.
+        tokens_s: trained on a second, by all workers; of what is no text, samples.
         worker_bytes, server_bytes: memory, by what it holds; activations are not counted.
     """
 
@@ -298,7 +300,7 @@ def _estimate(
     slowest = max(range(len(sites)), key=rounds_s.__getitem__)
     round_s = rounds_s[slowest]
     computed_s = sum(s.compute * site.count for s, site in zip(all_s, sites, strict=True))
-    tokens = workers * train.local_steps * train.batch_size * recipe.model.context_tokens
+    tokens = workers * train.local_steps * tokens_of_step(recipe)
     return Estimate(
         method=method,
         uplink_bytes=traffic[0],
@@ -311,6 +313,12 @@ def _estimate(
         worker_bytes=memory[0],
         server_bytes=memory[1],
     )
+
+
+def tokens_of_step(recipe: Recipe) -> int:
+    """Tokens of a worker's local step; samples where there are no tokens."""
+    task = task_of(recipe)
+    return recipe.train.batch_size * task.num_tokens(task.noise(1, torch.device("meta")))
 
 
 def _num_workers(sites: Sequence[Site]) -> int:
@@ -343,6 +351,9 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
     sent_with = size.held_A if recipe.train.overlap else 0
     moments = 2 if outer.name == "adam" else 1 if outer.momentum else 0
     stepped = size.adapted + (size.dense if outer.dense else 0)
+    others = recipe.worker.processes - 1
+    held_again = size.base_bytes + 4 * (given_A + factors_held * lora.keeps_factors)
+    held_again += 8 * (trained + size.dense)
     worker = {
         "base": size.base_bytes,
         "heads, gradients, moments": states_bytes * trained + 4 * given_A,
@@ -352,6 +363,7 @@ def _memory(recipe: Recipe, size: Sizes, workers: int) -> _Pair:
         "published dense": 4 * size.dense,
         "contribution in flight": 4 * (trained + size.dense + sent_with),
         "update, staged": size.snapshot_bytes,
+        "its other processes": others * held_again,
     }
     server = {
         "master": 4 * size.parameters,
@@ -485,13 +497,16 @@ def least_local_steps(recipe: Recipe, share: float, compute_share: Callable[[Rec
 
 
 def largest_rank(recipe: Recipe, share: float, compute_share: Callable[[Recipe], float]) -> int | None:
-    """The largest lora.rank, up to the model's width, that does so; None: not even 1."""
+    """The largest lora.rank, up to the model's width, that does so; None: not even 1.
+
+    The width is the largest rank that a weight can have.
+    """
 
     def fails(rank: int) -> bool:
         lora = dataclasses.replace(recipe.lora, rank=rank)
         return compute_share(dataclasses.replace(recipe, lora=lora)) < share
 
-    most = recipe.model.width
+    most = max((min(spec.shape) for spec in plan_of(recipe).adapted.values()), default=1)
     rank = _first(fails, 1, most) - 1 if fails(most) else most
     return rank or None
 

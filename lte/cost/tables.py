@@ -155,7 +155,7 @@ def to_text(found: Outlook) -> RenderableType:
             _holding("the server's", found.own.server_bytes),
         ),
         Text(),
-        _comparison(found.methods),
+        _comparison(found.methods, found.recipe.data.counted),
         Text(),
         *map(Text, _advice(found)),
         Text(),
@@ -210,8 +210,8 @@ def _holding(title: str, held: Mapping[str, float]) -> Table:
     return _table([title, ""], [*rows, ("all", _bytes(sum(held.values())))], sums=True)
 
 
-def _comparison(methods: Sequence[Estimate]) -> Table:
-    titles = ["a round of each", "up", "down", "time", "tokens/s", "busy", "worker", "server"]
+def _comparison(methods: Sequence[Estimate], counted: str) -> Table:
+    titles = ["a round of each", "up", "down", "time", f"{counted}/s", "busy", "worker", "server"]
     rows = [
         (
             method.method,

@@ -143,7 +143,10 @@ def _linears(stacked: nn.Module, name: str) -> Iterator[nn.Linear]:
 
 
 def _chosen(top_k_index: Tensor, num_experts: int) -> Sequence[Tensor]:
-    """Places in the flattened index of those rows that each expert is sent."""
+    """Places in the flattened index of those rows that each expert is sent. On the meta device, without
+    numbers, all are sent as many."""
+    if top_k_index.is_meta:
+        return [top_k_index.new_empty(-(-top_k_index.numel() // num_experts))] * num_experts
     sent_to = top_k_index.flatten()
     counts = sent_to.clamp(max=num_experts).bincount(minlength=num_experts + 1)
     return torch.split(sent_to.argsort(stable=True), counts.tolist())[:num_experts]

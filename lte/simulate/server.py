@@ -107,7 +107,10 @@ class Server:
         self._settle()
 
     def joined(self, number: int) -> bool:
-        """A worker is back. Returns whether the open round waits for it."""
+        """A worker is back, or a new process of one that was taken for alive. Returns whether the open round
+        waits for it."""
+        if number in self.members and self.expected == {number} and not self.held:
+            self.expected.clear()  # its old process was the last that was waited for: the round opens anew
         self.members.add(number)
         self._settle()
         return number in self.expected - self.held and not self.is_merging

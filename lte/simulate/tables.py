@@ -32,10 +32,14 @@ def to_dict(found: Sequence[Figures], given: Mapping[str, Any]) -> dict[str, Any
     return {**given, "runs": runs, "saturated": {part: _saturated_at(found, part) for part in _PARTS}}
 
 
-def to_text(found: Sequence[Figures], title: str) -> RenderableType:
-    """All of it as tables, 80 columns wide."""
+def to_text(found: Sequence[Figures], title: str, counted: str) -> RenderableType:
+    """All of it as tables, 80 columns wide.
+
+    Args:
+        counted: what is trained on: `tokens`, `images`.
+    """
     speed = _table(
-        ["workers", "rounds/h", "tokens/s", "efficiency", "computing", "link in", "out", "CPU"],
+        ["workers", "rounds/h", f"{counted}/s", "efficiency", "computing", "link in", "out", "CPU"],
         [
             (
                 f"{figures.workers:,}",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lte.config import Recipe
 from lte.cost.links import Link, Site
-from lte.cost.model import Rates, lte_round, plan_of, sizes
+from lte.cost.model import Rates, lte_round, plan_of, sizes, tokens_of_step
 from lte.errors import UserError
 from lte.server.rounds import Rules
 
@@ -66,7 +66,7 @@ def costs_of(recipe: Recipe, rates: Rates) -> Costs:
         down_bytes=down_bytes,
         down_parts=max(1, math.ceil(down_bytes / part_bytes)),
         snapshot_bytes=sizes(recipe, plan).snapshot_bytes,
-        tokens=recipe.train.batch_size * recipe.model.context_tokens,
+        tokens=tokens_of_step(recipe),
         step_s=rates.step_s,
         encode_s=one.seconds.encode,
         decode_s=one.seconds.decode,

@@ -71,6 +71,9 @@ class Task(Protocol[Batch]):
             DataError: data that are missing, or too few.
         """
 
+    def noise(self, num_samples: int, device: torch.device) -> Batch:
+        """A batch of random numbers that the model can read, for trials without data."""
+
     def num_tokens(self, batch: Batch) -> int:
         """What the batch adds to the records' `tokens`: its samples where there are no tokens."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +44,12 @@ class Classes:
             worker=slot,
             num_workers=self.recipe.train.workers,
         )
+
+    def noise(self, num_samples: int, device: torch.device) -> Images:
+        model = self.recipe.model
+        shape = (num_samples, model.channels, model.image_size, model.image_size)
+        labels = torch.randint(model.num_classes, (num_samples,), device=device)
+        return Images(torch.randn(shape, device=device), labels)
 
     def num_tokens(self, batch: Images) -> int:
         return len(batch.labels)

@@ -50,6 +50,9 @@ class Regression:
     def stream(self, slot: int) -> Samples:
         return Samples(self.recipe, self.solution(), slot)
 
+    def noise(self, num_samples: int, device: torch.device) -> Tensor:
+        return torch.randn(num_samples, 2, self.recipe.model.width, device=device)
+
     def num_tokens(self, batch: Tensor) -> int:
         return len(batch)
 

@@ -47,6 +47,10 @@ class Text:
             num_workers=self.recipe.train.workers,
         )
 
+    def noise(self, num_samples: int, device: torch.device) -> Tensor:
+        model = self.recipe.model
+        return torch.randint(model.vocab_size, (num_samples, model.context_tokens + 1), device=device)
+
     def num_tokens(self, batch: Tensor) -> int:
         return batch[:, 1:].numel()
 
