@@ -163,6 +163,8 @@ def int8_from(round_: int) -> str:
 
 FEWER_STEPS = "train.phases=[{from_round: 80, local_steps: 5}]"
 """T = 5 in place of 10 for the last fifth of the steps: 80 rounds, then 40."""
+MORE_STEPS = "train.phases=[{from_round: 40, local_steps: 10}, {from_round: 80, local_steps: 22}]"
+"""T = 4 for 40 rounds, 10 for 40 and 22 for 20: as many steps and bytes as T = 10 throughout."""
 
 CASES: dict[str, Case] = {
     "DDP AdamW": ddp(),
@@ -173,6 +175,15 @@ CASES: dict[str, Case] = {
     "LTE T=10 Muon r=128, base int8": lte(10, MUON, "base.quant=int8", method="LTE T=10 int8"),
     "LTE T=10 Muon r=128, base int8, T=5 from 80": lte(
         10, MUON, "base.quant=int8", "train.rounds=120", FEWER_STEPS, method="LTE T=10 int8, then 5"
+    ),
+    "LTE T=4, 10, 22 Muon r=128, base int8": lte(
+        4,
+        MUON,
+        "base.quant=int8",
+        "train.rounds=100",
+        MORE_STEPS,
+        guess=7e-4,
+        method="LTE T=4, 10, 22 int8",
     ),
     "LTE T=20 Muon r=128, base int8, batch / 2": lte(
         20,

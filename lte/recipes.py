@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lte import config, diagnostics, ranks, signals
 from lte.config import Override, Recipe
@@ -98,9 +99,10 @@ def _check_slices(recipe: Recipe, task: AnyTask) -> None:
     lora = recipe.as_built.lora
     if lora.num_slices == 1:
         return
-    model, batch = task.build().train(), task.stream(0).batch(0).to(torch.device("meta"))
+    model, batch = task.build().train(), task.noise(recipe.train.batch_size, torch.device("meta"))
     decided = plan(model, lora, recipe.base.quant)
-    with torch.no_grad():
+    # Fake tensors, as some models look at numbers where there are none unless they are traced.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         rehearse(model, decided, lora.num_slices, lambda: task.loss(model, batch))
 
 

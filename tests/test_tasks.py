@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from launch import local
-from lte import cli, config, models, recipes
+from lte import cli, config, cost, models, recipes
 from lte.compress import DENSE
 from lte.config import Model, Recipe
 from lte.data import pack, pack_images, validation_batches, validation_images
@@ -419,6 +419,14 @@ def test_heads_that_cannot_share_out_what_a_module_is_given_are_refused_before_a
         recipe = recipe_of(name, data, **settings, **more, **{"run.resume": "never"})
         with recipes.make_server(recipe, display=False):
             pass
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_every_model_runs_without_memory(name: str, data: Data) -> None:
+    """By which its heads' slices are looked at before a run, and `lte plan` counts its operations."""
+    recipe = recipe_of(name, data)
+    few = config.replace(recipe, **{"train.batch_size": 4})
+    assert cost.calibrate.step_flop(recipe) == 2 * cost.calibrate.step_flop(few) > 0
 
 
 # The reference ViT

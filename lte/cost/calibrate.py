@@ -51,18 +51,18 @@ def step_flop(recipe: Recipe) -> float:
         ConfigError: they cannot be counted, as the model's way depends on its numbers.
     """
     task, counter = task_of(recipe), FlopCounterMode(display=False)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model, sample = task.build().train(), task.noise(1, torch.device("meta"))
-        try:
-            with counter:
-                task.loss(model, sample)
-        except Exception as error:  # any, of whatever model
-            raise ConfigError(
-                [
-                    "model: its operations cannot be counted, as what it does depends on its numbers"
-                    f" ({type(error).__name__}); a short run tells its costs"
-                ]
-            ) from None
+    model, sample = task.build().train(), task.noise(1, torch.device("meta"))
+    try:
+        # Fake tensors, as some models look at numbers where there are none unless they are traced.
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
+            task.loss(model, sample)
+    except Exception as error:  # any, of whatever model
+        raise ConfigError(
+            [
+                "model: its operations cannot be counted, as what it does depends on its numbers"
+                f" ({type(error).__name__}); a short run tells its costs"
+            ]
+        ) from None
     return 3.0 * counter.get_total_flops() * recipe.train.batch_size
 
 
