@@ -1,7 +1,8 @@
 # make train   install, pack the text that ships with the project, train the quickstart recipe
 # make test    install, run the tests: JOBS of them at a time (2)
 # make test-nodes    torchrun on two nodes, of which ranks die and that come later: minutes of waiting
-# make test-slurm    the batch files on a real SLURM cluster of this machine; make can-test-slurm says what that needs
+# make test-slurm    the batch files on a real SLURM cluster of this machine; make can-test-slurm says what that needs;
+#                    ONLY="..." those that pytest's -k names so
 # make setup   install alone;  make check: lint and types
 # PYTHON=python3.12 chooses the interpreter, RECIPE=... what `make train` trains, ARGS="key=value ..."
 
@@ -10,6 +11,7 @@ RECIPE ?= configs/quickstart.yaml
 ARGS ?=
 JOBS ?= 2
 VENV := .venv
+ONLY ?=
 SLURM_UP ?= ../shared/infra/start_slurm.sh
 SHARDS ?= data/tinyshakespeare/shards
 
@@ -27,7 +29,7 @@ test-nodes: setup
 test-slurm: can-test-slurm setup
 	@which slurmctld slurmd sbatch munged ip >/dev/null || { apt-get update -qq && \
 	  apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2; }
-	SLURM_UP=$(abspath $(SLURM_UP)) $(VENV)/bin/pytest -m slurm -s tests/slurm
+	SLURM_UP=$(abspath $(SLURM_UP)) $(VENV)/bin/pytest -m slurm -s tests/slurm -k "$(ONLY)"
 
 can-test-slurm:
 	@test -x $(SLURM_UP) -a "$$(id -u)" = 0 || { echo "make test-slurm: needs root on Debian, and in SLURM_UP the path" \
