@@ -240,8 +240,9 @@ def _save_adapter(
     """Write one head, by PEFT itself. The model is as before afterwards."""
     from peft import LoraConfig, get_peft_model
 
-    of_experts = _of_experts(theirs, factors)
-    of_modules = {name: head for name, head in factors.items() if name not in places_in_stacks(theirs)}
+    places = places_in_stacks(theirs)
+    of_experts = _of_experts(places, factors)
+    of_modules = {name: head for name, head in factors.items() if name not in places}
     both = of_modules | {name: heads[0] for name, heads in of_experts.items()}
     ranks = {name: head.rank for name, head in both.items()}
     alphas = {name: head.scale * head.rank for name, head in both.items()}
@@ -279,9 +280,10 @@ def _set(layer: Any, head: Factors) -> None:
             linear.weight.copy_(factor.reshape(linear.weight.shape))
 
 
-def _of_experts(theirs: nn.Module, factors: Mapping[str, Factors]) -> dict[str, list[Factors]]:
+def _of_experts(
+    places: Mapping[str, tuple[str, int]], factors: Mapping[str, Factors]
+) -> dict[str, list[Factors]]:
     """By the name of their parameter the heads of all of its experts, of one rank and scale."""
-    places = places_in_stacks(theirs)
     stacks: dict[str, list[str]] = {}
     for name, (parameter, _) in places.items():
         stacks.setdefault(parameter, []).append(name)
