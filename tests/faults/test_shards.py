@@ -273,13 +273,13 @@ def test_a_holder_that_hangs_is_waited_for_and_said_and_then_ends_the_group(
     cluster: Cluster, undisturbed: str
 ) -> None:
     hangs = At(f"{HOLDER}._contributed", call=5, shard=1, number=signal.SIGSTOP)
-    patience = {"worker__patience_s": 20.0, "server__silence_s": 6.0}
+    patience = {"worker__patience_s": 12.0, "server__silence_s": 6.0}
     server = cluster.serve(hangs, server__shards=2, **patience)
     workers = [cluster.work(name) for name in ("a", "b")]
     cluster.until(lambda: WAITS_FOR_SHARD_1 in cluster.logs(), "word of what is waited for")
     assert status.inquire(cluster.address).words == WAITS_FOR_SHARD_1
     cluster.ended(server, 1)
-    assert "shard 1 of the server has not answered for 20 s" in cluster.logs()
+    assert "shard 1 of the server has not answered for 12 s" in cluster.logs()
     for process in (cluster.serve(server__shards=2, **patience), *workers):
         cluster.ended(process, 0)
     assert cluster.master_digest() == undisturbed
