@@ -53,7 +53,7 @@ def _become(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
         return 0
     if arguments.role == "server":
         command = server_command(recipe, [arguments.config, *settings], environment)
-    elif arguments.first is None and (fault := missing_workers(recipe, environment)):
+    elif fault := misplaced(recipe, environment, arguments.first):
         raise UserError(fault)
     elif folder.is_complete(recipe):
         print(f"{recipe.run.dir}: finished already")
@@ -98,8 +98,19 @@ def worker_id(environment: Mapping[str, str], first: int) -> str:
     return f"w{first + int(environment.get('SLURM_PROCID', 0))}"
 
 
-def missing_workers(recipe: Recipe, environment: Mapping[str, str]) -> str:
-    """Why the first round could not begin with this step's tasks, or ""."""
+def misplaced(recipe: Recipe, environment: Mapping[str, str], first: int | None) -> str:
+    """Why this step's tasks cannot be the workers that they would be, or "".
+
+    Args:
+        first: number of the first of them; None: they are those of the server's job.
+    """
+    if first is not None:
+        if first >= (own := recipe.train.workers):
+            return ""
+        return (
+            f"train.workers: {own}, so worker w{first} is the server's job's own; further ones are numbered"
+            f" from there (sbatch --array={own}-{own + 3})"
+        )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", recipe.train.workers))
     if tasks >= recipe.train.workers:
         return ""

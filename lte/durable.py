@@ -32,6 +32,13 @@ def name(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def write(path: Path, text: str) -> None:
+    """Have a file hold this text; who reads it meanwhile finds what it held before, or all of it."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    name(partial, path)
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, described: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, with these words at their head.
 

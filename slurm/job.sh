@@ -46,7 +46,7 @@ start_workers() {
   local options=()
   while [ "$1" != -- ]; do options+=("$1") && shift; done
   shift
-  srun --kill-on-bad-exit=0 "${options[@]}" "$LTE_PYTHON" -m launch.slurm worker "$@" "${recipe[@]}" &
+  srun --kill-on-bad-exit=0 --wait=0 "${options[@]}" "$LTE_PYTHON" -m launch.slurm worker "$@" "${recipe[@]}" &
   workers=$!
   if [ -n "$told" ]; then leave_soon; fi # it came before there was anyone to tell
 }

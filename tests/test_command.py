@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import random
@@ -21,7 +22,7 @@ import yaml
 from processes import DEADLINE_S, Command, Family, done, lines, saved_versions, versions
 
 from launch import local
-from lte import config, recipes, signals, transport, wire
+from lte import config, durable, recipes, signals, transport, wire
 from lte.cli import main
 from lte.errors import RunEnded
 from lte.server.folder import LOCKS
@@ -253,6 +254,35 @@ def test_server_and_workers_started_by_hand_do_as_lte_train_does(
     assert server.err == ""
     assert [line["message"] for line in lines(folder / "run", "event") if line["what"] == "refused"]
     assert done(folder / "run")["master_digest"] == done(trained.run)["master_digest"]
+
+
+def test_settings_can_be_read_while_a_server_starts_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By workers that start beside it, and compare them with their own."""
+    recipe = config.from_dict(tree(server__address="inprocess://x"))
+    with recipes.make_server(recipe, display=False):
+        written = (folder / "run" / "config.yaml").read_text()
+    replaced, found = durable.name, list[str]()
+
+    def look(partial: Path, final: Path) -> None:
+        if final.name == "config.yaml":
+            found.extend((final.read_text(), partial.read_text()))
+        replaced(partial, final)
+
+    monkeypatch.setattr(durable, "name", look)
+    with recipes.make_server(recipe, display=False):
+        assert found == [written, written]
+
+
+def test_a_file_system_without_locks_is_said(lte: Lte, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    outcome = lte("train", write_recipe(folder, server__address="inprocess://x"))
+    assert outcome.code == 2
+    assert is_one_line(outcome.err, "run/lock: cannot be locked (Function not implemented)", "-o flock")
 
 
 # Records

@@ -40,6 +40,13 @@ def test_a_worker_has_a_key_of_its_name_and_a_state(name: str) -> None:
     assert command[command.index("--server") + 1] == "tcp://server:5555"
 
 
+def test_a_mistake_is_not_repeated_for_ever() -> None:
+    """Nor is a worker that comes when the run is over."""
+    policies = {name: service.get("restart", "no") for name, service in COMPOSE.items()}
+    assert policies.pop("prepare") == "no"
+    assert all(re.fullmatch(r"on-failure:\d", policy) for policy in policies.values()), policies
+
+
 def test_every_worker_is_looked_at_here() -> None:
     assert workers() == ["worker-0", "worker-1"]
 

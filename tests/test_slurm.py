@@ -185,6 +185,11 @@ def test_a_task_of_two_processes_sees_two_gpus(visible: str, seen: str) -> None:
         (THIRD_TASK, ["train.workers=8"], "train.workers: 8, but this job has 4 tasks"),
         (THIRD_TASK, ["train.wokers=4"], "train.wokers"),
         (OF_AN_ARRAY, ["--first", "5"], "no such key"),
+        (
+            OF_AN_ARRAY,
+            ["--first", "3"],
+            "worker w3 is the server's job's own; further ones are",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -230,7 +235,11 @@ STAND_INS = {
         case $role in server) eval "$SERVER" ;; worker) eval "$WORKER" ;; esac
         """,
     "srun": """
-        while [[ $1 == --* ]]; do shift; done
+        while [[ $1 == --* ]]; do
+          if [ "$1" = --wait=0 ]; then waits=yes; fi
+          shift
+        done
+        : "${waits:?many sites have WaitTime=30: one task that ends would end all}"
         exec "$@"
         """,
     "squeue": """

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lte import config, recipes
+from lte import config, durable, recipes
 from lte.config import Recipe
 from lte.ddp.group import Group
 from lte.ddp.trainer import factor
@@ -70,7 +70,7 @@ class Keeper:
             num_threads=recipe.server.num_threads,
             is_stopped=is_stopped,
         )
-        (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
+        durable.write(self.folder / "config.yaml", config.to_yaml(recipe))
         self._tracker = Tracker(self.folder, recipe, version=self.version, display=display)
 
     def __enter__(self) -> Self:

@@ -164,27 +164,35 @@ def _lock_to_start(folder: Path) -> IO[str]:
 
 
 def _is_locked(handle: IO[str]) -> bool:
-    """Whether another process has this file locked; else this one has, until it is closed."""
+    """Whether another process has this file locked; else this one has, until it is closed.
+
+    Raises:
+        RunError: its file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError as error:
+        handle.close()
+        raise RunError(
+            f"{handle.name}: cannot be locked ({error.strerror}); choose a run.dir on a file system that has"
+            " locks (Lustre: mounted with -o flock)"
+        ) from None
     return False
 
 
 def next_generation(folder: Path) -> int:
     """Raise the run's generation, durably: it rises with each start of its server."""
-    path, partial = folder / GENERATION, folder / f".{GENERATION}"
+    path = folder / GENERATION
     generation = 1 + read_generation(path)
-    partial.write_text(f"{generation}\n")
-    durable.name(partial, path)
+    durable.write(path, f"{generation}\n")
     return generation
 
 
 def run_id(folder: Path) -> str:
     """The name of the run in a folder, made up when it has none."""
-    path, partial = folder / RUN_ID, folder / f".{RUN_ID}"
+    path = folder / RUN_ID
     if not path.exists():
-        partial.write_text(f"{secrets.token_hex(8)}\n")
-        durable.name(partial, path)
+        durable.write(path, f"{secrets.token_hex(8)}\n")
     return path.read_text().strip()

@@ -413,8 +413,7 @@ def _raise_generation(folder: Path, generation: int) -> None:
         FencedError: a newer one is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / GENERATION, folder / f".{GENERATION}"
+    path = folder / GENERATION
     if (newest := read_generation(path)) > generation:
         raise FencedError(f"generation {newest} of the server has taken this run over")
-    partial.write_text(f"{generation}\n")
-    durable.name(partial, path)
+    durable.write(path, f"{generation}\n")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lte import config, schedule, signals, transport, wire
+from lte import config, durable, schedule, signals, transport, wire
 from lte.clock import Watch
 from lte.compress import changes
 from lte.config import Recipe
@@ -229,7 +229,7 @@ class Server:
     def _open(self, progress: Progress, *, display: bool) -> None:
         """Open what is written to, sent by and checked with."""
         recipe = self.recipe
-        (self.folder / "config.yaml").write_text(config.to_yaml(recipe))
+        durable.write(self.folder / "config.yaml", config.to_yaml(recipe))
         tracker = Tracker(self.folder, recipe, version=progress.version, display=display)
         self._tracker = self._resources.enter_context(tracker)
         self._store = Store(

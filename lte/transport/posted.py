@@ -31,9 +31,7 @@ def post(folder: Path, address: str, host: str | None) -> None:
     Args:
         host: by which others reach this machine, if it is bound to all addresses; None: its hostname.
     """
-    path, partial = folder / NAME, folder / f".{NAME}"
-    partial.write_text(_EVERYWHERE.sub(rf"\1://{host or socket.gethostname()}", address) + "\n")
-    durable.name(partial, path)
+    durable.write(folder / NAME, _EVERYWHERE.sub(rf"\1://{host or socket.gethostname()}", address) + "\n")
 
 
 def read(path: Path) -> str:
