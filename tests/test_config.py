@@ -660,6 +660,14 @@ STEPS = {"train.local_steps": 7}
             [],
         ),
         ({"lora.rotate_every": 3}, ["lora.rotate_every=3"]),
+        (
+            {"train.method": "ddp", "lora.rank": 7, "compress.factors": "int2", "compress.dense": "fp32"},
+            ["lora.rank=7", "compress.factors=int2", "compress.dense=fp32"],
+        ),
+        ({"lora.modules": [], "lora.rank": 7, "optimizer.lr": 7.0}, ["lora.rank=7", "optimizer.lr=7.0"]),
+        ({"train.full_rank": True, "lora.rank": 7, "optimizer.lr": 7.0}, ["lora.rank=7"]),
+        ({"train.checkpoint_modules": ["blocks.*"]}, ["train.checkpoint_modules=('blocks.*',)"]),
+        ({"train.checkpoint_modules": ["blocks.*"], "train.checkpoint_activations": True}, []),
     ],
 )
 def test_settings_without_effect_are_told(changes: dict[str, object], said: list[str]) -> None:

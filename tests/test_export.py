@@ -412,6 +412,9 @@ def test_a_mistake_gets_one_line(
     whole, _ = trained("gpt", **{"train.full_rank": True})
     said = refused(capfd, whole, "--format", "peft", "--out", tmp_path / "no")
     assert said.count("version 1 trained weights of full rank") == 2
+    without, _ = trained("gpt", **{"lora.modules": []})
+    said = refused(capfd, without, "--format", "peft", "--out", tmp_path / "no")
+    assert said.count("no module has heads (lora.modules)") == 2
 
     monkeypatch.setitem(sys.modules, "peft", None)
     assert "pip install 'lte[hf]'" in refused(capfd, run, "--format", "peft", "--out", tmp_path / "no")

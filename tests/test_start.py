@@ -21,7 +21,7 @@ from launch import local
 from lte import cli, config, export, models, quantize, recipes
 from lte.config import Recipe
 from lte.errors import ConfigError
-from lte.models import hf
+from lte.models import hf, taken
 from lte.models.counterparts import counterpart_of
 from lte.nn import to_matrix
 from lte.server import checkpoint
@@ -218,6 +218,33 @@ def test_what_a_recipe_leaves_out_is_taken_from_the_checkpoint(name: str, data: 
     again.load_state_dict(lte.split_experts(library).state_dict())
     assert torch.equal(again(x).logits, expected)
     assert not any(module.p for module in again.modules() if isinstance(module, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "kimi_linear", "bailing_hybrid"])
+def test_settings_of_several_names_are_taken(architecture: str, tmp_path: Path) -> None:
+    """The library writes such a one under one of them."""
+    there: Any = transformers.AutoConfig.for_model(architecture)
+    several = [name for name in there.attribute_map if name in hf.computed(there)]
+    changed = {name: getattr(there, name) + 1 for name in several if type(getattr(there, name)) is int}
+    assert changed
+    for name, value in changed.items():
+        setattr(there, name, value)
+    there.save_pretrained(tmp_path)
+    found = taken.from_folder(tmp_path, "text").config
+    assert {name: found[name] for name in changed} == changed
+
+
+def test_a_checkpoint_is_trained_on_with_a_loss_and_dropouts_of_ones_own(data: Data, tmp_path: Path) -> None:
+    """Which its config.json has off, and which change nothing of what it computes."""
+    recipe = recipe_of("mixtral", data)
+    folder = in_layout(trained_before(recipe), recipe, tmp_path / "checkpoint")
+    own = {"output_router_logits": True, "attention_dropout": 0.25}
+    left_out = ["architecture", *BY_KIND["text"]]
+    written = write(recipe, tmp_path / "recipe.yaml", *left_out, init_from=str(folder), config=own)
+    made = recipes.load(written, say=lambda line: None)
+    assert made.model.config == {**made.model.config, **recipe.model.config, **own}
+    model = recipes.starting_model(made)
+    assert model.config.output_router_logits and model.config.attention_dropout == 0.25
 
 
 def test_a_recipe_that_contradicts_its_checkpoint_is_refused(

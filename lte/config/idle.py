@@ -7,6 +7,15 @@ from functools import reduce
 
 from lte.config.recipe import Recipe
 
+_OF_HEADS = (
+    *(f"lora.{name}" for name in ("rank", "scale", "dropout", "heads", "batch", "merge", "A", "init")),
+    "compress.factors",
+    "compress.truncate_rank",
+    "optimizer.lr",
+    "optimizer.lr_A",
+)
+"""Settings that matter where some module is adapted."""
+
 
 def idle(recipe: Recipe) -> list[str]:
     """A line for each setting that differs from its default and has no effect, in any phase; and for a
@@ -48,12 +57,17 @@ def _idle(recipe: Recipe) -> dict[str, str]:
     without_effect(schedule.name == "jagged-cosine", by_name, *of_restarts)
     without_effect(schedule.name != "constant", by_name, "schedule.final")
 
+    again = "train.checkpoint_activations is off"
+    without_effect(train.checkpoint_activations, again, "train.checkpoint_modules")
+
     is_lte = train.method == "lte"
     of_hooks = ("ddp.hook", "ddp.powersgd_rank", "ddp.powersgd_start", "ddp.find_unused")
     without_effect(not is_lte, "train.method is lte", *of_hooks)
     without_effect(
         is_lte,
-        "data-parallel training has no heads to be diagnosed",
+        "data-parallel training has no heads",
+        *_OF_HEADS,
+        "compress.dense",
         "log.diagnostics_every",
     )
     if is_lte:
@@ -62,9 +76,11 @@ def _idle(recipe: Recipe) -> dict[str, str]:
             for start in (0, *(phase.from_round for phase in train.phases))
         )
         no_heads = "no module has heads of a rank (lora.modules, train.full_rank)"
-        without_effect(has_heads, no_heads, "lora.dropout", "compress.truncate_rank", "optimizer.lr_A")
+        of_rank = ("lora.rank", "lora.dropout", "compress.truncate_rank", "optimizer.lr_A")
+        without_effect(has_heads, no_heads, *of_rank)
         without_effect(lora.A == "trained", f"lora.A is {lora.A}", "optimizer.lr_A")
         without_effect(lora.A == "rotating", f"lora.A is {lora.A}", "lora.rotate_every")
         adapts = bool(lora.modules)
-        without_effect(adapts, "it is of adapted modules, and lora.modules names none", "outer.weight_decay")
+        none_adapted = "it is of adapted modules, and lora.modules names none"
+        without_effect(adapts, none_adapted, *_OF_HEADS, "outer.weight_decay")
     return found

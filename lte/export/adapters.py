@@ -90,6 +90,8 @@ def to_peft(run: Path, out: Path, states: Sequence[Path] = ()) -> list[str]:
             elif master.recipe.train.full_rank:
                 whole = f"left out, as the round on version {version} trained weights of full rank"
                 writer.lines += [f"{name}: {whole}" for name in on_it]
+            elif not master.plan.adapted:
+                writer.lines += [f"{name}: left out, as no module has heads (lora.modules)" for name in on_it]
             else:
                 for name, saved in on_it.items():
                     writer.write(name, saved, master)

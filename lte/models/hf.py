@@ -31,6 +31,7 @@ _NOT_COMPUTED = (
     "init",
     "cache",
     "aux_loss",
+    "output_router_logits",
     "router_jitter",
     "is_decoder",
     "pretraining",
@@ -287,11 +288,12 @@ def computed(made: Any) -> list[str]:
 
     of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(made) if field.name not in of_all]
-    return [
-        name
-        for name in dict.fromkeys([*names, "tie_word_embeddings"])
-        if not any(part in name for part in _NOT_COMPUTED)
-    ]
+    return [name for name in dict.fromkeys([*names, "tie_word_embeddings"]) if is_computed(name)]
+
+
+def is_computed(name: str) -> bool:
+    """Whether a setting of this name decides what a trained model computes."""
+    return not any(part in name for part in _NOT_COMPUTED)
 
 
 @contextmanager

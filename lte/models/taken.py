@@ -53,10 +53,12 @@ def from_folder(folder: Path, kind: str) -> Taken:
     for name, name_there in own.items():
         if (value := getattr(there, name_there, None)) is not None:
             settings[name] = _one(value)
+    # The library writes a setting of several names under one of them.
+    written = {name: there.attribute_map.get(name, name) for name in hf.computed(there)}
     config = {
-        name: plain[name]
-        for name in hf.computed(there)
-        if name in plain and name not in own.values() and name not in _names_for(there, own)
+        name: plain[as_written]
+        for name, as_written in written.items()
+        if as_written in plain and name not in own.values() and name not in _names_for(there, own)
     }
     return Taken(str(folder / CONFIG), settings, config)
 
@@ -84,7 +86,7 @@ def complete(tree: dict[str, Any], taken: Taken, say: Callable[[str], None]) -> 
         if value != taken.settings[name]
     ]
     if not faults:
-        model |= {**taken.settings, "config": dict(taken.config)}
+        model |= {**taken.settings, "config": {**taken.config, **(model.get("config") or {})}}
         shown = ", ".join(f"{name} {value}" for name, value in taken.settings.items())
         say(f"model: {shown} and {len(taken.config)} settings of model.config are taken from {taken.place}")
     return faults
@@ -92,14 +94,19 @@ def complete(tree: dict[str, Any], taken: Taken, say: Callable[[str], None]) -> 
 
 def leaves_out(model: Any) -> TypeGuard[dict[str, Any]]:
     """Whether the section `model` of a recipe's tree says where weights come from and, of a model of
-    transformers, no settings."""
+    transformers, no settings that decide what it computes."""
     return (
         isinstance(model, dict)
         and model.get("name") == "transformers"
-        and not model.get("config")
+        and _is_free(model.get("config"))
         and isinstance(model.get("init_from"), str)
         and not {name for name in model if name not in {field.name for field in fields(Model)}}
     )
+
+
+def _is_free(config: Any) -> bool:
+    """Whether settings of `model.config` leave open what the model computes."""
+    return not config or (isinstance(config, dict) and not any(hf.is_computed(str(name)) for name in config))
 
 
 def _one(value: Any) -> Any:

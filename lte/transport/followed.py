@@ -44,7 +44,7 @@ class FollowedWorker:
         self._left: deque[Frames] = deque()  # come by the transport before, not received yet
         self._lock, self._looked_up_s = threading.Lock(), time.monotonic()
         self._is_collective = posted.read(file).startswith(meeting.SCHEME)
-        self._own = self._opened()
+        self._own = self._opened(self._is_collective)
 
     @property
     def address(self) -> str:
@@ -81,14 +81,14 @@ class FollowedWorker:
         self._looked_up_s = now_s
         address = posted.read(self._file)
         if address and address.startswith(meeting.SCHEME) != self._is_collective:
+            before, self._own = self._own, self._opened(not self._is_collective)
             self._is_collective = not self._is_collective
-            before, self._own = self._own, self._opened()
             before.close()
             while (frames := before.receive(0)) is not None:
                 self._left.append(frames)
 
-    def _opened(self) -> WorkerEndpoint:
-        if not self._is_collective:
+    def _opened(self, is_collective: bool) -> WorkerEndpoint:
+        if not is_collective:
             return self._by_zmq()
         if self._has_keys:
             raise ConnectError(
