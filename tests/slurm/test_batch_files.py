@@ -112,16 +112,26 @@ def test_an_array_joins_a_run_that_goes_on(slurm: Slurm, recipe: Path) -> None:
     assert replayed(run) == done(run)["master_digest"]
 
 
-@pytest.mark.parametrize("how", ["by its signal", "at once"])
-@pytest.mark.parametrize("file", OPTIONS)
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [("train", "at its limit"), ("hetjob", "by its signal"), ("train", "at once"), ("hetjob", "at once")],
+)
 def test_a_job_that_is_preempted_comes_again(
     slurm: Slurm, recipe: Path, undisturbed: str, file: str, how: str
 ) -> None:
-    """By what --signal has SLURM send to the batch file; or by its own requeue, which ends the tasks."""
+    """By what --signal has SLURM send to the batch file, near the time limit or else; or by its own requeue,
+    which ends the tasks."""
     run = of(recipe)
-    job = slurm.submit(file, recipe, options=OPTIONS[file])
+    job = slurm.submit(file, recipe, "server.silence_s=600", options=OPTIONS[file])
     until_round(slurm, run, 3)
-    if how == "by its signal":
+    if how == "at its limit":
+        (first,) = processes(run, "worker", "w0")
+        os.kill(first, signal.SIGSTOP)  # SLURM looks every half minute, which the run would not take
+        slurm.tell("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # --signal wants 120 s
+        slurm.until(lambda: events(run, "stopped"), "word that time is nearly up")
+        slurm.tell("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+        os.kill(first, signal.SIGCONT)
+    elif how == "by its signal":
         slurm.tell("scancel", "--batch", "--signal=USR1", job)
     else:
         slurm.tell("scontrol", "requeue", job)
