@@ -289,6 +289,22 @@ def test_silence_decides_how_long_a_round_waits_for_the_dead(silence_s: float) -
     assert merged_s == pytest.approx([silence_s], abs=0.5)
 
 
+@pytest.mark.parametrize(("comes_s", "waits"), [(0.5, False), (5.0, True)])
+def test_who_comes_while_an_update_leaves_belongs_to_the_next_round(comes_s: float, waits: bool) -> None:
+    """It takes the whole model of that version, to which no update will come. Who came before is sent it."""
+    ours = recipe(2, **{"server.quorum": 1})
+    costs = dataclasses.replace(world.costs_of(ours, FREE), pack_s=10.0, down_parts=10)
+    here = world.World(ours, costs, seed=0, shards=1)
+    one = server.Server(here, None, call=lambda number: None, publish=lambda num_merged, pack_s: None)
+    one.gone(1)
+    one.contributed(0, 0)
+    here.env.run(until=comes_s)
+    assert (one.version, one.is_merging) == (int(comes_s > 1.0), True)
+    assert one.joined(1) is waits
+    here.env.run(until=12.0)
+    assert one.expected == {0, 1}
+
+
 Happening = tuple[float, str, int]
 happenings = st.lists(
     st.tuples(st.floats(0.01, 3.0), st.sampled_from(["contribute", "go", "join"]), st.integers(0, 4)),

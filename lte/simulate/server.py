@@ -76,6 +76,7 @@ class Server:
                 the parts of it but the first.
         """
         self.version, self.is_merging = 0, False
+        self._is_published = False  # what is being merged: the first part of it has left
         self.members = set(range(world.rules.workers))
         self.expected, self.held = set(self.members), set[int]()
         self.cpu = Cpu(world.env, cores)
@@ -107,13 +108,15 @@ class Server:
         self._settle()
 
     def joined(self, number: int) -> bool:
-        """A worker is back, or a new process of one that was taken for alive. Returns whether the open round
-        waits for it."""
+        """A worker is back, or a new process of one that was taken for alive. Returns whether the round on
+        the version that is published waits for it."""
         if number in self.members and self.expected == {number} and not self.held:
             self.expected.clear()  # its old process was the last that was waited for: the round opens anew
         self.members.add(number)
         self._settle()
-        return number in self.expected - self.held and not self.is_merging
+        if self.is_merging:  # the parts of an update leave: the round on it opens to all members
+            return self._is_published
+        return number in self.expected - self.held
 
     def gone(self, number: int) -> None:
         """A worker was silent for too long."""
@@ -151,9 +154,10 @@ class Server:
         told_s = len(self.members) * (costs.down_parts + 2) * MESSAGE_S
         begun, packed = self.cpu.run(merge_s / shards + told_s), self.cpu.run(rest_s)
         yield begun
-        self.version += 1
+        self.version, self._is_published = self.version + 1, True
         self._publish(len(self.held), rest_s * self.cpu.slowed)
         yield packed
-        self.is_merging, self._opened_s, self._quorum_s = False, self._world.env.now, None
+        self.is_merging = self._is_published = False
+        self._opened_s, self._quorum_s = self._world.env.now, None
         self.expected, self.held = set(self.members), set()
         self._settle()
