@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -311,17 +311,25 @@ def load_run(
         RunError: the folder holds no run, a damaged one, one without the average, or without such ranks.
     """
     recipe = recipe_of(folder)
-    model, master, version = _loaded(folder, recipe)
-    if which == "ema" and rank is not None:
-        raise RunError(f"{folder}: of the average over versions no head is known that could be cut to a rank")
-    if which == "ema" and not master.ema.tensors:
-        raise RunError(f"{folder}: keeps no average of its master; train with outer.ema=0.98, say")
-    if rank is None:
-        master.fill(model, which)
-    else:
+    if rank is not None:
+        model, master, version = _loaded(folder, recipe)
+        if which == "ema":
+            raise RunError(
+                f"{folder}: of the average over versions no head is known that could be cut to a rank"
+            )
         cuts = Cuts(master)
         cuts.fill(model, which, cuts.at(rank))
-    return model, recipe, version
+        return model, recipe, version
+    paths = assembly.newest(folder, recipe)
+    model = initial_model(recipe)
+    # One shard after another: a divided master may be too large for one process.
+    for path, names in zip(paths, assembly.names(model, recipe) or [None], strict=True):
+        master, version = _restored(model, recipe, *checkpoint.load(path), names)
+        if which == "ema" and not master.ema.tensors:
+            raise RunError(f"{folder}: keeps no average of its master; train with outer.ema=0.98, say")
+        master.fill(model, which)
+        del master
+    return model.eval(), recipe, version
 
 
 def find_ranks(
@@ -414,10 +422,21 @@ def _loaded(folder: Path, recipe: Recipe) -> tuple[nn.Module, Master, int]:
     """
     progress, state = assembly.load(folder, recipe)
     model = initial_model(recipe)
-    master = Master(model, recipe)
+    return model.eval(), *_restored(model, recipe, progress, state)
+
+
+def _restored(
+    model: nn.Module,
+    recipe: Recipe,
+    progress: checkpoint.Progress,
+    state: Mapping[str, Mapping[str, Tensor]],
+    names: Collection[str] | None = None,
+) -> tuple[Master, int]:
+    """The master of a checkpoint, of a whole model or of what has these names of it, and its version."""
+    master = Master(model, recipe, names)
     master.enter(progress.version)
     master.load_state(state)
-    return model.eval(), master, progress.version
+    return master, progress.version
 
 
 def recipe_of(folder: Path) -> Recipe:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from simulation import Simulation, recipe
 from torch import nn
 
 from lte import config, recipes, wire
@@ -15,7 +18,9 @@ from lte.compress.shards import Shards
 from lte.config import LoRA, Recipe
 from lte.errors import ConfigError, RunError
 from lte.nn import divide, part_of, plan
+from lte.server import assembly
 from lte.server.commit import Edition, Gathering, agreed
+from lte.server.master import Master
 from lte.worker.ends import _reachable
 from lte.worker.staging import Staging
 
@@ -36,6 +41,52 @@ def test_a_model_is_divided_by_bytes_and_nothing_is_lost(num: int) -> None:
         sum(math.prod(spec.shape) for spec in part_of(whole, shard).adapted.values()) for shard in shards
     ]
     assert max(sizes) - min(sizes) <= max(math.prod(spec.shape) for spec in whole.adapted.values())
+
+
+@pytest.mark.parametrize("which", ["published", "master", "ema"])
+def test_parts_of_a_master_fill_a_model_and_make_its_digest(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With statistics, a frozen weight and an average; a tensor at a time, each asked for once."""
+    monkeypatch.setattr("lte.server.assembly._MOST_BYTES", 1)
+    settings = recipe(**{"base.quant": "int8", "outer.ema": 0.5, "lora.freeze": ["4.*"]})
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        )
+
+    whole = Master(net(), settings)
+    simulation = Simulation(net(), settings, 1)
+    simulation.local_steps(lambda model, x: model(x).square().mean(), [[torch.randn(6, 16)]])
+    simulation.merge()
+    whole.enter(1)
+    whole.load_state(state := simulation.master.state())
+    names = assembly.names(net(), config.replace(settings, **{"server.shards": 3}))
+    parts = [Master(net(), settings, of_shard) for of_shard in names]
+    for part in parts:
+        part.enter(1)
+        part.load_state({**state, "momentum": {}, "merged": {}, "ema": state["ema"]})
+    asked = Counter[str]()
+
+    def ask(shard: int, which: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        assert len(names) == 1
+        asked.update(names)
+        fixed = {name: parts[shard].constants[name] for name in names if name in parts[shard].constants}
+        return parts[shard].parameters(which, names) | fixed
+
+    expected, met = net(), net()
+    for parameter in met.parameters():
+        parameter.data.fill_(torch.nan)
+    whole.fill(expected, which)
+    parts[0].fill(met, which)
+    assembly.fill_others(met, which, parts[0].built, names, ask)
+    for name, tensor in met.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert asked == Counter(name for of_shard in names[1:] for name in of_shard)
+    digests = parts[1].digests() | parts[2].digests()
+    assert assembly.master_digest(parts[0], names, digests, ask) == whole.master_digest()
 
 
 def test_more_shards_than_tensors_are_refused() -> None:

@@ -86,12 +86,12 @@ def test_a_server_that_is_told_to_stop_gives_up_what_it_would_evaluate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What comes of it later is nobody's."""
-    late = commit.State(tensors=b"", is_last=True), commit.Happened(what="disk", message="full")
+    late = commit.State(tensors=b""), commit.Happened(what="disk", message="full")
     found = links(monkeypatch, tmp_path, answers(*late), is_stopped=True)
     (end,) = found._ends
     found._ends = [LooksFirst(end, 1)]  # type: ignore[list-item]
     with pytest.raises(StoppedError):
-        found.states()
+        found.tensors(1, "master", ["a"])
     while not found.heard:
         end.poll(20)
         found.listen()
@@ -99,20 +99,19 @@ def test_a_server_that_is_told_to_stop_gives_up_what_it_would_evaluate(
     found.close()
 
 
-def test_a_state_comes_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tensors = {"master:a": torch.ones(3), "master:b": torch.zeros(2, 2), "base:a": torch.arange(4)}
-    parts = commit.in_parts({name: tensor.nbytes for name, tensor in tensors.items()}, 28)
-    assert parts == [["master:a", "master:b"], ["base:a"]]
-    reports = [
-        commit.State(tensors=save({name: tensors[name] for name in names}), is_last=names is parts[-1])
-        for names in parts
-    ]
-    found = links(monkeypatch, tmp_path, answers(*reports))
-    (state,) = found.states()
+def test_tensors_and_digests_come_as_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tensors = {"a": torch.ones(3), "b": torch.arange(4)}
+    found = links(monkeypatch, tmp_path, answers(commit.State(tensors=save(tensors))))
+    met = found.tensors(1, "master", ["a", "b"])
     found.close()
-    met = {f"{group}:{name}": tensor for group, named in state.items() for name, tensor in named.items()}
     assert met.keys() == tensors.keys()
     assert all(torch.equal(met[name], tensors[name]) for name in met)
+    of_modules = {"a": "1f", "b": "2e"}
+    found = links(monkeypatch, tmp_path, answers(commit.Digested(of_modules=of_modules)))
+    assert found.digests() == of_modules
+    found.close()
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_the_average_is_evaluated_beside_the_others() -> None:
     simulation = Simulation(model, recipe(**{"outer.ema": 0.5}), 1)
     evaluation = Evaluation(
         model,
-        lambda: simulation.master,
+        simulation.master,
         lambda model, tokens: float(model.layer.weight.detach().square().sum()),
         num_threads=1,
         is_stopped=lambda: False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import textwrap
@@ -119,8 +120,11 @@ def _server(arguments: argparse.Namespace) -> int:
         local.warn(recipe)
         server.stop_on_signals()
         finished = server.serve()
-    _conclude(recipe, finished, in_haste=server.stopped_by in (signal.SIGTERM, signal.SIGUSR1))
-    return 0 if finished else 128 + server.stopped_by
+    stopped_by = server.stopped_by
+    del server
+    gc.collect()  # the sample's model need not be there beside the server's
+    _conclude(recipe, finished, in_haste=stopped_by in (signal.SIGTERM, signal.SIGUSR1))
+    return 0 if finished else 128 + stopped_by
 
 
 def _say_complete(recipe: Recipe) -> int:

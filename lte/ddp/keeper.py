@@ -65,7 +65,7 @@ class Keeper:
             self.version, self._tokens = progress.version, progress.tokens
         self._evaluation = Evaluation(
             model,
-            lambda: self._master,
+            self._master,
             task_of(recipe).evaluate,
             num_threads=recipe.server.num_threads,
             is_stopped=is_stopped,

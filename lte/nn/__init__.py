@@ -5,7 +5,7 @@ from lte.nn.attention import LoRAMultiheadAttention
 from lte.nn.constants import changing_buffers, constant_tensors, statistics
 from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
-from lte.nn.division import divide, part_of
+from lte.nn.division import divide, part_of, sizes_of
 from lte.nn.embedding import LoRAEmbedding
 from lte.nn.experts import Experts, experts_split, has_split_experts, places_in_stacks, split_experts
 from lte.nn.isolation import rehearse, watch_slices
@@ -57,6 +57,7 @@ __all__ = [
     "plan_of",
     "recompute_activations",
     "rehearse",
+    "sizes_of",
     "split_experts",
     "statistics",
     "to_matrix",

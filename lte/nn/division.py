@@ -18,10 +18,7 @@ def divide(plan: Plan, num_shards: int) -> tuple[tuple[str, ...], ...]:
     Raises:
         ConfigError: there are more shards than tensors.
     """
-    sizes = {name: 4 * math.prod(spec.shape) for name, spec in plan.adapted.items()}
-    sizes |= {name: 4 * math.prod(shape) for name, shape in plan.averaged.items()}
-    num_trained = len(sizes)
-    sizes |= {name: c.dtype.itemsize * math.prod(c.shape) for name, c in plan.constants.items()}
+    sizes, num_trained = sizes_of(plan), len(plan.adapted) + len(plan.averaged)
     if num_shards > num_trained:
         raise ConfigError(
             [f"server.shards: {num_shards} is more than the {num_trained} tensors that are trained"]
@@ -33,6 +30,13 @@ def divide(plan: Plan, num_shards: int) -> tuple[tuple[str, ...], ...]:
         shards[k].append(name)
         loads[k] = (loads[k][0] + sizes[name], loads[k][1] + 1)
     return tuple(map(tuple, shards))
+
+
+def sizes_of(plan: Plan) -> dict[str, int]:
+    """Bytes in the plain model of what is divided, by the names of modules and tensors."""
+    sizes = {name: 4 * math.prod(spec.shape) for name, spec in plan.adapted.items()}
+    sizes |= {name: 4 * math.prod(shape) for name, shape in plan.averaged.items()}
+    return sizes | {name: c.dtype.itemsize * math.prod(c.shape) for name, c in plan.constants.items()}
 
 
 def part_of(plan: Plan, names: Collection[str]) -> Plan:

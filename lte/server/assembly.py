@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from lte import quantize
+from lte.compress import constants
 from lte.config import Recipe
 from lte.errors import RunError
-from lte.nn import divide, plan
-from lte.server import checkpoint
+from lte.nn import Plan, divide, plan, sizes_of
+from lte.server import checkpoint, commit
 from lte.server.checkpoint import Progress
 from lte.server.commit import Prepared, Published
-from lte.server.master import Master, Outcome
+from lte.server.master import Master, Outcome, named_tensors
 from lte.server.shards import folder_of
 
 State = Mapping[str, Mapping[str, Tensor]]
+Ask = Callable[[int, str, Sequence[str]], Mapping[str, Tensor]]
+"""(shard, `which` of `Master.parameters`, names) -> these of its tensors of the plain model, by name."""
 Traffic = tuple[int, int, dict[str, int]]
+_MOST_BYTES = 1 << 22
+"""Of what one message brings from another shard, but for larger tensors."""
 
 
 def names(model: nn.Module, recipe: Recipe) -> tuple[tuple[str, ...], ...]:
@@ -42,11 +49,38 @@ def joined(states: Sequence[State]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def fill(master: Master, version: int, states: Sequence[State]) -> None:
-    """Have a master of the whole model hold what the shards do: what is published, W and its average.
-    What only merges need is left out."""
-    master.enter(version)
-    master.load_state({**joined(states), "momentum": {}, "merged": {}})
+@torch.no_grad()
+def fill_others(model: nn.Module, which: str, plan: Plan, names: Sequence[Sequence[str]], ask: Ask) -> None:
+    """Copy what all shards but the first have into a plain model; one message of it is there at a time.
+
+    Args:
+        which: as `Master.parameters` has it. plan: of the whole model. names: what each shard has.
+    """
+    tensors, sizes = named_tensors(model), sizes_of(plan)
+    for shard, of_shard in enumerate(names[1:], 1):
+        for part in commit.in_parts({name: sizes[name] for name in of_shard}, _MOST_BYTES):
+            for name, tensor in ask(shard, which, part).items():
+                if name in plan.constants:
+                    constants.fill(tensors, {name: tensor})
+                else:
+                    tensors[name].copy_(tensor)
+
+
+def master_digest(
+    master: Master, names: Sequence[Sequence[str]], digests: Mapping[str, str], ask: Ask
+) -> str:
+    """Digest of the whole master: the one that it would have undivided.
+
+    Args:
+        master: the first shard's. names: what each shard has. digests: of all others' modules.
+    """
+    shard_of = {name: shard for shard, of_shard in enumerate(names) for name in of_shard}
+    dense = (
+        (name, master.dense[name] if name in master.dense else ask(shard_of[name], "master", [name])[name])
+        for name in sorted(master.built.averaged)
+    )
+    found = {**master.digests(), **digests}
+    return quantize.digest(dense, *(found[name] for name in master.built.adapted))
 
 
 def load(run_folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
@@ -55,8 +89,18 @@ def load(run_folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, dict[str
     Raises:
         RunError: there is none, or it is damaged.
     """
+    loaded = list(map(checkpoint.load, newest(run_folder, recipe)))
+    return loaded[0][0], joined([state for _, state in loaded])
+
+
+def newest(run_folder: Path, recipe: Recipe) -> list[Path]:
+    """The checkpoints, one of each shard, that `load` reads.
+
+    Raises:
+        RunError: there is none.
+    """
     if recipe.server.shards == 1:
-        return checkpoint.load(checkpoint.newest(run_folder))
+        return [checkpoint.newest(run_folder)]
     folders = [folder_of(run_folder, shard) / "checkpoints" for shard in range(recipe.server.shards)]
     found = [{checkpoint.version_of(p): p for p in checkpoint.versions(folder)} for folder in folders]
     common = set(found[0]).intersection(*found[1:])
@@ -64,8 +108,7 @@ def load(run_folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, dict[str
         raise RunError(
             f"{run_folder}: its shards have no checkpoint of one version; go on with the run first"
         )
-    loaded = [checkpoint.load(paths[max(common)]) for paths in found]
-    return loaded[0][0], joined([state for _, state in loaded])
+    return [paths[max(common)] for paths in found]
 
 
 def outcome(own: Outcome, prepared: Sequence[Prepared]) -> Outcome:

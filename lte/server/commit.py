@@ -144,14 +144,24 @@ class Save(Word, frozen=True, kw_only=True):
 
 
 class Tell(Word, frozen=True, kw_only=True):
-    """Send master and base of this part, for an evaluation: in `State`s."""
+    """Send the plain model's tensors of these names of this part, for an evaluation: a `State`. `which` as
+    `Master.parameters` has it."""
+
+    which: str
+    names: tuple[str, ...]
+
+
+class Digest(Word, frozen=True, kw_only=True):
+    """Say what W holds: `Digested`."""
 
 
 class Ping(Word, frozen=True, kw_only=True):
     """Give a sign of life: a `Pong`."""
 
 
-Order = Recover | Begin | Admit | Dismiss | Counted | Merge | Publish | SendWhole | Save | Tell | Ping
+Order = (
+    Recover | Begin | Admit | Dismiss | Counted | Merge | Publish | SendWhole | Save | Tell | Digest | Ping
+)
 
 # What holders say.
 
@@ -216,10 +226,15 @@ class Saved(Word, frozen=True, kw_only=True):
 
 
 class State(Word, frozen=True, kw_only=True):
-    """Some of the tensors that were asked for, `GROUP:NAME`, in safetensors' format. `is_last`: the rest."""
+    """The tensors that were asked for, in safetensors' format."""
 
     tensors: bytes
-    is_last: bool
+
+
+class Digested(Word, frozen=True, kw_only=True):
+    """Digests of W of this part's modules, by name."""
+
+    of_modules: dict[str, str]
 
 
 class Pong(Word, frozen=True, kw_only=True):
@@ -252,6 +267,7 @@ Report = (
     | Published
     | Saved
     | State
+    | Digested
     | Pong
     | Happened
     | Failed

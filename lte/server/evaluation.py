@@ -46,36 +46,43 @@ class Evaluation:
     def __init__(
         self,
         model: nn.Module,
-        master: Callable[[], Master],
+        master: Master,
         evaluate: Evaluate | None,
         *,
         num_threads: int,
         is_stopped: Callable[[], bool],
+        fill_others: Callable[[nn.Module, str], None] | None = None,
     ) -> None:
         """Make it.
 
         Args:
-            model: in eval mode; the weights are filled into it. master: gives the whole master of now;
-                StoppedError where that was given up.
+            model: in eval mode; the weights are filled into it. master: what is measured.
             is_stopped: asked before every module that the model runs.
+            fill_others: of a divided master, fills in which weights the other shards hold; StoppedError where
+                that was given up.
         """
-        self._model, self._master, self._evaluate = model, master, evaluate
+        # Where nothing is measured the model's memory is not kept.
+        self._on = None if evaluate is None else (model, evaluate)
+        self._master = master
+        self._fill_others = fill_others
         self._num_threads, self._is_stopped = num_threads, is_stopped
 
     def losses(self, max_tokens: int) -> Losses | None:
         """The losses on so many tokens, or on all for 0; None if told to stop meanwhile."""
-        if self._evaluate is None:
+        if self._on is None:
             return Losses(None, None)
+        model, evaluate = self._on
         measured = {}
         others = torch.get_num_threads()
         torch.set_num_threads(self._num_threads)
         try:
-            master = self._master()
-            weights = ("published", "master", "ema") if master.ema.tensors else ("published", "master")
-            with self._given_up_when_stopped(), torch.no_grad():
+            weights = ("published", "master", "ema") if self._master.ema.tensors else ("published", "master")
+            with self._given_up_when_stopped(model), torch.no_grad():
                 for which in weights:
-                    master.fill(self._model, which)
-                    found = self._evaluate(self._model, max_tokens)
+                    self._master.fill(model, which)
+                    if self._fill_others:
+                        self._fill_others(model, which)
+                    found = evaluate(model, max_tokens)
                     measured[which] = found if isinstance(found, Measured) else Measured(found)
         except StoppedError:
             return None
@@ -89,14 +96,14 @@ class Evaluation:
         return Losses(**{which: found.loss for which, found in measured.items()}, extras=extras)
 
     @contextmanager
-    def _given_up_when_stopped(self) -> Iterator[None]:
+    def _given_up_when_stopped(self, model: nn.Module) -> Iterator[None]:
         """Have the model raise `StoppedError` at its next module, whoever runs it, once told to stop."""
 
         def check(module: nn.Module, inputs: object) -> None:
             if self._is_stopped():
                 raise StoppedError("told to stop")
 
-        hooks = [module.register_forward_pre_hook(check) for module in self._model.modules()]
+        hooks = [module.register_forward_pre_hook(check) for module in model.modules()]
         try:
             yield
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,8 +34,6 @@ from lte.server.store import Store
 from lte.server.watch import Outliers
 from lte.transport import Frames, Peer
 
-_STATE_BYTES = 1 << 28
-"""Of one message of master and base, but for larger tensors."""
 _LONGEST_WAIT_S = 1.0
 """How often a holder whose disk is full tries again."""
 
@@ -176,6 +174,7 @@ class Holder:
     ) -> tuple[Master, recovery.Recovered]:
         model = (build if isinstance(build, nn.Module) else build()).eval()
         master = Master(model, self._recipe, assembly.names(model, self._recipe)[self._shard])
+        del model  # the part is taken, and its memory is wanted for what is recovered
         return master, recovery.recover(self._folder, master, until=until)
 
     def serve(self) -> None:
@@ -231,8 +230,10 @@ class Holder:
                 self._report(commit.Saved(is_there=saved))
             case commit.Save():
                 self._store.save_meanwhile(self._progress, self.master.state())
-            case commit.Tell():
-                self._tell_state()
+            case commit.Tell(which=which, names=names):
+                self._report(commit.State(tensors=self._tensors(which, names)))
+            case commit.Digest():
+                self._report(commit.Digested(of_modules=self.master.digests()))
             case commit.Ping():
                 self._report(commit.Pong(is_full=self._store.is_full))
 
@@ -295,19 +296,11 @@ class Holder:
         else:
             self._whole[worker_id] = self._published_whole
 
-    def _tell_state(self) -> None:
-        """Send master and base."""
-        groups = self.master.state()
-        tensors = {
-            f"{group}:{name}": tensor
-            for group in ("master", "base", "constants", "ema")
-            for name, tensor in groups.get(group, {}).items()
-        }
-        parts = commit.in_parts({name: tensor.nbytes for name, tensor in tensors.items()}, _STATE_BYTES)
-        for number, names in enumerate(parts, 1):
-            # Copies: safetensors refuses tensors that share memory.
-            part = save({name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names})
-            self._report(commit.State(tensors=part, is_last=number == len(parts)))
+    def _tensors(self, which: str, names: Collection[str]) -> bytes:
+        """These of the plain model, of parameters and constants."""
+        tensors = self.master.parameters(which, names)
+        tensors |= {name: self.master.constants[name] for name in names if name in self.master.constants}
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
     # Workers
 

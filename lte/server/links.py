@@ -25,6 +25,8 @@ from lte.server import commit, holder
 from lte.server.journal import GENERATION, check_generation
 
 Kind = TypeVar("Kind", bound=commit.Word)
+_GIVEN_UP = (commit.State, commit.Digested)
+"""What a server that is told to stop waits for no more."""
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _LOOK_EVERY_S = 1.0
 """How often who waits for a holder looks whether it is to stop, and who does not whether it lives."""
@@ -159,25 +161,23 @@ class Links:
         self.full = {shard for shard in shards if not self._answer(shard, commit.Saved).is_there}
         return set(self.full)
 
-    def states(self) -> list[dict[str, dict[str, Tensor]]]:
-        """Master and base of each, as groups of tensors.
+    def tensors(self, shard: int, which: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """The plain model's tensors of these names that a shard has, as `assembly.Ask` is.
 
         Raises:
             StoppedError: the server was told to stop; these may be given up, unlike what is to be on disk.
         """
-        self.tell(commit.Tell())
-        return [self._state(shard) for shard in range(1, self.num + 1)]
+        self._send(shard, commit.Tell(which=which, names=tuple(names)))
+        return load(self._answer(shard, commit.State).tensors)
 
-    def _state(self, shard: int) -> dict[str, dict[str, Tensor]]:
-        groups: dict[str, dict[str, Tensor]] = {}
-        is_last = False
-        while not is_last:
-            report = self._answer(shard, commit.State)
-            for key, tensor in load(report.tensors).items():
-                group, _, name = key.partition(":")
-                groups.setdefault(group, {})[name] = tensor
-            is_last = report.is_last
-        return groups
+    def digests(self) -> dict[str, str]:
+        """Digests of W of all their modules, by name.
+
+        Raises:
+            StoppedError: as above.
+        """
+        parts = self._ask_all(commit.Digested, commit.Digest())
+        return {name: digest for part in parts for name, digest in part.of_modules.items()}
 
     def listen(self) -> None:
         """Add what they have said to `heard`, and have those who said nothing lately give a sign of life.
@@ -217,9 +217,9 @@ class Links:
     def _answer(self, shard: int, kind: type[Kind]) -> Kind:
         end, gives_up_s = self._ends[shard - 1], self._watch.now_s() + self._patience_s
         while True:
+            if issubclass(kind, _GIVEN_UP) and self._is_stopped():
+                raise StoppedError("told to stop")
             if not end.poll(_LOOK_EVERY_S):
-                if kind is commit.State and self._is_stopped():
-                    raise StoppedError("told to stop")
                 if self._watch.now_s() > gives_up_s:
                     raise self._hangs(shard)
                 continue
@@ -237,7 +237,7 @@ class Links:
                 (self.full.add if is_full else self.full.discard)(shard)
             case commit.Prepared():
                 self._prepared[shard] = report
-            case commit.State():
+            case commit.State() | commit.Digested():
                 pass
             case _:
                 assert isinstance(report, commit.Durable | commit.Refused | commit.Happened)

@@ -164,7 +164,7 @@ class Master:
         optim.check_patterns(self.built, recipe.optimizer)
         if recipe.train.checkpoint_activations:
             blocks(model, recipe.train.checkpoint_modules)  # raises where there are none
-        parameters = _named_tensors(model)
+        parameters = named_tensors(model)
         self._given: dict[int, tuple[tuple[int, int, int], dict[str, Tensor]]] = {}
         # On the CPU, where contributions arrive and where merges give the same bits everywhere.
         initial = {
@@ -368,7 +368,7 @@ class Master:
         Args:
             as_version: they are a version's, and belong into the average over versions.
         """
-        tensors = _named_tensors(model)
+        tensors = named_tensors(model)
         self.weights = {
             name: to_matrix(tensors[spec.parameter].detach().cpu(), spec).clone()
             for name, spec in self.plan.adapted.items()
@@ -651,36 +651,50 @@ class Master:
         published = tensors_of(self.base, self.published_dense)
         return quantize.digest(published.items(), *self._constants_digests)
 
+    def digests(self) -> dict[str, str]:
+        """Digest of the bits of W of each module, by name."""
+        found = self._of_each(lambda name: quantize.digest([(name, self.weights[name])]))
+        return dict(zip(self.base, found, strict=True))
+
     def master_digest(self) -> str:
         """Digest of the bits of W and of the dense parameters: of each module's, in their order."""
-        digests = self._of_each(lambda name: quantize.digest([(name, self.weights[name])]))
-        return quantize.digest(sorted(self.dense.items()), *digests)
+        return quantize.digest(sorted(self.dense.items()), *self.digests().values())
 
-    def parameters(self, which: str) -> dict[str, Tensor]:
+    def parameters(self, which: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Parameters that are trained, and statistics, of the plain model, by name: `published` (deq(Q), or W
-        where heads are never merged), `master` (W) or `ema`, its mean."""
-        if which == "published":
-            weights = {name: quantize.dequantize(base) for name, base in self.base.items()}
-            if self._common_factors:
-                heads = self._common_heads(self.published_dense)
-                weights = {name: self._with_heads(name, heads) for name in self.base}
-            elif self.recipe.lora.merge == "never":
-                weights = self.weights
-            dense = self.published_dense
-        elif which == "ema":
-            weights, dense = self.ema.tensors, self.dense | self.ema.tensors
-        else:
-            weights, dense = self.weights, self.dense
-        adapted = {
-            spec.parameter: from_matrix(weights[name], spec) for name, spec in self.plan.adapted.items()
-        }
-        return adapted | {name: dense[name] for name in self.plan.averaged}
+        where heads are never merged), `master` (W) or `ema`, its mean.
+
+        Args:
+            names: of modules, dense parameters and statistics; None: all.
+        """
+        return dict(self._parameters(which, names))
+
+    def _parameters(self, which: str, names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
+        """The same, each as it is asked for: a whole model in fp32 need not be there at once."""
+        averages = self.ema.tensors if which == "ema" else {}
+        dense = self.published_dense if which == "published" else self.dense | averages
+        heads = self._common_heads(dense) if which == "published" and self._common_factors else {}
+
+        def weight(name: str) -> Tensor:
+            if which != "published":
+                return averages[name] if which == "ema" else self.weights[name]
+            if heads:
+                return self._with_heads(name, heads)
+            is_merged = self.recipe.lora.merge != "never"
+            return quantize.dequantize(self.base[name]) if is_merged else self.weights[name]
+
+        for name, spec in self.plan.adapted.items():
+            if names is None or name in names:
+                yield spec.parameter, from_matrix(weight(name), spec)
+        for name in self.plan.averaged:
+            if names is None or name in names:
+                yield name, dense[name]
 
     @torch.no_grad()
     def fill(self, model: nn.Module, which: str) -> None:
         """Copy these `parameters`, and constants, into a plain model of the same names."""
-        tensors = _named_tensors(model)
-        for name, tensor in self.parameters(which).items():
+        tensors = named_tensors(model)
+        for name, tensor in self._parameters(which, None):
             tensors[name].copy_(tensor)
         constants.fill(tensors, self.constants)
 
@@ -728,6 +742,6 @@ class Master:
             self.merged.setdefault(worker_id, {})[name] = factor.clone()
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of a model."""
     return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -194,13 +194,13 @@ class Server:
         model = (model if isinstance(model, nn.Module) else model()).eval()
         self._names = assembly.names(model, self.recipe)
         self.master = Master(model, self.recipe, self._names[0] if self._names else None)
-        self._model, self._whole, self._put_together = model, self.master, -1
         self._evaluation = Evaluation(
             model,
-            self._whole_master,
+            self.master,
             evaluate,
             num_threads=self.recipe.server.num_threads,
             is_stopped=lambda: self._stop_reason is not None,
+            fill_others=self._fill_others if self._links.num else None,
         )
         self._diagnosis = Diagnosis(self.folder, self.master)
 
@@ -892,19 +892,24 @@ class Server:
             number, last_step = version - 1, self.recipe.in_round(version - 1).train.local_steps - 1
         return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, number, last_step)
 
-    def _whole_master(self) -> Master:
-        """The master of now; of a divided model, put together from its parts, once a version.
+    def _fill_others(self, model: nn.Module, which: str) -> None:
+        """Have a plain model hold what the other shards do.
 
         Raises:
-            StoppedError: told to stop before all parts had come.
+            StoppedError: told to stop before all had come.
         """
-        if self._links.num and self._put_together != self.version:
-            states = [self.master.state(), *self._links.states()]
-            if self._whole is self.master:
-                self._whole = Master(self._model, self.recipe)
-            assembly.fill(self._whole, self.version, states)
-            self._put_together = self.version
-        return self._whole
+        assembly.fill_others(model, which, self.master.built, self._names, self._links.tensors)
+
+    def _whole_digest(self) -> str:
+        """Digest of the master, with all shards' parts.
+
+        Raises:
+            StoppedError: told to stop before all had come.
+        """
+        if not self._links.num:
+            return self._master_digest
+        digests = self._links.digests()
+        return assembly.master_digest(self.master, self._names, digests, self._links.tensors)
 
     def _measure(self, max_tokens: int) -> Losses | None:
         """Measure the published model and the master, and record both; None if told to stop meanwhile."""
@@ -923,7 +928,8 @@ class Server:
         """Measure the result and write the last line of the records; False if told to stop before it:
         the next server does so then."""
         try:
-            measured, whole = self._measure(self.recipe.eval.final_tokens), self._whole_master()
+            measured = self._measure(self.recipe.eval.final_tokens)
+            digest = self._whole_digest() if measured else ""
         except StoppedError:
             measured = None
         if measured is None:
@@ -940,7 +946,7 @@ class Server:
             uplink_bytes=self._tracker.uplink_bytes,
             downlink_bytes=self._tracker.downlink_bytes,
             **measured.recorded(),
-            master_digest=whole.master_digest(),
+            master_digest=digest,
         )
         return True
 
