@@ -12,11 +12,13 @@ from test_start import starting
 from test_tasks import Data, data, recipe_of
 from torch import Tensor, nn
 
+import lte
 from lte import LoRA, cli, config, convert, models, recipes, split_experts
 from lte.config import Model
+from lte.errors import ConfigError
 from lte.export.merged import in_transformers
 from lte.models import hf
-from lte.nn import Experts, adapted_modules, experts_split, places_in_stacks
+from lte.nn import Experts, adapted_modules, experts_split, has_split_experts, places_in_stacks
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 __all__ = ["data"]  # a fixture
@@ -103,6 +105,55 @@ def test_a_model_is_the_librarys_again_with_what_its_experts_were_given(name: st
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key] + (key in parameters)), key
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """What a model's modules and parameters are, in their order, but for the numbers."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: (type(module), module.training) for name, module in model.named_modules()} | {
+        f"{name} ": (p.shape, p.dtype, p.requires_grad, p.stride()) for name, p in parameters
+    }
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_joined_experts_are_the_librarys_as_they_were_trained(name: str, tmp_path: Path) -> None:
+    """Names, shapes, numbers, and what asks for gradients; what is written is read again."""
+    library = mixture(name)
+    library.model.layers[1].mlp.experts.requires_grad_(False)
+    model = split_experts(copy.deepcopy(library))
+    with torch.no_grad():
+        for one in (model, library):
+            for parameter in one.parameters():
+                parameter += 1 / 4
+    model = copy.deepcopy(model)
+    expected = model(tokens(), use_cache=False).logits.detach()
+    assert lte.join_experts(model) is model
+    assert described(model) == described(library)
+    other = lte.join_experts(split_experts(copy.deepcopy(library)).bfloat16())
+    assert described(other) == described(copy.deepcopy(library).bfloat16())
+    state = library.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    with hf.quiet():
+        model.save_pretrained(tmp_path / "joined")
+        again, found = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "joined", output_loading_info=True
+        )
+    assert not any(found.values())
+    assert again.state_dict().keys() == state.keys()
+    wanted, *met = (one.eval()(tokens(), use_cache=False).logits for one in (library, model, again))
+    assert all(torch.equal(logits, wanted) for logits in met)
+    assert torch.allclose(wanted, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_experts_with_heads_are_not_joined() -> None:
+    model = convert(split_experts(mixture("mixtral")), LoRA(rank=4, exclude=("*.experts.gate_up_proj.*",)))
+    before = dict(model.named_modules())
+    line = r"^model.layers.0.mlp.experts.down_proj.0: is a LoRALinear, which the library has no place for; "
+    with pytest.raises(ConfigError, match=line):
+        lte.join_experts(model)
+    assert dict(model.named_modules()) == before
+    plain = convert(split_experts(mixture("mixtral")), LoRA(rank=4, exclude=("*.experts.*",)))
+    assert not has_split_experts(lte.join_experts(plain))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lte.errors import ConfigError
+
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 """What the library's `use_experts_implementation` gives a module whose experts lie in parameters of three
 dimensions, and who can then compute in any of the library's ways."""
@@ -33,7 +35,7 @@ class Experts(nn.Module):
         for name, child in stacked.named_children():
             self.add_module(name, child)
         rest = copy.copy(stacked)
-        rest._parameters = {}
+        rest._parameters = dict.fromkeys(stacked._parameters)
         # In a tuple, where torch does not find it: its children are this module's.
         self._rest = (rest,)
 
@@ -69,10 +71,37 @@ class Experts(nn.Module):
             total.index_add_(0, rows, weighted.to(total.dtype))
         return total
 
+    def joined(self) -> nn.Module:
+        """The module of stacked experts that computes the same, with parameters of its own.
+
+        A parameter asks for a gradient if an expert's part of it does.
+        """
+        stacked = copy.copy(self._rest[0])
+        stacked._parameters = {name: self._stack(name) for name in stacked._parameters}
+        stacked._modules = {name: self._modules[name] for name in stacked._modules}
+        stacked.training = self.training
+        return stacked
+
+    def linears(self) -> Iterator[tuple[str, nn.Module]]:
+        """What computes the experts' projections, `nn.Linear` as it was split, by its name in here."""
+        for projection in _projections(self):
+            for place, linear in self.get_submodule(projection).named_children():
+                yield f"{projection}.{place}", linear
+
+    @torch.no_grad()
+    def _stack(self, name: str) -> nn.Parameter:
+        """What the stacked parameter of this name is made of the experts' parts."""
+        projection = name.removesuffix("_bias")
+        part = "weight" if name == projection else "bias"
+        parts = [linear.get_parameter(part) for linear in self.get_submodule(projection).children()]
+        matrices = [one.mT for one in parts] if part == "weight" and self.is_transposed else parts
+        return nn.Parameter(torch.stack([*matrices]), any(one.requires_grad for one in parts))
+
 
 def split_experts(model: nn.Module) -> nn.Module:
     """Give each expert of a plain model of transformers matrices of its own, in place: as the library has
     them, stacked in parameters of three dimensions, they take no heads. The model computes what it did.
+    `join_experts` is the way back, to be taken before `save_pretrained`.
 
     Returns:
         The same model. The experts' new parameters are views of the old ones, under other names:
@@ -81,6 +110,37 @@ def split_experts(model: nn.Module) -> nn.Module:
     for name, module in _stacked(model):
         _set(model, name, Experts(module))
     return model
+
+
+def join_experts(model: nn.Module) -> nn.Module:
+    """Make a model that `split_experts` was given the library's again, in place: names, shapes and what
+    asks for gradients are as they were, values and types of numbers those of the experts now, so that
+    `save_pretrained` writes what `from_pretrained` reads.
+
+    Returns:
+        The same model. The stacked parameters are new: an optimizer of the experts' knows nothing of them.
+
+    Raises:
+        ConfigError: experts have heads, or something else that is no `nn.Linear`.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    for name, module in found.items():
+        _check_joinable(name, module)
+    while found:  # no more than one module has its numbers twice
+        name, module = found.popitem()
+        _set(model, name, module.joined())
+    return model
+
+
+def _check_joinable(name: str, experts: Experts) -> None:
+    for place, linear in experts.linears():
+        if type(linear) is not nn.Linear:
+            raise ConfigError(
+                [
+                    f"{name}.{place}: is a {type(linear).__name__}, which the library has no place for; give"
+                    " its weights to a model that split_experts made and nothing converted, and join that"
+                ]
+            )
 
 
 @contextmanager
