@@ -145,6 +145,21 @@ def test_joined_experts_are_the_librarys_as_they_were_trained(name: str, tmp_pat
     assert torch.allclose(wanted, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"])
+def test_weights_and_biases_are_frozen_each_for_itself(frozen: str) -> None:
+    model = mixture("gpt_oss")
+    for name, parameter in model.named_parameters():
+        if name.endswith(frozen):
+            parameter.requires_grad_(False)
+    before = described(model)
+    projection = frozen.removesuffix("_bias")
+    kind = "weight" if frozen == projection else "bias"
+    for name, parameter in split_experts(model).named_parameters():
+        if ".experts." in name:
+            assert parameter.requires_grad != (f".{projection}." in name and name.endswith(kind)), name
+    assert described(lte.join_experts(model)) == before
+
+
 def test_experts_with_heads_are_not_joined() -> None:
     model = convert(split_experts(mixture("mixtral")), LoRA(rank=4, exclude=("*.experts.gate_up_proj.*",)))
     before = dict(model.named_modules())

@@ -191,14 +191,15 @@ def _projections(experts: nn.Module) -> tuple[str, str]:
 
 def _linears(stacked: nn.Module, name: str) -> Iterator[nn.Linear]:
     weights = stacked.get_parameter(name)
-    biases = stacked.get_parameter(f"{name}_bias") if stacked.has_bias else [None] * len(weights)
-    for weight, bias in zip(weights.detach(), biases, strict=True):
+    biases = stacked.get_parameter(f"{name}_bias") if stacked.has_bias else None
+    rows = [None] * len(weights) if biases is None else biases.detach()
+    for weight, row in zip(weights.detach(), rows, strict=True):
         weight = weight.mT if stacked.is_transposed else weight
         out_features, in_features = weight.shape
-        linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        linear = nn.Linear(in_features, out_features, bias=biases is not None, device="meta")
         linear.weight = nn.Parameter(weight, weights.requires_grad)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach(), weights.requires_grad)
+        if biases is not None:
+            linear.bias = nn.Parameter(row, biases.requires_grad)
         yield linear
 
 
