@@ -160,6 +160,23 @@ def test_weights_and_biases_are_frozen_each_for_itself(frozen: str) -> None:
     assert described(lte.join_experts(model)) == before
 
 
+def test_the_mode_of_experts_is_kept() -> None:
+    """Heads compute in no model that is in eval mode; a child has a mode of its own."""
+    model = mixture("mixtral").eval()
+    before = described(model)
+    assert not any(module.training for module in split_experts(copy.deepcopy(model)).modules())
+    converted = convert(split_experts(copy.deepcopy(model)), LoRA(rank=4), "none")
+    assert not any(module.training for module in converted.modules())
+    assert described(lte.join_experts(split_experts(model))) == before
+    model.train().model.layers[0].mlp.experts.act_fn.eval()
+    before = described(model)
+    assert [name for name, module in split_experts(model).named_modules() if not module.training] == [
+        "model.layers.0.mlp.experts.act_fn"
+    ]
+    assert described(lte.join_experts(model)) == before
+    assert described(lte.join_experts(split_experts(model).eval())) == described(model.eval())
+
+
 def test_experts_with_heads_are_not_joined() -> None:
     model = convert(split_experts(mixture("mixtral")), LoRA(rank=4, exclude=("*.experts.gate_up_proj.*",)))
     before = dict(model.named_modules())

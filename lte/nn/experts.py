@@ -32,6 +32,7 @@ class Experts(nn.Module):
         super().__init__()
         for name in _projections(stacked):
             self.add_module(name, nn.ModuleList(_linears(stacked, name)))
+        self.train(stacked.training)  # and not the children, whose mode is their own
         for name, child in stacked.named_children():
             self.add_module(name, child)
         rest = copy.copy(stacked)
