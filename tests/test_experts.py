@@ -177,6 +177,55 @@ def test_the_mode_of_experts_is_kept() -> None:
     assert described(lte.join_experts(split_experts(model).eval())) == described(model.eval())
 
 
+def test_hooks_of_stacked_experts_are_kept_there_and_back() -> None:
+    """With their handles."""
+    model, called = mixture("mixtral"), list[str]()
+    experts = model.model.layers[0].mlp.experts
+    handles = [
+        experts.register_forward_pre_hook(lambda *_: called.append("before")),
+        experts.register_forward_hook(lambda *_: called.append("after")),
+        experts.register_full_backward_hook(lambda *_: called.append("backward")),
+    ]
+    expected = ["before", "after", "backward"]
+
+    def met() -> list[str]:
+        called.clear()
+        model(tokens(), use_cache=False).logits.sum().backward()
+        return list(called)
+
+    assert met() == expected
+    split_experts(model)
+    assert met() == expected
+    handles.append(model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: called.append("new")))
+    assert met() == ["before", "after", "new", "backward"]
+    handles.pop().remove()
+    lte.join_experts(model)
+    assert met() == expected
+    for handle in handles:
+        handle.remove()
+    assert met() == []
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_that_would_be_lost_are_refused(hook: str) -> None:
+    model = mixture("mixtral")
+    weight = model.model.layers[1].mlp.experts.down_proj
+    handle = getattr(weight, hook)(lambda _: None)
+    before = dict(model.named_modules())
+    with pytest.raises(ConfigError, match=r"^model.layers.1.mlp.experts.down_proj: has a hook on its grad"):
+        split_experts(model)
+    assert dict(model.named_modules()) == before
+    handle.remove()
+    expert = split_experts(model).get_submodule("model.layers.1.mlp.experts.down_proj.2")
+    before = dict(model.named_modules())
+    for handle in (getattr(expert.weight, hook)(lambda _: None), expert.register_forward_hook(print)):
+        with pytest.raises(ConfigError, match=r"^model.layers.1.mlp.experts.down_proj.2: has hooks, "):
+            lte.join_experts(model)
+        assert dict(model.named_modules()) == before
+        handle.remove()
+    assert not has_split_experts(lte.join_experts(model))
+
+
 def test_experts_with_heads_are_not_joined() -> None:
     model = convert(split_experts(mixture("mixtral")), LoRA(rank=4, exclude=("*.experts.gate_up_proj.*",)))
     before = dict(model.named_modules())

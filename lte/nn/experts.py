@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lte.errors import ConfigError
+from lte.nn.hooks import has_gradient_hooks, has_hooks, take_hooks
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 """What the library's `use_experts_implementation` gives a module whose experts lie in parameters of three
@@ -37,6 +38,7 @@ class Experts(nn.Module):
             self.add_module(name, child)
         rest = copy.copy(stacked)
         rest._parameters = dict.fromkeys(stacked._parameters)
+        take_hooks(stacked, self)
         # In a tuple, where torch does not find it: its children are this module's.
         self._rest = (rest,)
 
@@ -81,6 +83,7 @@ class Experts(nn.Module):
         stacked._parameters = {name: self._stack(name) for name in stacked._parameters}
         stacked._modules = {name: self._modules[name] for name in stacked._modules}
         stacked.training = self.training
+        take_hooks(self, stacked)
         return stacked
 
     def linears(self) -> Iterator[tuple[str, nn.Module]]:
@@ -106,9 +109,22 @@ def split_experts(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model. The experts' new parameters are views of the old ones, under other names:
-        `experts.down_proj.3.weight` for `experts.down_proj[3]`.
+        `experts.down_proj.3.weight` for `experts.down_proj[3]`. Hooks of the stacked experts, forward and
+        backward, are those of what takes their place.
+
+    Raises:
+        ConfigError: a hook on the gradient of a stacked parameter.
     """
-    for name, module in _stacked(model):
+    found = _stacked(model)
+    parameters = [(name, *of) for name, module in found for of in module.named_parameters(recurse=False)]
+    if faults := [
+        f"{name}.{own}: has a hook on its gradient, which is computed no more once each expert has one of its"
+        " own; remove the hook"
+        for name, own, parameter in parameters
+        if has_gradient_hooks(parameter)
+    ]:
+        raise ConfigError(faults)
+    for name, module in found:
         _set(model, name, Experts(module))
     return model
 
@@ -122,7 +138,7 @@ def join_experts(model: nn.Module) -> nn.Module:
         The same model. The stacked parameters are new: an optimizer of the experts' knows nothing of them.
 
     Raises:
-        ConfigError: experts have heads, or something else that is no `nn.Linear`.
+        ConfigError: an expert has heads, or something else that is no `nn.Linear`, or hooks of its own.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     for name, module in found.items():
@@ -141,6 +157,10 @@ def _check_joinable(name: str, experts: Experts) -> None:
                     f"{name}.{place}: is a {type(linear).__name__}, which the library has no place for; give"
                     " its weights to a model that split_experts made and nothing converted, and join that"
                 ]
+            )
+        if has_hooks(linear) or any(has_gradient_hooks(parameter) for parameter in linear.parameters()):
+            raise ConfigError(
+                [f"{name}.{place}: has hooks, and is called no more once it is joined; remove them"]
             )
 
 
