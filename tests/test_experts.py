@@ -226,6 +226,39 @@ def test_hooks_that_would_be_lost_are_refused(hook: str) -> None:
     assert not has_split_experts(lte.join_experts(model))
 
 
+def test_experts_under_several_names_are_the_same_under_each() -> None:
+    """A layer that is there twice, and experts of two layers."""
+    model = mixture("mixtral")
+    layers = model.model.layers
+    layers.append(layers[0])
+    layers[1].mlp.experts = layers[0].mlp.experts
+    plain = copy.deepcopy(model)
+    names = [f"model.layers.{k}.mlp.experts" for k in range(3)]
+    with experts_split(plain):
+        assert {type(plain.get_submodule(name)) for name in names} == {Experts}
+    assert described(plain) == described(model)
+    assert all(name.startswith(names[0]) for name in places_in_stacks(plain))
+    expected = plain(tokens(), use_cache=False).logits.detach()
+    split_experts(model)
+    (one,) = {model.get_submodule(name) for name in names}
+    assert isinstance(one, Experts)
+    assert torch.allclose(model(tokens(), use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    lte.join_experts(model)
+    assert len({model.get_submodule(name) for name in names}) == 1
+    assert described(model) == described(plain)
+    assert torch.equal(model(tokens(), use_cache=False).logits, expected)
+
+
+def test_bare_experts_are_refused() -> None:
+    experts = mixture("mixtral").model.layers[0].mlp.experts
+    with pytest.raises(ConfigError, match=r"^a bare MixtralExperts has no parent .*; wrap it in a module$"):
+        split_experts(experts)
+    wrapped = split_experts(nn.Sequential(experts))
+    with pytest.raises(ConfigError, match=r"^a bare Experts has no parent .*; wrap it in a module$"):
+        lte.join_experts(wrapped[0])
+    assert type(lte.join_experts(wrapped)[0]) is type(experts)
+
+
 def test_experts_with_heads_are_not_joined() -> None:
     model = convert(split_experts(mixture("mixtral")), LoRA(rank=4, exclude=("*.experts.gate_up_proj.*",)))
     before = dict(model.named_modules())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,19 +113,20 @@ def split_experts(model: nn.Module) -> nn.Module:
         backward, are those of what takes their place.
 
     Raises:
-        ConfigError: a hook on the gradient of a stacked parameter.
+        ConfigError: a hook on the gradient of a stacked parameter, or a model that is nothing but experts.
     """
     found = _stacked(model)
-    parameters = [(name, *of) for name, module in found for of in module.named_parameters(recurse=False)]
+    _check_parents(found)
     if faults := [
-        f"{name}.{own}: has a hook on its gradient, which is computed no more once each expert has one of its"
-        " own; remove the hook"
-        for name, own, parameter in parameters
+        f"{names[0]}.{own}: has a hook on its gradient, which is computed no more once each expert has one of"
+        " its own; remove the hook"
+        for module, names in found.items()
+        for own, parameter in module.named_parameters(recurse=False)
         if has_gradient_hooks(parameter)
     ]:
         raise ConfigError(faults)
-    for name, module in found:
-        _set(model, name, Experts(module))
+    for module, names in found.items():
+        _set(model, names, Experts(module))
     return model
 
 
@@ -138,15 +139,30 @@ def join_experts(model: nn.Module) -> nn.Module:
         The same model. The stacked parameters are new: an optimizer of the experts' knows nothing of them.
 
     Raises:
-        ConfigError: an expert has heads, or something else that is no `nn.Linear`, or hooks of its own.
+        ConfigError: an expert has heads, or something else that is no `nn.Linear`, or hooks of its own; or a
+            model that is nothing but experts.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    for name, module in found.items():
-        _check_joinable(name, module)
+    found = _by_names(model, lambda module: isinstance(module, Experts))
+    _check_parents(found)
+    for module, names in found.items():
+        assert isinstance(module, Experts)
+        _check_joinable(names[0], module)
     while found:  # no more than one module has its numbers twice
-        name, module = found.popitem()
-        _set(model, name, module.joined())
+        module, names = found.popitem()
+        assert isinstance(module, Experts)
+        _set(model, names, module.joined())
     return model
+
+
+def _check_parents(found: dict[nn.Module, list[str]]) -> None:
+    for module, names in found.items():
+        if "" in names:
+            raise ConfigError(
+                [
+                    f"a bare {type(module).__name__} has no parent to hold another in its place; wrap it in a"
+                    " module"
+                ]
+            )
 
 
 def _check_joinable(name: str, experts: Experts) -> None:
@@ -173,16 +189,16 @@ def experts_split(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, module in stacked:
-            _set(model, name, module)
+        for module, names in stacked.items():
+            _set(model, names, module)
 
 
 def places_in_stacks(model: nn.Module) -> dict[str, tuple[str, int]]:
     """The modules that `split_experts` would make of a model's matrices of experts, by name: the parameter
     that each would be cut from, and its place there."""
     return {
-        f"{name}.{projection}.{place}": (f"{name}.{projection}", place)
-        for name, module in _stacked(model)
+        f"{names[0]}.{projection}.{place}": (f"{names[0]}.{projection}", place)
+        for module, names in _stacked(model).items()
         for projection in _projections(module)
         for place in range(len(module.get_parameter(projection)))
     }
@@ -193,8 +209,17 @@ def has_split_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
-def _stacked(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if name and _is_stacked(module)]
+def _stacked(model: nn.Module) -> dict[nn.Module, list[str]]:
+    return _by_names(model, _is_stacked)
+
+
+def _by_names(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> dict[nn.Module, list[str]]:
+    """Modules of a model, each with all of its names there."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_one(module):
+            found.setdefault(module, []).append(name)
+    return found
 
 
 def _is_stacked(module: nn.Module) -> bool:
@@ -234,6 +259,7 @@ def _chosen(top_k_index: Tensor, num_experts: int) -> Sequence[Tensor]:
     return torch.split(sent_to.argsort(stable=True), counts.tolist())[:num_experts]
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _set(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
