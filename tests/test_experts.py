@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,62 @@ def test_experts_with_heads_are_not_joined() -> None:
     assert dict(model.named_modules()) == before
     plain = convert(split_experts(mixture("mixtral")), LoRA(rank=4, exclude=("*.experts.*",)))
     assert not has_split_experts(lte.join_experts(plain))
+
+
+BALANCED: dict[str, dict[str, Any]] = {
+    "jetmoe": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 16,
+        "num_local_experts": 4,
+        "aux_loss_coef": 0.5,
+    },
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 2,
+        "n_layers": 2,
+        "max_seq_len": 16,
+        "attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2, "moe_loss_weight": 0.5},
+    },
+}
+"""Mixtures that call the weight of the loss that balances them otherwise than the others."""
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_experts_are_balanced_by_whatever_name_the_weight_has(name: str) -> None:
+    settings = BALANCED[name] | {"output_router_logits": True}
+    model: Any = hf.build(
+        Model(name="transformers", architecture=name, config=settings, context_tokens=16), "text"
+    ).train()
+    _, met = models.outputs(model, tokens())
+    expected = model(tokens(), use_cache=False).aux_loss
+    assert met is not None and expected > 0.5 and torch.equal(met, expected / 2)
+    assert models.outputs(model.eval(), tokens())[1] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("exaone_moe", MIXTURES["exaone_moe"]),
+        ("granitemoe", {"router_aux_loss_coef": None, "head_dim": None}),
+    ],
+)
+def test_balancing_experts_without_a_loss_for_it_is_refused_before_a_run(
+    name: str, more: dict[str, Any]
+) -> None:
+    settings = {key: value for key, value in (_SMALL | more).items() if key != "head_dim" or value}
+    asked = Model(
+        name="transformers",
+        architecture=name,
+        config=settings | {"output_router_logits": True},
+        context_tokens=16,
+    )
+    with pytest.raises(ConfigError, match=rf"^model.config.output_router_logits: this {name} has no loss "):
+        models.build(asked)
+    models.build(dataclasses.replace(asked, config=settings))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -41,6 +41,7 @@ _READ = re.compile(
     r"""\bconfig\.([a-z]\w*)|\bgetattr\((?:self\.)?config, ["'](\w+)|\bkwargs\.(?:pop|get)\(["'](\w+)"""
 )
 """How code takes a setting from a config."""
+_WEIGHTS_OF_BALANCE = ("router_aux_loss_coef", "aux_loss_coef")
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -57,6 +58,13 @@ def build(config: Model, kind: Kind) -> nn.Module:
         model: nn.Module = auto.from_config(made)
     except Exception as error:  # whatever a model raises on settings that do not fit each other
         raise _impossible(config, error) from None
+    if getattr(made, "output_router_logits", False) and _weight_of_balance(model) is None:
+        raise ConfigError(
+            [
+                f"model.config.output_router_logits: this {config.architecture} has no loss that balances its"
+                " experts, or no weight of it; leave it out"
+            ]
+        )
     positions = getattr(made, "max_position_embeddings", None)
     if kind == "text" and isinstance(positions, int) and positions < config.context_tokens:
         raise ConfigError(
@@ -354,5 +362,11 @@ def outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     auxiliary = getattr(found, "aux_loss", None)
     if auxiliary is None or not model.training:
         return found.logits, None
-    settings: Any = model.config
-    return found.logits, settings.router_aux_loss_coef * auxiliary
+    return found.logits, _weight_of_balance(model) * auxiliary
+
+
+def _weight_of_balance(model: nn.Module) -> Any:
+    """What a mixture's model of the library multiplies the loss that balances its experts by, or None. Its
+    config has that under many names, and not always at the top."""
+    named = (getattr(model, name, None) for name in _WEIGHTS_OF_BALANCE)
+    return next((weight for weight in named if weight is not None), None)
