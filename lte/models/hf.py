@@ -242,10 +242,16 @@ def read(config: Model, kind: Kind, folder: Path) -> Read:
                 output_loading_info=True,
             )
     except Exception as error:  # of files that are missing or damaged, in many classes
-        # The library compares tied tensors and fails where one of them has another shape.
-        if (seen := _seen(auto, made, folder)) is not None and seen.misshapen:
+        # The library compares tied tensors and fails where one of them has another shape; and where experts
+        # cannot be stacked, which one it is stands in a report that `quiet` keeps back.
+        seen = _seen(auto, made, folder)
+        if seen is not None and (seen.misshapen or (seen.missing and isinstance(error, RuntimeError))):
             return seen
         raise ConfigError([f"model.init_from: {folder} cannot be read ({in_a_line(error)})"]) from None
+    # Of experts that are too few the library tells the stack. Names of old are known to it alone.
+    seen = _seen(auto, made, folder) if found["mismatched_keys"] else None
+    if seen is not None and seen.unknown <= set(found["unexpected_keys"]):
+        return seen
     split_experts(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -259,9 +265,15 @@ def read(config: Model, kind: Kind, folder: Path) -> Read:
 
 
 def _seen(auto: Any, made: Any, folder: Path) -> Read | None:
-    """What the heads of a folder's files tell, without tensors; None where they cannot be read."""
+    """What the heads of a folder's files tell, without tensors, by the names that the library writes; None
+    where they cannot be read, or most names there are others."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     with quiet(), torch.device("meta"):
-        here = {name: tuple(tensor.shape) for name, tensor in auto.from_config(made).state_dict().items()}
+        model = auto.from_config(made)
+        written = revert_weight_conversion(model, model.state_dict())
+    here = {name: tuple(tensor.shape) for name, tensor in written.items()}
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     there: dict[str, tuple[int, ...]] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
@@ -269,9 +281,11 @@ def _seen(auto: Any, made: Any, folder: Path) -> Read | None:
                 there |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
+    if 2 * len(here.keys() & there.keys()) < len(here):
+        return None
     return Read(
         tensors={},
-        missing=here.keys() - there.keys(),
+        missing=here.keys() - there.keys() - tied,  # which are written once
         unknown=there.keys() - here.keys(),
         misshapen={
             (name, there[name], here[name]) for name in here if name in there and there[name] != here[name]
