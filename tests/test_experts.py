@@ -19,7 +19,7 @@ from lte.config import Model
 from lte.errors import ConfigError
 from lte.export.merged import in_transformers
 from lte.models import hf
-from lte.nn import Experts, adapted_modules, experts_split, has_split_experts, places_in_stacks
+from lte.nn import Experts, adapted_modules, experts_split, has_split_experts, places_in_stacks, plan
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 __all__ = ["data"]  # a fixture
@@ -389,6 +389,24 @@ def test_heads_that_share_the_batch_out_cannot_be_of_experts(
         address = {"server.address": f"inprocess://{tmp_path}", "run.resume": "never"}
         with recipes.make_server(recipe_of("mixtral", data, **two, **more, **address), display=False):
             pass
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "settings"),
+    [
+        ("jetmoe", "JetMoE", BALANCED["jetmoe"]),
+        ("llama4_text", "Llama 4", _SMALL | {"num_local_experts": 4, "intermediate_size_mlp": 48}),
+    ],
+)
+def test_the_readme_names_mixtures_whose_experts_stay_stacked(
+    name: str, called: str, settings: dict[str, Any]
+) -> None:
+    described = Model(name="transformers", architecture=name, config=settings, context_tokens=16)
+    decided = plan(models.build(described), LoRA(), "int8")
+    assert any(len(shape) == 3 for shape in decided.dense.values())
+    readme = " ".join((Path(__file__).parent.parent / "README.md").read_text().split())
+    _, named = readme.split("Experts that transformers stacks", 1)
+    assert called in named.split("are trained densely")[0]
 
 
 def test_experts_by_other_rules_are_left_alone() -> None:
