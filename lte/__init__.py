@@ -27,7 +27,7 @@ from lte.config import (
     WorkerSettings,
 )
 from lte.config import Server as ServerSettings
-from lte.nn import LoRALinear, convert, split_experts
+from lte.nn import LoRALinear, convert, join_experts, split_experts
 from lte.server import Server
 from lte.worker import Worker
 
@@ -55,5 +55,6 @@ __all__ = [
     "WorkerSettings",
     "__version__",
     "convert",
+    "join_experts",
     "split_experts",
 ]

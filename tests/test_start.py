@@ -459,6 +459,56 @@ def test_other_weights_are_refused_in_a_line_of_each_kind(
 
 
 @pytest.mark.parametrize(
+    ("architecture", "which"),
+    [
+        ("mixtral", ".experts.1.w1.weight"),
+        ("mixtral", ".experts.3.w2.weight"),
+        ("cohere2_moe", ".experts.0.up_proj.weight"),
+        ("cohere2_moe", ".experts.1.down_proj.weight"),
+    ],
+)
+def test_the_experts_tensor_that_is_amiss_is_named(
+    architecture: str, which: str, data: Data, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the name that it has there, though the library cannot stack the others without it."""
+    described = recipe_of("mixtral", data, **{"model.architecture": architecture})
+    small = {key: value for key, value in described.model.config.items() if key != "num_local_experts"}
+    experts = {"num_local_experts" if architecture == "mixtral" else "num_experts": 4}
+    recipe = config.replace(described, **{"model.config": small | experts})
+    folder = in_layout(recipes.initial_model(recipe), recipe, tmp_path / "checkpoint")
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    name = next(key for key in sorted(held) if key.endswith(which))
+    rest = {key: tensor for key, tensor in held.items() if key != name}
+    for changed, lines in (
+        ({}, [f" lacks 1 tensor: {name}"]),
+        ({name: held[name][:, :9].contiguous()}, [f" has in another shape 1 tensor: {name} ("]),
+        (
+            {"model.more": held[name]},
+            [f" lacks 1 tensor: {name}", " has, and the model has not, 1 tensor: model.more"],
+        ),
+        ({name: held[name].flatten()}, [f" has in another shape 1 tensor: {name} ("]),
+    ):
+        save_file(rest | changed, file, {"format": "pt"})
+        with pytest.raises(ConfigError) as raised:
+            starting(recipe, folder)
+        assert len(raised.value.faults) == len(lines)
+        for fault, line in zip(raised.value.faults, lines, strict=True):
+            assert fault.startswith(f"model.init_from: {folder}{line}")
+    capfd.readouterr()
+    written = tmp_path / "recipe.yaml"
+    written.write_text(config.to_yaml(config.replace(recipe, **{"model.init_from": str(folder)})))
+    save_file(rest, file, {"format": "pt"})
+    assert cli.main(["train", str(written), f"server.address=inprocess://{tmp_path}"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"lte: model.init_from: {folder} lacks 1 tensor: {name}\n")
+    # Of other names nothing is said that is not so.
+    save_file({f"other.{key}": tensor for key, tensor in rest.items()}, file, {"format": "pt"})
+    with pytest.raises(ConfigError):
+        starting(recipe, folder)
+
+
+@pytest.mark.parametrize(
     ("override", "line"),
     [
         ("model.init_weights=ema", "model.init_weights: ema is of a run"),

@@ -41,6 +41,7 @@ _READ = re.compile(
     r"""\bconfig\.([a-z]\w*)|\bgetattr\((?:self\.)?config, ["'](\w+)|\bkwargs\.(?:pop|get)\(["'](\w+)"""
 )
 """How code takes a setting from a config."""
+_WEIGHTS_OF_BALANCE = ("router_aux_loss_coef", "aux_loss_coef")
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -57,6 +58,13 @@ def build(config: Model, kind: Kind) -> nn.Module:
         model: nn.Module = auto.from_config(made)
     except Exception as error:  # whatever a model raises on settings that do not fit each other
         raise _impossible(config, error) from None
+    if getattr(made, "output_router_logits", False) and _weight_of_balance(model) is None:
+        raise ConfigError(
+            [
+                f"model.config.output_router_logits: this {config.architecture} has no loss that balances its"
+                " experts, or no weight of it; leave it out"
+            ]
+        )
     positions = getattr(made, "max_position_embeddings", None)
     if kind == "text" and isinstance(positions, int) and positions < config.context_tokens:
         raise ConfigError(
@@ -234,10 +242,16 @@ def read(config: Model, kind: Kind, folder: Path) -> Read:
                 output_loading_info=True,
             )
     except Exception as error:  # of files that are missing or damaged, in many classes
-        # The library compares tied tensors and fails where one of them has another shape.
-        if (seen := _seen(auto, made, folder)) is not None and seen.misshapen:
+        # The library compares tied tensors and fails where one of them has another shape; and where experts
+        # cannot be stacked, which one it is stands in a report that `quiet` keeps back.
+        seen = _seen(auto, made, folder)
+        if seen is not None and (seen.misshapen or (seen.missing and isinstance(error, RuntimeError))):
             return seen
         raise ConfigError([f"model.init_from: {folder} cannot be read ({in_a_line(error)})"]) from None
+    # Of experts that are too few the library tells the stack. Names of old are known to it alone.
+    seen = _seen(auto, made, folder) if found["mismatched_keys"] else None
+    if seen is not None and seen.unknown <= set(found["unexpected_keys"]):
+        return seen
     split_experts(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -251,9 +265,15 @@ def read(config: Model, kind: Kind, folder: Path) -> Read:
 
 
 def _seen(auto: Any, made: Any, folder: Path) -> Read | None:
-    """What the heads of a folder's files tell, without tensors; None where they cannot be read."""
+    """What the heads of a folder's files tell, without tensors, by the names that the library writes; None
+    where they cannot be read, or most names there are others."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     with quiet(), torch.device("meta"):
-        here = {name: tuple(tensor.shape) for name, tensor in auto.from_config(made).state_dict().items()}
+        model = auto.from_config(made)
+        written = revert_weight_conversion(model, model.state_dict())
+    here = {name: tuple(tensor.shape) for name, tensor in written.items()}
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     there: dict[str, tuple[int, ...]] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
@@ -261,9 +281,11 @@ def _seen(auto: Any, made: Any, folder: Path) -> Read | None:
                 there |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
+    if 2 * len(here.keys() & there.keys()) < len(here):
+        return None
     return Read(
         tensors={},
-        missing=here.keys() - there.keys(),
+        missing=here.keys() - there.keys() - tied,  # which are written once
         unknown=there.keys() - here.keys(),
         misshapen={
             (name, there[name], here[name]) for name in here if name in there and there[name] != here[name]
@@ -354,5 +376,11 @@ def outputs(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     auxiliary = getattr(found, "aux_loss", None)
     if auxiliary is None or not model.training:
         return found.logits, None
-    settings: Any = model.config
-    return found.logits, settings.router_aux_loss_coef * auxiliary
+    return found.logits, _weight_of_balance(model) * auxiliary
+
+
+def _weight_of_balance(model: nn.Module) -> Any:
+    """What a mixture's model of the library multiplies the loss that balances its experts by, or None. Its
+    config has that under many names, and not always at the top."""
+    named = (getattr(model, name, None) for name in _WEIGHTS_OF_BALANCE)
+    return next((weight for weight in named if weight is not None), None)

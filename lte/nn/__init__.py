@@ -7,7 +7,14 @@ from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
 from lte.nn.division import divide, part_of, sizes_of
 from lte.nn.embedding import LoRAEmbedding
-from lte.nn.experts import Experts, experts_split, has_split_experts, places_in_stacks, split_experts
+from lte.nn.experts import (
+    Experts,
+    experts_split,
+    has_split_experts,
+    join_experts,
+    places_in_stacks,
+    split_experts,
+)
 from lte.nn.isolation import rehearse, watch_slices
 from lte.nn.linear import LoRALinear
 from lte.nn.plan import (
@@ -49,6 +56,7 @@ __all__ = [
     "from_matrix",
     "frozen_parameters",
     "has_split_experts",
+    "join_experts",
     "lora_of",
     "parameter_groups",
     "part_of",

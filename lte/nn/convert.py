@@ -11,21 +11,10 @@ from lte import config, lowrank
 from lte.config import Base, LoRA, Optimizer, Recipe, Train
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
+from lte.nn.hooks import has_gradient_hooks, take_hooks
 from lte.nn.kinds import kind_of, tied_to
 from lte.nn.plan import Plan, adapted_modules, dense_parameters, frozen_parameters, plan, settings_of
 from lte.quantize import Quant
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-)
-"""Where torch has a module's hooks on what it is given and gives. Those of state dicts name what is gone."""
 
 
 def convert(model: nn.Module, lora: LoRA | None = None, base: Quant = "int8", *, seed: int = 0) -> nn.Module:
@@ -95,10 +84,8 @@ def _replace(model: nn.Module, plan: Plan, lora: LoRA) -> None:
 
 
 def _instead(plain: nn.Module, converted: nn.Module) -> nn.Module:
-    """The converted module in the plain one's mode and with its hooks, the very ones: their handles still
-    remove them."""
-    for hooks in _HOOKS:
-        setattr(converted, hooks, getattr(plain, hooks))
+    """The converted module in the plain one's mode and with its hooks."""
+    take_hooks(plain, converted)
     return converted.train(plain.training)
 
 
@@ -110,7 +97,7 @@ def _check_hooks(model: nn.Module, plan: Plan) -> None:
         f"{name}: has a hook on its gradient, which is computed no more once it is a base with heads; name"
         " its module in lora.exclude, or remove the hook"
         for name, weight in weights
-        if weight._backward_hooks or weight._post_accumulate_grad_hooks
+        if has_gradient_hooks(weight)
     ]
     if faults:
         raise ConfigError(faults)
