@@ -597,6 +597,27 @@ def alone(recipe: Recipe, folder: Path) -> int:
     return ddp.train(recipe, place, claimed=False)
 
 
+def test_its_update_is_from_the_weights_as_they_were(folder: Path) -> None:
+    """And not from what was published of them, which is rounded."""
+    updates = []
+    for rank in (1, 3):
+        recipe = recipe_of(
+            run__dir=f"rank{rank}",
+            train__workers=1,
+            lora__rank=rank,
+            optimizer__dense_lr=1e-4 * rank,
+            server__keep_checkpoints=1,
+        )
+        assert alone(recipe, folder) == 0
+        begun, ended = recipes.initial_model(recipe), recipes.load_run(Path(f"rank{rank}"), "master")[0]
+        both = (model.get_parameter("blocks.0.mlp.up.weight").detach().numpy() for model in (ended, begun))
+        updates.append(np.subtract(*both))
+    u, v = (np.linalg.svd(update)[2].T for update in updates)
+    naive = [np.linalg.norm(u[:, :1].T @ v[:, :j]) ** 2 for j in (1, 2, 3)]
+    found = recipes.compare_updates(Path("rank1"), Path("rank3"))["blocks.0.mlp.up"].numpy()
+    assert found == pytest.approx(np.array([naive]), abs=1e-3)
+
+
 def test_numbers_that_are_not_finite_end_the_run(folder: Path) -> None:
     recipe = recipe_of(train__workers=1, optimizer__dense_lr=1e38, optimizer__clip_norm=0)
     with pytest.raises(DivergedError, match=r"diverged by local step 3: .* lower optimizer.dense_lr"):
