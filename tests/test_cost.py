@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lte import config, cost
 from lte.config import Recipe
@@ -454,8 +456,31 @@ def test_a_step_of_any_model_of_transformers() -> None:
     assert flop("llama") == pytest.approx(2 * (of_attention + mlp) + 256 * 64, rel=0.02)
     experts = flop("mixtral", num_local_experts=8, num_experts_per_tok=2)
     assert experts == pytest.approx(2 * (of_attention + 2 * mlp + 8 * 64) + 256 * 64, rel=0.02)
-    with pytest.raises(ConfigError, match=r"^model: its operations cannot be counted, .*; a short run tells"):
+    cannot = r"^model: its operations cannot be counted, .* \(\w+: .*\w.*\); a short run tells"
+    with pytest.raises(ConfigError, match=cannot):
         flop("jetmoe", num_local_experts=4)
+
+
+def test_a_step_of_a_net_that_norms_single_pixels() -> None:
+    """Batch norm trains on no single number a channel. Counted by hooks, layer by layer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    settings = {"data.kind": "images", "model.image_size": 32, "model.num_classes": 10, "model.channels": 3}
+    settings |= {"model.name": "transformers", "model.architecture": "resnet"}
+    given = config.replace(
+        Recipe(), **settings, **{"model.config": {**shape, "layer_type": "basic"}, "train.batch_size": 6}
+    )
+    made = transformers.ResNetConfig(**shape, layer_type="basic", num_labels=10)
+    net, products = transformers.ResNetForImageClassification(made).eval(), list[int]()
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(
+                lambda layer, _, out: products.append(2 * layer.weight[0].numel() * out.numel())
+            )
+    assert net.resnet(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape[2:] == (1, 1)
+    products.clear()
+    net(torch.zeros(1, 3, 32, 32))
+    assert calibrate.step_flop(given) == 3 * 6 * sum(products)
 
 
 def test_processes_of_a_worker_share_a_step_and_hold_the_model_again() -> None:

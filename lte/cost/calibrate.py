@@ -20,6 +20,7 @@ from lte.compress import CODES, SCALES
 from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
 from lte.errors import ConfigError, RunError
+from lte.models.hf import in_a_line
 from lte.nn import convert, dense_parameters, draw_heads
 from lte.quantize import Quant
 from lte.server.master import Master, Received
@@ -48,22 +49,23 @@ def step_flop(recipe: Recipe) -> float:
     counted without memory. Of experts as many as a token is sent to.
 
     Raises:
-        ConfigError: they cannot be counted, as the model's way depends on its numbers.
+        ConfigError: they cannot be counted, such as where the model's way depends on its numbers.
     """
     task, counter = task_of(recipe), FlopCounterMode(display=False)
-    model, sample = task.build().train(), task.noise(1, torch.device("meta"))
+    # Two, as batch norm refuses to train on a single number in each channel.
+    model, samples = task.build().train(), task.noise(2, torch.device("meta"))
     try:
         # Fake tensors, as some models look at numbers where there are none unless they are traced.
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
-            task.loss(model, sample)
+            task.loss(model, samples)
     except Exception as error:  # any, of whatever model
         raise ConfigError(
             [
-                "model: its operations cannot be counted, as what it does depends on its numbers"
-                f" ({type(error).__name__}); a short run tells its costs"
+                "model: its operations cannot be counted, as it does not run without numbers"
+                f" ({type(error).__name__}: {in_a_line(error)}); a short run tells its costs"
             ]
         ) from None
-    return 3.0 * counter.get_total_flops() * recipe.train.batch_size
+    return 3.0 * counter.get_total_flops() / 2 * recipe.train.batch_size
 
 
 def assumed(recipe: Recipe, *, gflop_s: float = GFLOP_S) -> Rates:
