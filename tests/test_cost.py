@@ -15,10 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lte import config, cost
+from lte import config, cost, recipes
 from lte.config import Recipe
 from lte.cost import Link, Rates, Site, calibrate, links, model
 from lte.errors import ConfigError, RunError, UserError
+from lte.nn.linear import LoRALinear
+from lte.server.master import Master
+from lte.team.share import Own, Share
+from lte.worker.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -544,6 +548,41 @@ def test_a_trial_measures_all_but_bits() -> None:
         assert math.isfinite(value := getattr(rates, name))
         assert value > 0
         assert (source == "measured on this machine") == (not name.startswith(("factor", "dense", "base")))
+
+
+def test_a_trial_takes_the_steps_of_a_worker(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its precision, in its pieces of a batch, with its activations computed anew: by what layers see."""
+    small = recipe(
+        **{
+            "data.shards": str(shards),
+            "train.precision": "bf16",
+            "train.accumulate": 2,
+            "train.checkpoint_activations": True,
+            "train.checkpoint_modules": ["blocks.*"],
+        }
+    )
+    seen = list[tuple[torch.dtype, torch.Size]]()
+    forward = LoRALinear.forward
+
+    def watched(self: LoRALinear, x: torch.Tensor) -> torch.Tensor:
+        out = forward(self, x)
+        seen.append((out.dtype, out.shape))
+        return out
+
+    master = Master(recipes.initial_model(small), small)
+    share = Share(small, torch.device("cpu"), Own(0, 0, 0, 0.0))
+    base = {"base": master.snapshot(), "base_digest": master.base_digest()}
+    Trainer(share.model, small, slot=0, version=0, **base)
+    monkeypatch.setattr(LoRALinear, "forward", watched)
+    share.backward(0)
+    of_worker = seen.copy()
+    assert len(of_worker) == 2 * (4 + 1 + 3), "four in a block, again all whose inputs are needed, the output"
+    assert {dtype for dtype, _ in of_worker} == {torch.bfloat16}
+    seen.clear()
+    monkeypatch.setattr(calibrate, "_STEP_TRIAL_S", 0)
+    monkeypatch.setattr(calibrate, "_round_rates", lambda recipe: {})
+    calibrate.probe(small, cost.assumed(small))
+    assert seen == of_worker * 2, "two steps"
 
 
 # Units

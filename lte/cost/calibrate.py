@@ -21,11 +21,11 @@ from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
 from lte.errors import ConfigError, RunError
 from lte.models.hf import in_a_line
-from lte.nn import convert, dense_parameters, draw_heads
+from lte.nn import convert, dense_parameters, draw_heads, recompute_activations
 from lte.quantize import Quant
 from lte.server.master import Master, Received
 from lte.tasks import task_of
-from lte.team import device_of
+from lte.team import backward, device_of
 from lte.track import METRICS, Records
 from lte.worker.trainer import Trainer, materialize
 
@@ -214,12 +214,15 @@ def _step_s(recipe: Recipe) -> float:
     with torch.no_grad():
         for _, parameter in dense_parameters(model):
             parameter.normal_(std=0.02)
+    if recipe.train.checkpoint_activations:
+        recompute_activations(model, recipe.train.checkpoint_modules)
     optimizer = optim.make_optimizer(model, recipe.optimizer)
     batch = task.noise(recipe.train.batch_size // recipe.worker.processes, device_of(recipe))
     step_s: list[float] = []
     while len(step_s) < 2 or (sum(step_s) < _STEP_TRIAL_S and len(step_s) < _MAX_TRIAL_STEPS):
         with _timed(step_s):
-            task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            backward(model, task, recipe, batch, recipe.lora.num_slices)
+            optim.clip(model, recipe.optimizer)
             optimizer.step()
             optimizer.zero_grad()
     return statistics.median(step_s[1:])
