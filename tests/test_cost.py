@@ -585,6 +585,35 @@ def test_a_trial_takes_the_steps_of_a_worker(shards: Path, monkeypatch: pytest.M
     assert seen == of_worker * 2, "two steps"
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"lora.exclude": ["blocks.1.*"]},
+        {"lora.modules": ["blocks.1.*"]},
+        {"lora.freeze": ["blocks.1.mlp.*"]},
+        {"lora.overrides": [{"modules": "blocks.1.*", "rank": 2}]},
+        {"train.checkpoint_activations": True, "train.checkpoint_modules": ["blocks.1"]},
+    ],
+)
+def test_a_trial_has_the_layers_that_patterns_name(
+    named: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_STEP_TRIAL_S", 0)
+    two = recipe(**{"model.num_layers": 2})
+    built, of_model = list[int](), Master.__init__
+
+    def counted(self: Master, model: nn.Module, recipe: Recipe) -> None:
+        built.append(len(model.blocks))
+        of_model(self, model, recipe)
+
+    monkeypatch.setattr(Master, "__init__", counted)
+    assumed = cost.assumed(two)
+    for given, layers in ((two, 1), (config.replace(two, **named), 2)):
+        rates = cost.probe(given, assumed)
+        assert built.pop() == layers
+        assert rates.sources["merge_flop_s"] == "measured on this machine"
+
+
 # Units
 
 

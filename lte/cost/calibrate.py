@@ -21,7 +21,7 @@ from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
 from lte.errors import ConfigError, RunError
 from lte.models.hf import in_a_line
-from lte.nn import convert, dense_parameters, draw_heads, recompute_activations
+from lte.nn import blocks, convert, dense_parameters, draw_heads, recompute_activations
 from lte.quantize import Quant
 from lte.server.master import Master, Received
 from lte.tasks import task_of
@@ -193,15 +193,24 @@ def _figures(rounds: Sequence[Mapping[str, Any]], run: Recipe, size: Sizes) -> d
 
 def probe(recipe: Recipe, rates: Rates) -> Rates:
     """Rates of this machine: local steps of the recipe's model on noise, of one process's share of a batch,
-    and rounds of a model of one of its layers (of transformers: of all). Takes some seconds. Bits are not
-    measured: noise trains nothing."""
-    one_layer = dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, num_layers=1),
-        schedule=Schedule(name="constant", warmup_steps=0),  # so that codes do change
-    )
-    figures = {"step_s": _step_s(recipe), **_round_rates(one_layer)}
+    and rounds of a model of one of its layers (of transformers, and where patterns name others: of all).
+    Takes some seconds. Bits are not measured: noise trains nothing."""
+    constant = Schedule(name="constant", warmup_steps=0)  # so that codes do change
+    trial = dataclasses.replace(_one_layer(recipe), schedule=constant)
+    figures = {"step_s": _step_s(recipe), **_round_rates(trial)}
     return _measured(rates, figures, "measured on this machine")
+
+
+def _one_layer(recipe: Recipe) -> Recipe:
+    """The recipe with one layer; as it is where its patterns name something beyond that."""
+    one = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_layers=1))
+    try:
+        optim.check_patterns(plan_of(one), one.optimizer)
+        if one.train.checkpoint_activations:
+            blocks(task_of(one).build(), one.train.checkpoint_modules)
+    except ConfigError:
+        return recipe
+    return one
 
 
 def _step_s(recipe: Recipe) -> float:
