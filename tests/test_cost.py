@@ -21,6 +21,7 @@ from lte.cost import Link, Rates, Site, calibrate, links, model
 from lte.errors import ConfigError, RunError, UserError
 from lte.nn.linear import LoRALinear
 from lte.server.master import Master
+from lte.tasks import Text
 from lte.team.share import Own, Share
 from lte.worker.trainer import Trainer
 
@@ -379,6 +380,20 @@ def test_the_largest_rank_reaches_the_share_and_one_more_does_not() -> None:
         for rank in (found.rank, found.rank + 1)
     ]
     assert shares[1] < 0.8 <= shares[0]
+
+
+def test_one_model_is_built_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of hundreds of experts takes a second."""
+    built, build = list[object](), Text.build
+    monkeypatch.setattr(Text, "build", lambda self: (built.append(self), build(self))[1])
+    overrides = {"lora.overrides": [{"modules": "output", "rank": 2}]}
+    found = cost.outlook(recipe(**overrides), sites(), RATES, share=0.8)
+    assert len(built) == 1
+    monkeypatch.undo()
+    assert found.rank is not None
+    for rank, reaches in ((found.rank, True), (found.rank + 1, False)):
+        share = lte_round(recipe(**overrides, **{"lora.rank": rank}), sites()).compute_share
+        assert (share >= 0.8) == reaches
 
 
 def test_idle_fast_workers_do_not_hide_what_local_steps_can_do() -> None:

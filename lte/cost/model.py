@@ -496,7 +496,9 @@ def least_local_steps(recipe: Recipe, share: float, compute_share: Callable[[Rec
     return _first(reaches, 1, _MOST_STEPS)
 
 
-def largest_rank(recipe: Recipe, share: float, compute_share: Callable[[Recipe], float]) -> int | None:
+def largest_rank(
+    recipe: Recipe, plan: Plan, share: float, compute_share: Callable[[Recipe], float]
+) -> int | None:
     """The largest lora.rank, up to the model's width, that does so; None: not even 1.
 
     The width is the largest rank that a weight can have.
@@ -506,7 +508,7 @@ def largest_rank(recipe: Recipe, share: float, compute_share: Callable[[Recipe],
         lora = dataclasses.replace(recipe.lora, rank=rank)
         return compute_share(dataclasses.replace(recipe, lora=lora)) < share
 
-    most = max((min(spec.shape) for spec in plan_of(recipe).adapted.values()), default=1)
+    most = max((min(spec.shape) for spec in plan.adapted.values()), default=1)
     rank = _first(fails, 1, most) - 1 if fails(most) else most
     return rank or None
 

@@ -76,7 +76,9 @@ def outlook(
     plan = plan_of(recipe)
 
     def computing(other: Recipe) -> float:
-        return lte_round(other, plan_of(other), sites, rates, server_bps=server_bps).slowest_compute_share
+        # No other model: building a large one takes seconds.
+        planned = plan.of_settings(other.lora, other.base.quant, full_rank=other.train.full_rank)
+        return lte_round(other, planned, sites, rates, server_bps=server_bps).slowest_compute_share
 
     variants = {recipe.train.overlap: recipe}
     train = dataclasses.replace(recipe.train, overlap=not recipe.train.overlap, overlap_steps=None)
@@ -101,7 +103,7 @@ def outlook(
         methods=[*ours, *others],
         share=share,
         local_steps={on: least_local_steps(each, share, computing) for on, each in variants.items()},
-        rank=largest_rank(recipe, share, computing),
+        rank=largest_rank(recipe, plan, share, computing),
         below_ring=_moved(ring) / moved,
         below_ddp=DDP_BYTES * plan.num_parameters * recipe.train.local_steps / moved,
     )
