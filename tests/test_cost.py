@@ -475,6 +475,9 @@ def test_a_step_of_any_model_of_transformers() -> None:
     assert flop("llama") == pytest.approx(2 * (of_attention + mlp) + 256 * 64, rel=0.02)
     experts = flop("mixtral", num_local_experts=8, num_experts_per_tok=2)
     assert experts == pytest.approx(2 * (of_attention + 2 * mlp + 8 * 64) + 256 * 64, rel=0.02)
+    # A sample sends 32 rows to them, the batch 256.
+    experts = flop("mixtral", num_local_experts=64, num_experts_per_tok=2)
+    assert experts == pytest.approx(2 * (of_attention + 2 * mlp + 64 * 64) + 256 * 64, rel=0.02)
     cannot = r"^model: its operations cannot be counted, .* \(\w+: .*\w.*\); a short run tells"
     with pytest.raises(ConfigError, match=cannot):
         flop("jetmoe", num_local_experts=4)
@@ -623,8 +626,8 @@ def test_a_trial_has_the_layers_that_patterns_name(
 
     monkeypatch.setattr(Master, "__init__", counted)
     assumed = cost.assumed(two)
-    for given, layers in ((two, 1), (config.replace(two, **named), 2)):
-        rates = cost.probe(given, assumed)
+    for planned, layers in ((two, 1), (config.replace(two, **named), 2)):
+        rates = cost.probe(planned, assumed)
         assert built.pop() == layers
         assert rates.sources["merge_flop_s"] == "measured on this machine"
 

@@ -52,8 +52,9 @@ def step_flop(recipe: Recipe) -> float:
         ConfigError: they cannot be counted, such as where the model's way depends on its numbers.
     """
     task, counter = task_of(recipe), FlopCounterMode(display=False)
-    # Two, as batch norm refuses to train on a single number in each channel.
-    model, samples = task.build().train(), task.noise(2, torch.device("meta"))
+    # All, as experts share out the rows of all; or two, as batch norm trains on no single number a channel.
+    num = max(2, recipe.train.batch_size)
+    model, samples = task.build().train(), task.noise(num, torch.device("meta"))
     try:
         # Fake tensors, as some models look at numbers where there are none unless they are traced.
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
@@ -65,7 +66,7 @@ def step_flop(recipe: Recipe) -> float:
                 f" ({type(error).__name__}: {in_a_line(error)}); a short run tells its costs"
             ]
         ) from None
-    return 3.0 * counter.get_total_flops() / 2 * recipe.train.batch_size
+    return 3.0 * counter.get_total_flops() / num * recipe.train.batch_size
 
 
 def assumed(recipe: Recipe, *, gflop_s: float = GFLOP_S) -> Rates:

@@ -14,7 +14,17 @@ from lte.tasks.images import Classes
 from lte.tasks.regression import Regression
 from lte.tasks.text import Text
 
-__all__ = ["AnyTask", "Classes", "Regression", "Samples", "Stream", "Task", "Text", "micro_batches", "task_of"]
+__all__ = [
+    "AnyTask",
+    "Classes",
+    "Regression",
+    "Samples",
+    "Stream",
+    "Task",
+    "Text",
+    "micro_batches",
+    "task_of",
+]
 
 _KINDS: dict[str, type[AnyTask]] = {"text": Text, "images": Classes, "regression": Regression}
 
