@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lte import config, cost, recipes
+from lte import config, cost, optim, recipes
 from lte.config import Recipe
 from lte.cost import Link, Rates, Site, calibrate, links, model
 from lte.errors import ConfigError, RunError, UserError
@@ -302,6 +302,32 @@ def test_data_parallel_steps_hide_what_they_can() -> None:
 
 
 # Memory
+
+
+@pytest.mark.parametrize(
+    ("hook", "gradients"),
+    [
+        ("none", 4 * (ADAPTED + DENSE)),
+        ("bf16", 2 * (ADAPTED + DENSE)),
+        # Norms are whole; of matrices two factors.
+        ("powersgd", 4 * (2 * (sum(OUT) + sum(IN) + 256 + 64) + 3 * 64)),
+    ],
+)
+def test_a_data_parallel_recipe_is_planned_as_such(hook: str, gradients: int) -> None:
+    settings = {"ddp.hook": hook, "ddp.powersgd_rank": 2, "train.local_steps": 3, "train.accumulate": 2}
+    found = cost.outlook(recipe(**{"train.method": "ddp", **settings}), sites(), RATES)
+    own = found.own
+    assert own is found.methods[0]
+    assert own.method == f"DDP {'fp32' if hook == 'none' else hook}"
+    assert own.uplink_bytes == own.downlink_bytes == {"gradients": 3 * 2 * 3 / 4 * gradients}
+    exchange_s = cost.transfer_s(2 * 3 / 4 * gradients, 10e6, 0.1) + (6 - 1) * 0.1 / 2
+    step_s = 0.5 + max(0, exchange_s - 2 / 3 * 0.5 / 2)
+    assert own.round_s == pytest.approx(3 * step_s)
+    assert not own.server_bytes
+    held = 4 + 4 + 4 + 8 + 4 * (hook == "powersgd")
+    assert sum(own.worker_bytes.values()) == held * (ADAPTED + DENSE)
+    assert found.lte == lte_round(recipe(**settings), sites())
+    assert (found.rank, found.local_steps, found.has_heads) == (None, {}, False)
 
 
 def test_memory_counts_every_copy() -> None:
@@ -788,6 +814,45 @@ def test_a_plan_of_any_model(lte: Command, name: str) -> None:
     code, out, err = lte(str(ROOT / "configs" / f"{name}.yaml"), *OVER)
     assert (code, err) == (0, "")
     assert ("images/s" if "vit" in name else "tokens/s") in out
+
+
+def test_a_plan_of_what_has_no_heads_says_nothing_of_them(lte: Command) -> None:
+    methods = ROOT / "configs" / "methods"
+    for name, own in (
+        ("ddp", "DDP fp32"),
+        ("powersgd", "DDP powersgd"),
+        ("diloco", "LTE"),
+        ("localsgd", "LTE"),
+    ):
+        code, out, err = lte(str(methods / f"{name}.yaml"), *OVER)
+        assert (code, err) == (0, "")
+        headline, _, text = out.partition("\n")
+        assert ("data-parallel" if "DDP" in own else "none adapted") in headline
+        assert "head" not in out and "lora.rank" not in text, name
+        assert ("train.local_steps >=" in text) == (own == "LTE")
+        assert ("the server's" in text) == (own == "LTE")
+        first = text.partition("a round of each")[2].splitlines()[1]
+        assert first.startswith(own)
+    code, out, _ = lte(str(methods / "ddp.yaml"), *OVER, "--json")
+    told = json.loads(out)
+    assert (told["num_adapted_parameters"], told["lora_rank"], told["join_bytes"]) == (0, None, None)
+
+
+def test_a_trial_of_a_data_parallel_recipe_steps_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_STEP_TRIAL_S", 0)
+    monkeypatch.setattr(calibrate, "_round_rates", lambda recipe: {})
+    trained, make = list[set[str]](), optim.make_optimizer
+
+    def watched(model: nn.Module, settings: Any) -> torch.optim.Optimizer:
+        trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        return make(model, settings)
+
+    monkeypatch.setattr(optim, "make_optimizer", watched)
+    parallel = recipe(**{"train.method": "ddp", "lora.freeze": ["embedding.*"]})
+    rates = cost.probe(parallel, cost.assumed(parallel))
+    plain = {name for name, _ in recipes.initial_model(parallel).named_parameters()}
+    assert trained == [plain - {"embedding.weight"}]
+    assert rates.sources["step_s"] == "measured on this machine"
 
 
 def test_a_plan_from_a_run(lte: Command, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch.futures import Future
 from torch.nn import functional as F
 
 from launch import exits, local
-from lte import config, ddp, quantize, recipes
+from lte import config, cost, ddp, quantize, recipes
 from lte.cli import main
 from lte.config import Recipe
 from lte.data import pack_images
@@ -270,6 +270,7 @@ def test_recorded_bytes_are_the_payload_around_a_ring(hook: str, folder: Path) -
     expected = [3 * (4 * whole if hook == "powersgd" and version <= 2 else a_step) for version in range(1, 5)]
     rounds = lines(folder / "run", "round")
     assert [line["payload_bytes"] for line in rounds] == expected
+    assert cost.gradient_bytes(recipe, cost.plan_of(recipe)) == a_step, "as it is planned"
     for line in rounds:
         ring = 4 * line["payload_bytes"]
         assert ring < line["uplink_bytes"] < ring * 1.02 + 24_000

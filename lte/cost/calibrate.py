@@ -19,6 +19,7 @@ from lte import config, optim, recipes
 from lte.compress import CODES, SCALES
 from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
+from lte.ddp.trainer import freeze
 from lte.errors import ConfigError, RunError
 from lte.models.hf import in_a_line
 from lte.nn import blocks, convert, dense_parameters, draw_heads, recompute_activations
@@ -218,7 +219,12 @@ def _step_s(recipe: Recipe) -> float:
     """Median seconds of a local step of the recipe's model, its base all zeros."""
     torch.set_num_threads(recipe.worker.num_threads)
     task = task_of(recipe)
-    model = convert(task.build(), recipe.lora, recipe.base.quant)
+    model, num_slices = task.build(), recipe.lora.num_slices
+    if recipe.train.method == "ddp":
+        freeze(model, recipe)
+        num_slices = 1
+    else:
+        model = convert(model, recipe.lora, recipe.base.quant)
     materialize(model, device_of(recipe))
     draw_heads(model, recipe.lora, seed=0, first_head=0, draw=0)
     with torch.no_grad():
@@ -231,7 +237,7 @@ def _step_s(recipe: Recipe) -> float:
     step_s: list[float] = []
     while len(step_s) < 2 or (sum(step_s) < _STEP_TRIAL_S and len(step_s) < _MAX_TRIAL_STEPS):
         with _timed(step_s):
-            backward(model, task, recipe, batch, recipe.lora.num_slices)
+            backward(model, task, recipe, batch, num_slices)
             optim.clip(model, recipe.optimizer)
             optimizer.step()
             optimizer.zero_grad()
