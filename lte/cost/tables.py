@@ -303,7 +303,7 @@ def _advice_parallel(found: Outlook) -> list[str]:
     if found.lte is None:
         return []
     fewer = _times(_moved(found.own) / _moved(found.lte))
-    return [f"Bytes: with train.method=lte, all else as it is, {fewer} fewer would move (LTE)."]
+    return [f"Bytes: train.method=lte, all else as it is, moves {fewer} fewer."]
 
 
 def _times(ratio: float) -> str:
