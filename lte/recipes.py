@@ -18,7 +18,9 @@ from lte.models import taken, weights
 from lte.nested import Cuts
 from lte.nn import describe, plan, rehearse
 from lte.server import Server, assembly, checkpoint, rollback
+from lte.server.checkpoint import version_of
 from lte.server.master import Master
+from lte.server.shards import folder_of
 from lte.tasks import AnyTask, task_of
 from lte.team import Own, Share, Team, device_of, with_heads
 from lte.worker import Worker
@@ -261,8 +263,14 @@ def starting_model(recipe: Recipe) -> nn.Module:
     """
     if recipe.model.init_from is None or _has_begun(recipe):
         return initial_model(recipe)
+    return _read_start(recipe)
+
+
+def _read_start(recipe: Recipe) -> nn.Module:
+    """The model with the weights of `model.init_from` as they are there now, whatever has begun."""
+    assert recipe.model.init_from is not None
     task, path = task_of(recipe), Path(recipe.model.init_from)
-    check_start(recipe)
+    _compare_start(recipe)
     model = task.build()
     if _is_run(path):
         weights.check(model, weights.of_memory(dict(task_of(recipe_of(path)).build().state_dict())), path)
@@ -282,8 +290,14 @@ def check_start(recipe: Recipe) -> None:
     Raises:
         ConfigError: it is. UserError: transformers is not installed.
     """
+    if not _has_begun(recipe):
+        _compare_start(recipe)
+
+
+def _compare_start(recipe: Recipe) -> None:
+    """`check_start`, whatever has begun."""
     path = recipe.model.init_from
-    if path is not None and not _has_begun(recipe) and not _is_run(Path(path)):
+    if path is not None and not _is_run(Path(path)):
         weights.compare(recipe.model, recipe.data.kind, Path(path))
 
 
@@ -385,7 +399,7 @@ def compare_updates(folder: Path, other: Path) -> dict[str, Tensor]:
         (i, j): as many as the ranks of the two runs' heads. NaN where a run has not moved the module.
 
     Raises:
-        RunError: see `load_run`; or no module is adapted by both in one shape.
+        RunError: see `load_run`; or no module is adapted by both in one shape, or W_0 is gone.
     """
     (one, ranks_one), (two, ranks_two) = _updates(folder), _updates(other)
     common = [name for name in one if name in two and one[name].shape == two[name].shape]
@@ -407,10 +421,41 @@ def _updates(folder: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """W - W_0 of every adapted module of a run, (out, in); and ranks of heads, at most min(out, in)."""
     recipe = recipe_of(folder)
     _, master, _ = _loaded(folder, recipe)
-    start = Master(starting_model(recipe), recipe)
+    start = _start_of(folder, recipe)
     updates = {name: weight - start.weights[name] for name, weight in master.weights.items()}
     ranks = {name: min(spec.rank, *updates[name].shape) for name, spec in master.plan.adapted.items()}
     return updates, ranks
+
+
+def _start_of(folder: Path, recipe: Recipe) -> Master:
+    """The master at the version 0 of a run: of its checkpoint, where it is kept; else made again.
+
+    Raises:
+        RunError: the run started from weights that cannot be read any more.
+    """
+    holders = [folder_of(folder, shard) / "checkpoints" for shard in range(recipe.server.shards)]
+    kept = [path for holder in holders for path in checkpoint.versions(holder) if not version_of(path)]
+    if len(kept) == len(holders):
+        master = Master(initial_model(recipe), recipe)
+        master.load_state(assembly.joined([checkpoint.load(path)[1] for path in kept]))
+        return master
+    if recipe.model.init_from is None:
+        return _master_at_start(initial_model(recipe), recipe)
+    try:
+        return _master_at_start(_read_start(recipe), recipe)
+    except (ConfigError, RunError) as error:
+        raise RunError(
+            f"{folder}: what it started from is gone: its checkpoint of version 0 is not kept, and"
+            f" {str(error).partition(chr(10))[0]}"
+        ) from None
+
+
+def _master_at_start(model: nn.Module, recipe: Recipe) -> Master:
+    """Data-parallel runs go on from a model as it is, others from what is published of it."""
+    master = Master(model, recipe)
+    if recipe.train.method == "ddp":
+        master.take(model, as_version=False)
+    return master
 
 
 def _loaded(folder: Path, recipe: Recipe) -> tuple[nn.Module, Master, int]:

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from lte import config, cost
+from lte import config, cost, optim, recipes
 from lte.config import Recipe
 from lte.cost import Link, Rates, Site, calibrate, links, model
 from lte.errors import ConfigError, RunError, UserError
+from lte.nn.linear import LoRALinear
+from lte.server.master import Master
+from lte.tasks import Text
+from lte.team.share import Own, Share
+from lte.worker.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -297,6 +304,32 @@ def test_data_parallel_steps_hide_what_they_can() -> None:
 # Memory
 
 
+@pytest.mark.parametrize(
+    ("hook", "gradients"),
+    [
+        ("none", 4 * (ADAPTED + DENSE)),
+        ("bf16", 2 * (ADAPTED + DENSE)),
+        # Norms are whole; of matrices two factors.
+        ("powersgd", 4 * (2 * (sum(OUT) + sum(IN) + 256 + 64) + 3 * 64)),
+    ],
+)
+def test_a_data_parallel_recipe_is_planned_as_such(hook: str, gradients: int) -> None:
+    settings = {"ddp.hook": hook, "ddp.powersgd_rank": 2, "train.local_steps": 3, "train.accumulate": 2}
+    found = cost.outlook(recipe(**{"train.method": "ddp", **settings}), sites(), RATES)
+    own = found.own
+    assert own is found.methods[0]
+    assert own.method == f"DDP {'fp32' if hook == 'none' else hook}"
+    assert own.uplink_bytes == own.downlink_bytes == {"gradients": 3 * 2 * 3 / 4 * gradients}
+    exchange_s = cost.transfer_s(2 * 3 / 4 * gradients, 10e6, 0.1) + (6 - 1) * 0.1 / 2
+    step_s = 0.5 + max(0, exchange_s - 2 / 3 * 0.5 / 2)
+    assert own.round_s == pytest.approx(3 * step_s)
+    assert not own.server_bytes
+    held = 4 + 4 + 4 + 8 + 4 * (hook == "powersgd")
+    assert sum(own.worker_bytes.values()) == held * (ADAPTED + DENSE)
+    assert found.lte == lte_round(recipe(**settings), sites())
+    assert (found.rank, found.local_steps, found.has_heads) == (None, {}, False)
+
+
 def test_memory_counts_every_copy() -> None:
     own = lte_round(recipe(), sites(4))
     factors = 8 * (sum(OUT) + sum(IN))
@@ -373,6 +406,20 @@ def test_the_largest_rank_reaches_the_share_and_one_more_does_not() -> None:
         for rank in (found.rank, found.rank + 1)
     ]
     assert shares[1] < 0.8 <= shares[0]
+
+
+def test_one_model_is_built_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of hundreds of experts takes a second."""
+    built, build = list[object](), Text.build
+    monkeypatch.setattr(Text, "build", lambda self: (built.append(self), build(self))[1])
+    overrides = {"lora.overrides": [{"modules": "output", "rank": 2}]}
+    found = cost.outlook(recipe(**overrides), sites(), RATES, share=0.8)
+    assert len(built) == 1
+    monkeypatch.undo()
+    assert found.rank is not None
+    for rank, reaches in ((found.rank, True), (found.rank + 1, False)):
+        share = lte_round(recipe(**overrides, **{"lora.rank": rank}), sites()).compute_share
+        assert (share >= 0.8) == reaches
 
 
 def test_idle_fast_workers_do_not_hide_what_local_steps_can_do() -> None:
@@ -454,8 +501,34 @@ def test_a_step_of_any_model_of_transformers() -> None:
     assert flop("llama") == pytest.approx(2 * (of_attention + mlp) + 256 * 64, rel=0.02)
     experts = flop("mixtral", num_local_experts=8, num_experts_per_tok=2)
     assert experts == pytest.approx(2 * (of_attention + 2 * mlp + 8 * 64) + 256 * 64, rel=0.02)
-    with pytest.raises(ConfigError, match=r"^model: its operations cannot be counted, .*; a short run tells"):
+    # A sample sends 32 rows to them, the batch 256.
+    experts = flop("mixtral", num_local_experts=64, num_experts_per_tok=2)
+    assert experts == pytest.approx(2 * (of_attention + 2 * mlp + 64 * 64) + 256 * 64, rel=0.02)
+    cannot = r"^model: its operations cannot be counted, .* \(\w+: .*\w.*\); a short run tells"
+    with pytest.raises(ConfigError, match=cannot):
         flop("jetmoe", num_local_experts=4)
+
+
+def test_a_step_of_a_net_that_norms_single_pixels() -> None:
+    """Batch norm trains on no single number a channel. Counted by hooks, layer by layer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    settings = {"data.kind": "images", "model.image_size": 32, "model.num_classes": 10, "model.channels": 3}
+    settings |= {"model.name": "transformers", "model.architecture": "resnet"}
+    given = config.replace(
+        Recipe(), **settings, **{"model.config": {**shape, "layer_type": "basic"}, "train.batch_size": 6}
+    )
+    made = transformers.ResNetConfig(**shape, layer_type="basic", num_labels=10)
+    net, products = transformers.ResNetForImageClassification(made).eval(), list[int]()
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(
+                lambda layer, _, out: products.append(2 * layer.weight[0].numel() * out.numel())
+            )
+    assert net.resnet(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape[2:] == (1, 1)
+    products.clear()
+    net(torch.zeros(1, 3, 32, 32))
+    assert calibrate.step_flop(given) == 3 * 6 * sum(products)
 
 
 def test_processes_of_a_worker_share_a_step_and_hold_the_model_again() -> None:
@@ -519,6 +592,70 @@ def test_a_trial_measures_all_but_bits() -> None:
         assert math.isfinite(value := getattr(rates, name))
         assert value > 0
         assert (source == "measured on this machine") == (not name.startswith(("factor", "dense", "base")))
+
+
+def test_a_trial_takes_the_steps_of_a_worker(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its precision, in its pieces of a batch, with its activations computed anew: by what layers see."""
+    small = recipe(
+        **{
+            "data.shards": str(shards),
+            "train.precision": "bf16",
+            "train.accumulate": 2,
+            "train.checkpoint_activations": True,
+            "train.checkpoint_modules": ["blocks.*"],
+        }
+    )
+    seen = list[tuple[torch.dtype, torch.Size]]()
+    forward = LoRALinear.forward
+
+    def watched(self: LoRALinear, x: torch.Tensor) -> torch.Tensor:
+        out = forward(self, x)
+        seen.append((out.dtype, out.shape))
+        return out
+
+    master = Master(recipes.initial_model(small), small)
+    share = Share(small, torch.device("cpu"), Own(0, 0, 0, 0.0))
+    base = {"base": master.snapshot(), "base_digest": master.base_digest()}
+    Trainer(share.model, small, slot=0, version=0, **base)
+    monkeypatch.setattr(LoRALinear, "forward", watched)
+    share.backward(0)
+    of_worker = seen.copy()
+    assert len(of_worker) == 2 * (4 + 1 + 3), "four in a block, again all whose inputs are needed, the output"
+    assert {dtype for dtype, _ in of_worker} == {torch.bfloat16}
+    seen.clear()
+    monkeypatch.setattr(calibrate, "_STEP_TRIAL_S", 0)
+    monkeypatch.setattr(calibrate, "_round_rates", lambda recipe: {})
+    calibrate.probe(small, cost.assumed(small))
+    assert seen == of_worker * 2, "two steps"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"lora.exclude": ["blocks.1.*"]},
+        {"lora.modules": ["blocks.1.*"]},
+        {"lora.freeze": ["blocks.1.mlp.*"]},
+        {"lora.overrides": [{"modules": "blocks.1.*", "rank": 2}]},
+        {"train.checkpoint_activations": True, "train.checkpoint_modules": ["blocks.1"]},
+    ],
+)
+def test_a_trial_has_the_layers_that_patterns_name(
+    named: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_STEP_TRIAL_S", 0)
+    two = recipe(**{"model.num_layers": 2})
+    built, of_model = list[int](), Master.__init__
+
+    def counted(self: Master, model: nn.Module, recipe: Recipe) -> None:
+        built.append(len(model.blocks))
+        of_model(self, model, recipe)
+
+    monkeypatch.setattr(Master, "__init__", counted)
+    assumed = cost.assumed(two)
+    for planned, layers in ((two, 1), (config.replace(two, **named), 2)):
+        rates = cost.probe(planned, assumed)
+        assert built.pop() == layers
+        assert rates.sources["merge_flop_s"] == "measured on this machine"
 
 
 # Units
@@ -677,6 +814,45 @@ def test_a_plan_of_any_model(lte: Command, name: str) -> None:
     code, out, err = lte(str(ROOT / "configs" / f"{name}.yaml"), *OVER)
     assert (code, err) == (0, "")
     assert ("images/s" if "vit" in name else "tokens/s") in out
+
+
+def test_a_plan_of_what_has_no_heads_says_nothing_of_them(lte: Command) -> None:
+    methods = ROOT / "configs" / "methods"
+    for name, own in (
+        ("ddp", "DDP fp32"),
+        ("powersgd", "DDP powersgd"),
+        ("diloco", "LTE"),
+        ("localsgd", "LTE"),
+    ):
+        code, out, err = lte(str(methods / f"{name}.yaml"), *OVER)
+        assert (code, err) == (0, "")
+        headline, _, text = out.partition("\n")
+        assert ("data-parallel" if "DDP" in own else "none adapted") in headline
+        assert "head" not in out and "lora.rank" not in text, name
+        assert ("train.local_steps >=" in text) == (own == "LTE")
+        assert ("the server's" in text) == (own == "LTE")
+        first = text.partition("a round of each")[2].splitlines()[1]
+        assert first.startswith(own)
+    code, out, _ = lte(str(methods / "ddp.yaml"), *OVER, "--json")
+    told = json.loads(out)
+    assert (told["num_adapted_parameters"], told["lora_rank"], told["join_bytes"]) == (0, None, None)
+
+
+def test_a_trial_of_a_data_parallel_recipe_steps_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_STEP_TRIAL_S", 0)
+    monkeypatch.setattr(calibrate, "_round_rates", lambda recipe: {})
+    trained, make = list[set[str]](), optim.make_optimizer
+
+    def watched(model: nn.Module, settings: Any) -> torch.optim.Optimizer:
+        trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        return make(model, settings)
+
+    monkeypatch.setattr(optim, "make_optimizer", watched)
+    parallel = recipe(**{"train.method": "ddp", "lora.freeze": ["embedding.*"]})
+    rates = cost.probe(parallel, cost.assumed(parallel))
+    plain = {name for name, _ in recipes.initial_model(parallel).named_parameters()}
+    assert trained == [plain - {"embedding.weight"}]
+    assert rates.sources["step_s"] == "measured on this machine"
 
 
 def test_a_plan_from_a_run(lte: Command, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch.futures import Future
 from torch.nn import functional as F
 
 from launch import exits, local
-from lte import config, ddp, quantize, recipes
+from lte import config, cost, ddp, quantize, recipes
 from lte.cli import main
 from lte.config import Recipe
 from lte.data import pack_images
@@ -270,6 +270,7 @@ def test_recorded_bytes_are_the_payload_around_a_ring(hook: str, folder: Path) -
     expected = [3 * (4 * whole if hook == "powersgd" and version <= 2 else a_step) for version in range(1, 5)]
     rounds = lines(folder / "run", "round")
     assert [line["payload_bytes"] for line in rounds] == expected
+    assert cost.gradient_bytes(recipe, cost.plan_of(recipe)) == a_step, "as it is planned"
     for line in rounds:
         ring = 4 * line["payload_bytes"]
         assert ring < line["uplink_bytes"] < ring * 1.02 + 24_000
@@ -595,6 +596,27 @@ def test_a_folder_in_use_is_said(family: Family, folder: Path) -> None:
 def alone(recipe: Recipe, folder: Path) -> int:
     place = Place(number=0, size=1, local_number=0, local_size=1, meeting=str(folder / uuid.uuid4().hex))
     return ddp.train(recipe, place, claimed=False)
+
+
+def test_its_update_is_from_the_weights_as_they_were(folder: Path) -> None:
+    """And not from what was published of them, which is rounded."""
+    updates = []
+    for rank in (1, 3):
+        recipe = recipe_of(
+            run__dir=f"rank{rank}",
+            train__workers=1,
+            lora__rank=rank,
+            optimizer__dense_lr=1e-4 * rank,
+            server__keep_checkpoints=1,
+        )
+        assert alone(recipe, folder) == 0
+        begun, ended = recipes.initial_model(recipe), recipes.load_run(Path(f"rank{rank}"), "master")[0]
+        both = (model.get_parameter("blocks.0.mlp.up.weight").detach().numpy() for model in (ended, begun))
+        updates.append(np.subtract(*both))
+    u, v = (np.linalg.svd(update)[2].T for update in updates)
+    naive = [np.linalg.norm(u[:, :1].T @ v[:, :j]) ** 2 for j in (1, 2, 3)]
+    found = recipes.compare_updates(Path("rank1"), Path("rank3"))["blocks.0.mlp.up"].numpy()
+    assert found == pytest.approx(np.array([naive]), abs=1e-3)
 
 
 def test_numbers_that_are_not_finite_end_the_run(folder: Path) -> None:

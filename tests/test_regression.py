@@ -133,6 +133,39 @@ def test_updates_of_two_ranks_overlap_as_their_weights_say(
     assert row.split() == ["1", *(f"{number:.3f}" for number in naive)]
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_updates_of_runs_that_continue_another_are_from_where_they_began(
+    is_kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the checkpoint of version 0 where it is kept, else of the other run; and without both a line."""
+
+    def train(name: str, **changes: object) -> np.ndarray:
+        folder = tmp_path / name
+        own = {"run.dir": str(folder), "server.address": f"inprocess://{folder}", "lora.merge": "reset-less"}
+        recipe = recipe_of(**own, **changes, **{"server.keep_checkpoints": 2 if is_kept else 1})
+        assert local.train_in_threads(recipe) == 0
+        assert (folder / "checkpoints" / "version-00000000").exists() == is_kept
+        return recipes.load_run(folder, "master")[0].get_parameter("map.weight").detach().double().numpy()
+
+    began = train("before", **{"train.rounds": 10})
+    more = {"model.init_from": str(tmp_path / "before"), "train.rounds": 4, "train.local_steps": 5}
+    updates = [
+        train(f"rank{rank}", **more, **{"lora.rank": rank, "run.seed": rank + 5}) - began for rank in (1, 3)
+    ]
+    u, v = (np.linalg.svd(update)[2].T for update in updates)
+    naive = [np.linalg.norm(u[:, :1].T @ v[:, :j]) ** 2 for j in (1, 2, 3)]
+    if is_kept:
+        (tmp_path / "before").rename(tmp_path / "gone")
+    found = recipes.compare_updates(tmp_path / "rank1", tmp_path / "rank3")["map"].numpy()
+    assert found == pytest.approx(np.array([naive]), abs=1e-4)
+    if not is_kept:
+        (tmp_path / "before").rename(tmp_path / "gone")
+        assert cli.main(["report", str(tmp_path / "rank1"), "--overlap", str(tmp_path / "rank3")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "rank1: what it started from is gone" in line
+        assert str(tmp_path / "before") in line
+
+
 def test_runs_with_nothing_in_common_have_no_overlap(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

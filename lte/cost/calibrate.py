@@ -19,12 +19,14 @@ from lte import config, optim, recipes
 from lte.compress import CODES, SCALES
 from lte.config import Codec, Recipe, Schedule
 from lte.cost.model import Rates, Sizes, plan_of, sizes
+from lte.ddp.trainer import freeze
 from lte.errors import ConfigError, RunError
-from lte.nn import convert, dense_parameters, draw_heads
+from lte.models.hf import in_a_line
+from lte.nn import blocks, convert, dense_parameters, draw_heads, recompute_activations
 from lte.quantize import Quant
 from lte.server.master import Master, Received
 from lte.tasks import task_of
-from lte.team import device_of
+from lte.team import backward, device_of
 from lte.track import METRICS, Records
 from lte.worker.trainer import Trainer, materialize
 
@@ -48,22 +50,24 @@ def step_flop(recipe: Recipe) -> float:
     counted without memory. Of experts as many as a token is sent to.
 
     Raises:
-        ConfigError: they cannot be counted, as the model's way depends on its numbers.
+        ConfigError: they cannot be counted, such as where the model's way depends on its numbers.
     """
     task, counter = task_of(recipe), FlopCounterMode(display=False)
-    model, sample = task.build().train(), task.noise(1, torch.device("meta"))
+    # All, as experts share out the rows of all; or two, as batch norm trains on no single number a channel.
+    num = max(2, recipe.train.batch_size)
+    model, samples = task.build().train(), task.noise(num, torch.device("meta"))
     try:
         # Fake tensors, as some models look at numbers where there are none unless they are traced.
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
-            task.loss(model, sample)
+            task.loss(model, samples)
     except Exception as error:  # any, of whatever model
         raise ConfigError(
             [
-                "model: its operations cannot be counted, as what it does depends on its numbers"
-                f" ({type(error).__name__}); a short run tells its costs"
+                "model: its operations cannot be counted, as it does not run without numbers"
+                f" ({type(error).__name__}: {in_a_line(error)}); a short run tells its costs"
             ]
         ) from None
-    return 3.0 * counter.get_total_flops() * recipe.train.batch_size
+    return 3.0 * counter.get_total_flops() / num * recipe.train.batch_size
 
 
 def assumed(recipe: Recipe, *, gflop_s: float = GFLOP_S) -> Rates:
@@ -191,33 +195,50 @@ def _figures(rounds: Sequence[Mapping[str, Any]], run: Recipe, size: Sizes) -> d
 
 def probe(recipe: Recipe, rates: Rates) -> Rates:
     """Rates of this machine: local steps of the recipe's model on noise, of one process's share of a batch,
-    and rounds of a model of one of its layers (of transformers: of all). Takes some seconds. Bits are not
-    measured: noise trains nothing."""
-    one_layer = dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, num_layers=1),
-        schedule=Schedule(name="constant", warmup_steps=0),  # so that codes do change
-    )
-    figures = {"step_s": _step_s(recipe), **_round_rates(one_layer)}
+    and rounds of a model of one of its layers (of transformers, and where patterns name others: of all).
+    Takes some seconds. Bits are not measured: noise trains nothing."""
+    constant = Schedule(name="constant", warmup_steps=0)  # so that codes do change
+    trial = dataclasses.replace(_one_layer(recipe), schedule=constant)
+    figures = {"step_s": _step_s(recipe), **_round_rates(trial)}
     return _measured(rates, figures, "measured on this machine")
+
+
+def _one_layer(recipe: Recipe) -> Recipe:
+    """The recipe with one layer; as it is where its patterns name something beyond that."""
+    one = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_layers=1))
+    try:
+        optim.check_patterns(plan_of(one), one.optimizer)
+        if one.train.checkpoint_activations:
+            blocks(task_of(one).build(), one.train.checkpoint_modules)
+    except ConfigError:
+        return recipe
+    return one
 
 
 def _step_s(recipe: Recipe) -> float:
     """Median seconds of a local step of the recipe's model, its base all zeros."""
     torch.set_num_threads(recipe.worker.num_threads)
     task = task_of(recipe)
-    model = convert(task.build(), recipe.lora, recipe.base.quant)
+    model, num_slices = task.build(), recipe.lora.num_slices
+    if recipe.train.method == "ddp":
+        freeze(model, recipe)
+        num_slices = 1
+    else:
+        model = convert(model, recipe.lora, recipe.base.quant)
     materialize(model, device_of(recipe))
     draw_heads(model, recipe.lora, seed=0, first_head=0, draw=0)
     with torch.no_grad():
         for _, parameter in dense_parameters(model):
             parameter.normal_(std=0.02)
+    if recipe.train.checkpoint_activations:
+        recompute_activations(model, recipe.train.checkpoint_modules)
     optimizer = optim.make_optimizer(model, recipe.optimizer)
     batch = task.noise(recipe.train.batch_size // recipe.worker.processes, device_of(recipe))
     step_s: list[float] = []
     while len(step_s) < 2 or (sum(step_s) < _STEP_TRIAL_S and len(step_s) < _MAX_TRIAL_STEPS):
         with _timed(step_s):
-            task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            backward(model, task, recipe, batch, num_slices)
+            optim.clip(model, recipe.optimizer)
             optimizer.step()
             optimizer.zero_grad()
     return statistics.median(step_s[1:])

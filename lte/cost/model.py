@@ -412,27 +412,68 @@ def ddp_round(recipe: Recipe, plan: Plan, sites: Sequence[Site], rates: Rates) -
 
     At its best: exchanging hides behind the backward pass, and gradients are summed in no time.
     """
-    parameters, workers, steps = plan.num_parameters, _num_workers(sites), recipe.train.local_steps
-    exchange_s = all_reduce_s(2.0 * parameters, sites)
+    memory = {"parameters": 4.0, "gradients": 4.0, "moments": 8.0}
+    held = {key: each * plan.num_parameters for key, each in memory.items()}
+    return _data_parallel("DDP", recipe, sites, rates, 2.0 * plan.num_parameters, held)
+
+
+def ddp_run(recipe: Recipe, plan: Plan, sites: Sequence[Site], rates: Rates) -> Estimate:
+    """What a round of a recipe with train.method = ddp costs: T steps, by its `ddp.hook`.
+
+    Gradients of the last of `train.accumulate` pieces alone are exchanged beside their backward pass.
+    """
+    parameters, hook = plan.num_parameters, recipe.ddp.hook
+    remembers = hook == "powersgd" and recipe.compress.error_feedback
+    held = {
+        "parameters": 4 * parameters,
+        "gradients": 4 * parameters,
+        "gradients in buckets": 4 * parameters,
+        "moments": moments_bytes(recipe.optimizer) * parameters,
+        "what factors left out": 4 * parameters * remembers,
+    }
+    name = f"DDP {'fp32' if hook == 'none' else hook}"
+    num_bytes = gradient_bytes(recipe, plan)
+    return _data_parallel(name, recipe, sites, rates, num_bytes, _above_zero(held), recipe.train.accumulate)
+
+
+def gradient_bytes(recipe: Recipe, plan: Plan) -> float:
+    """What a step all-reduces of its gradients by `ddp.hook`; PowerSGD once it has begun."""
+    if recipe.ddp.hook != "powersgd":
+        return plan.num_parameters * (2.0 if recipe.ddp.hook == "bf16" else 4.0)
+    shapes = [*(spec.plain_shape for spec in plan.adapted.values()), *plan.dense.values()]
+    return 4.0 * sum(_powersgd_elements(shape, recipe.ddp.powersgd_rank) for shape in shapes)
+
+
+def _powersgd_elements(shape: Sequence[int], rank: int) -> int:
+    """Elements of both factors of a gradient; all of it where they would not halve it."""
+    whole, rows = math.prod(shape), shape[0] if shape else 1
+    columns = whole // rows
+    factored = (rows + columns) * min(rows, columns, rank)
+    return factored if factored * 2 < whole else whole
+
+
+def _data_parallel(
+    method: str,
+    recipe: Recipe,
+    sites: Sequence[Site],
+    rates: Rates,
+    step_bytes: float,
+    worker_bytes: Mapping[str, float],
+    pieces: int = 1,
+) -> Estimate:
+    """A method that all-reduces so many bytes of gradients in each step, of so many pieces."""
+    steps, exchange_s = recipe.train.local_steps, all_reduce_s(step_bytes, sites)
     all_s = [
         Seconds(
             compute=steps * _step_s(site, rates),
             uplink=steps * exchange_s,
-            hidden=steps * min(exchange_s, _BACKWARD * _step_s(site, rates)),
+            hidden=steps * min(exchange_s, _BACKWARD * _step_s(site, rates) / pieces),
         )
         for site in sites
     ]
-    gradients = {"gradients": steps * ring_bytes(2.0 * parameters, workers)}
-    memory = {"parameters": 4.0, "gradients": 4.0, "moments": 8.0}
-    return _estimate(
-        "DDP",
-        recipe,
-        sites,
-        all_s,
-        [s.round() for s in all_s],
-        (gradients, gradients),
-        ({key: held * parameters for key, held in memory.items()}, {}),
-    )
+    gradients = {"gradients": steps * ring_bytes(step_bytes, _num_workers(sites))}
+    rounds_s = [s.round() for s in all_s]
+    return _estimate(method, recipe, sites, all_s, rounds_s, (gradients, gradients), (worker_bytes, {}))
 
 
 def diloco_round(
@@ -496,7 +537,9 @@ def least_local_steps(recipe: Recipe, share: float, compute_share: Callable[[Rec
     return _first(reaches, 1, _MOST_STEPS)
 
 
-def largest_rank(recipe: Recipe, share: float, compute_share: Callable[[Recipe], float]) -> int | None:
+def largest_rank(
+    recipe: Recipe, plan: Plan, share: float, compute_share: Callable[[Recipe], float]
+) -> int | None:
     """The largest lora.rank, up to the model's width, that does so; None: not even 1.
 
     The width is the largest rank that a weight can have.
@@ -506,7 +549,7 @@ def largest_rank(recipe: Recipe, share: float, compute_share: Callable[[Recipe],
         lora = dataclasses.replace(recipe.lora, rank=rank)
         return compute_share(dataclasses.replace(recipe, lora=lora)) < share
 
-    most = max((min(spec.shape) for spec in plan_of(recipe).adapted.values()), default=1)
+    most = max((min(spec.shape) for spec in plan.adapted.values()), default=1)
     rank = _first(fails, 1, most) - 1 if fails(most) else most
     return rank or None
 

@@ -22,6 +22,7 @@ from lte.cost.model import (
     Rates,
     Sizes,
     ddp_round,
+    ddp_run,
     diloco_round,
     largest_rank,
     least_local_steps,
@@ -42,9 +43,12 @@ class Outlook:
         recipe: with `train.workers` as the sites have it. server_bps: infinite where not said.
         own: the recipe as it is; the first of `methods`.
         methods: also the recipe with the other `train.overlap`, where it allows that, and others.
+        lte: the recipe by train.method = lte: its own estimate, unless it is a data-parallel one; None
+            where that is no recipe.
         share: of a round, that the slowest are to compute.
         local_steps, rank: that reach it, alone, all else as it is; None: nothing does. The former
-            by `train.overlap`, where the recipe allows both.
+            by `train.overlap`, where the recipe allows both; nothing of a data-parallel one.
+        has_heads: whether a lora.rank changes anything.
         below_ring, below_ddp: how many times fewer bytes move than in data-parallel training by a
             ring, and by `DDP_BYTES`.
     """
@@ -56,11 +60,23 @@ class Outlook:
     sizes: Sizes
     own: Estimate
     methods: Sequence[Estimate]
+    lte: Estimate | None
     share: float
     local_steps: Mapping[bool, int | None]
     rank: int | None
+    has_heads: bool
     below_ring: float
     below_ddp: float
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the recipe is of data-parallel training, which has no server, heads or base."""
+        return self.recipe.train.method == "ddp"
+
+    @property
+    def adapted(self) -> int:
+        """Parameters that are trained by heads."""
+        return 0 if self.is_parallel else self.sizes.adapted
 
     @property
     def join_s(self) -> float:
@@ -76,35 +92,49 @@ def outlook(
     plan = plan_of(recipe)
 
     def computing(other: Recipe) -> float:
-        return lte_round(other, plan_of(other), sites, rates, server_bps=server_bps).slowest_compute_share
+        # No other model: building a large one takes seconds.
+        planned = plan.of_settings(other.lora, other.base.quant, full_rank=other.train.full_rank)
+        return lte_round(other, planned, sites, rates, server_bps=server_bps).slowest_compute_share
 
-    variants = {recipe.train.overlap: recipe}
-    train = dataclasses.replace(recipe.train, overlap=not recipe.train.overlap, overlap_steps=None)
-    if not config.check(other := dataclasses.replace(recipe, train=train)):
-        variants[other.train.overlap] = other
+    variants = _by_server(recipe)
     ours = [lte_round(each, plan, sites, rates, server_bps=server_bps) for each in variants.values()]
     ring = ddp_round(recipe, plan, sites, rates)
     others = [
         diloco_round(recipe, plan, sites, rates, bits=_INT4_BITS, server_bps=server_bps),
         diloco_round(recipe, plan, sites, rates, server_bps=server_bps),
         diloco_round(recipe, plan, sites, rates),
-        ring,
     ]
-    moved = _moved(ours[0])
+    if is_parallel := recipe.train.method == "ddp":
+        methods = [ddp_run(recipe, plan, sites, rates), *ours, *others]
+        variants = {}
+    else:
+        methods = [*ours, *others, ring]
+    has_heads = bool(plan.adapted) and not plan.full_rank and not is_parallel
+    moved = _moved(methods[0])
     return Outlook(
         recipe=recipe,
         sites=sites,
         server_bps=server_bps,
         rates=rates,
         sizes=sizes(recipe, plan),
-        own=ours[0],
-        methods=[*ours, *others],
+        own=methods[0],
+        methods=methods,
+        lte=next(iter(ours), None),
         share=share,
         local_steps={on: least_local_steps(each, share, computing) for on, each in variants.items()},
-        rank=largest_rank(recipe, share, computing),
+        rank=largest_rank(recipe, plan, share, computing) if has_heads else None,
+        has_heads=has_heads,
         below_ring=_moved(ring) / moved,
         below_ddp=DDP_BYTES * plan.num_parameters * recipe.train.local_steps / moved,
     )
+
+
+def _by_server(recipe: Recipe) -> dict[bool, Recipe]:
+    """The recipe by train.method = lte, by `train.overlap`: as it is and the other way, where it may be."""
+    train = dataclasses.replace(recipe.train, method="lte")
+    other = dataclasses.replace(train, overlap=not train.overlap, overlap_steps=None)
+    found = [dataclasses.replace(recipe, train=each) for each in (train, other)]
+    return {each.train.overlap: each for each in found if not config.check(each)}
 
 
 def _moved(estimate: Estimate) -> float:
@@ -115,18 +145,18 @@ def to_dict(found: Outlook) -> dict[str, Any]:
     """All of it as plain values for JSON; what is infinite is None."""
     return {
         "num_parameters": found.sizes.parameters,
-        "num_adapted_parameters": found.sizes.adapted,
+        "num_adapted_parameters": found.adapted,
         "workers": found.recipe.train.workers,
         "local_steps": found.recipe.train.local_steps,
-        "lora_rank": found.recipe.lora.rank,
+        "lora_rank": found.recipe.lora.rank if found.adapted else None,
         "sites": [dataclasses.asdict(site) for site in found.sites],
         "server_bps": found.server_bps if math.isfinite(found.server_bps) else None,
         "rates": dataclasses.asdict(found.rates),
         "methods": [dataclasses.asdict(method) for method in found.methods],
         "below_ring": found.below_ring,
         "below_ddp": found.below_ddp,
-        "join_bytes": found.sizes.snapshot_bytes,
-        "join_s": found.join_s,
+        "join_bytes": None if found.is_parallel else found.sizes.snapshot_bytes,
+        "join_s": None if found.is_parallel else found.join_s,
         "recommended": {
             "share": found.share,
             "local_steps": found.local_steps.get(False),
@@ -152,7 +182,7 @@ def to_text(found: Outlook) -> RenderableType:
         Text(),
         _beside(
             _holding("a worker's memory", found.own.worker_bytes),
-            _holding("the server's", found.own.server_bytes),
+            *([_holding("the server's", found.own.server_bytes)] if found.own.server_bytes else []),
         ),
         Text(),
         _comparison(found.methods, found.recipe.data.counted),
@@ -166,11 +196,16 @@ def to_text(found: Outlook) -> RenderableType:
 def _headline(found: Outlook) -> str:
     size, lora, train = found.sizes, found.recipe.lora, found.recipe.train
     heads = f"{lora.heads} heads" if lora.heads > 1 else "1 head"
-    return (
-        f"{_si(size.parameters)} parameters, {size.adapted / size.parameters:.0%} adapted"
-        f" ({found.recipe.base.quant}, {heads} of rank {lora.rank}), {train.workers} workers,"
-        f" T = {train.local_steps}"
-    )
+    if found.is_parallel:
+        trained = "data-parallel"
+    elif found.adapted:
+        trained = (
+            f"{size.adapted / size.parameters:.0%} adapted"
+            f" ({found.recipe.base.quant}, {heads} of rank {lora.rank})"
+        )
+    else:
+        trained = "none adapted"
+    return f"{_si(size.parameters)} parameters, {trained}, {train.workers} workers, T = {train.local_steps}"
 
 
 def _site(site: Site, rates: Rates) -> str:
@@ -228,10 +263,10 @@ def _comparison(methods: Sequence[Estimate], counted: str) -> Table:
     return _table(titles, rows)
 
 
-def _beside(left: Table, right: Table) -> Table:
-    both = Table.grid(padding=(0, 4))
-    both.add_row(left, right)
-    return both
+def _beside(*tables: Table) -> Table:
+    together = Table.grid(padding=(0, 4))
+    together.add_row(*tables)
+    return together
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, sums: bool = False) -> Table:
@@ -245,20 +280,30 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, sums: bool =
 
 
 def _advice(found: Outlook) -> list[str]:
+    if found.is_parallel:
+        return _advice_parallel(found)
     train = found.recipe.train
     steps = {
         overlap: f"train.local_steps >= {least:,}" if least else "no train.local_steps does"
         for overlap, least in sorted(found.local_steps.items())
     }
     rank = f"lora.rank <= {found.rank}" if found.rank else "no lora.rank does"
+    own = f"  train.overlap={str(train.overlap).lower()}, train.local_steps={train.local_steps}: {rank}"
     return [
         f"Bytes: {_times(found.below_ring)} fewer than data-parallel training by a ring moves,",
         f"       {_times(found.below_ddp)} fewer than {DDP_BYTES} a parameter, step and worker.",
         f"Joining: {_bytes(found.sizes.snapshot_bytes)}, {_time(found.join_s)} over the slowest link.",
         f"To compute {100 * found.share:g}% of the time, where the round waits for it:",
         *(f"  train.overlap={str(overlap).lower()}: {line}" for overlap, line in steps.items()),
-        f"  train.overlap={str(train.overlap).lower()}, train.local_steps={train.local_steps}: {rank}",
+        *([own] if found.has_heads else []),
     ]
+
+
+def _advice_parallel(found: Outlook) -> list[str]:
+    if found.lte is None:
+        return []
+    fewer = _times(_moved(found.own) / _moved(found.lte))
+    return [f"Bytes: train.method=lte, all else as it is, moves {fewer} fewer."]
 
 
 def _times(ratio: float) -> str:

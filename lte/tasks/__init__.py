@@ -9,12 +9,22 @@ regression  a linear map, of which the solution is known
 from __future__ import annotations
 
 from lte.config import Recipe
-from lte.tasks.base import AnyTask, Stream, Task, micro_batches
+from lte.tasks.base import AnyTask, Samples, Stream, Task, micro_batches
 from lte.tasks.images import Classes
 from lte.tasks.regression import Regression
 from lte.tasks.text import Text
 
-__all__ = ["AnyTask", "Classes", "Regression", "Stream", "Task", "Text", "micro_batches", "task_of"]
+__all__ = [
+    "AnyTask",
+    "Classes",
+    "Regression",
+    "Samples",
+    "Stream",
+    "Task",
+    "Text",
+    "micro_batches",
+    "task_of",
+]
 
 _KINDS: dict[str, type[AnyTask]] = {"text": Text, "images": Classes, "regression": Regression}
 

@@ -26,6 +26,6 @@ tensors through a group of torch.distributed of the worker's own, never the defa
 """
 
 from lte.team.leader import Team
-from lte.team.share import Own, Share, device_of, with_heads
+from lte.team.share import Own, Share, backward, device_of, with_heads
 
-__all__ = ["Own", "Share", "Team", "device_of", "with_heads"]
+__all__ = ["Own", "Share", "Team", "backward", "device_of", "with_heads"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lte.config import Recipe
 from lte.errors import ConfigError
 from lte.nn import convert
-from lte.tasks import micro_batches, task_of
+from lte.tasks import AnyTask, Samples, micro_batches, task_of
 from lte.worker.trainer import materialize
 
 
@@ -74,17 +74,31 @@ class Share:
         Returns:
             The mean loss, and the tokens of the whole batch.
         """
-        recipe, kind = self._recipe, self.device.type
         batch = self._stream.batch(step)
         shares = micro_batches(batch, self._num_slices, self._processes)
         share = next(islice(shares, self._process, None)).to(self.device)
-        total = torch.zeros((), device=self.device)
-        for part in micro_batches(share, self._num_slices, recipe.train.accumulate):
-            with torch.autocast(kind, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                loss = self._task.loss(self.model, part) / recipe.train.accumulate
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total, self._task.num_tokens(batch)
+        loss = backward(self.model, self._task, self._recipe, share, self._num_slices)
+        return loss, self._task.num_tokens(batch)
+
+
+def backward(model: nn.Module, task: AnyTask, recipe: Recipe, share: Samples, num_slices: int) -> Tensor:
+    """Add the gradients of the mean loss of a share of a batch to the model's, in the recipe's precision and
+    `train.accumulate` pieces.
+
+    Args:
+        share: on the model's device. num_slices: that heads cut it into.
+
+    Returns:
+        The mean loss.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for part in micro_batches(share, num_slices, recipe.train.accumulate):
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            loss = task.loss(model, part) / recipe.train.accumulate
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
 
 
 def with_heads(recipe: Recipe, rank: int, heads: int, scale: float) -> nn.Module:
