@@ -325,12 +325,10 @@ def load_run(
         RunError: the folder holds no run, a damaged one, one without the average, or without such ranks.
     """
     recipe = recipe_of(folder)
+    if which == "ema" and rank is not None:
+        raise RunError(f"{folder}: of the average over versions no head is known that could be cut to a rank")
     if rank is not None:
         model, master, version = _loaded(folder, recipe)
-        if which == "ema":
-            raise RunError(
-                f"{folder}: of the average over versions no head is known that could be cut to a rank"
-            )
         cuts = Cuts(master)
         cuts.fill(model, which, cuts.at(rank))
         return model, recipe, version
