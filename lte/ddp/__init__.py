@@ -13,8 +13,8 @@ worker of slot n would, and all step by the mean of their gradients.
     run         all of it
 """
 
-from lte.ddp.group import Group
+from lte.ddp.group import Group, has_left
 from lte.ddp.place import Place, place_of
 from lte.ddp.run import check, train
 
-__all__ = ["Group", "Place", "check", "place_of", "train"]
+__all__ = ["Group", "Place", "check", "has_left", "place_of", "train"]

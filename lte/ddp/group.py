@@ -30,6 +30,11 @@ _left: list[dist.ProcessGroup] = []
 be waiting for that lock to free a tensor: so they last as long as the process."""
 
 
+def has_left() -> bool:
+    """Whether this process was in a group, whose threads last as long as it."""
+    return bool(_left)
+
+
 class Group:
     """This process among all workers, from entering to leaving; a context manager. All methods are called
     by all workers, in the same order.
