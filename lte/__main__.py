@@ -1,12 +1,15 @@
-"""`python -m lte` is the `lte` command."""
+"""The `lte` command as a process; `python -m lte` is the same."""
 
 import os
 import sys
+from typing import NoReturn
 
 from lte import ddp
 from lte.cli import main
 
-if __name__ == "__main__":
+
+def run() -> NoReturn:
+    """Runs the command, and ends the process with its exit code."""
     code = main()
     if ddp.has_left():
         # At the interpreter's end Gloo's threads may still be waiting for Python's lock, to free a tensor;
@@ -15,3 +18,7 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    run()

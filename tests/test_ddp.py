@@ -521,6 +521,26 @@ def test_torchrun_starts_it_too(family: Family, folder: Path) -> None:
     assert by_torchrun == digest("by-file")
 
 
+def test_who_is_done_leaves_before_the_interpreter_ends(family: Family, folder: Path) -> None:
+    """At the end of Python, Gloo's threads may end the process by std::terminate."""
+    started = Path("started.py")  # as the installed `lte` is
+    started.write_text(
+        "import atexit, importlib.metadata\n"
+        "atexit.register(print, 'Python ends')\n"
+        "[command] = importlib.metadata.entry_points(group='console_scripts', name='lte')\n"
+        "command.load()()\n"
+    )
+    recipe = write(recipe_of(train__workers=1))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--no-python")
+    worker = family.execute_python(*torchrun, sys.executable, started, "train", recipe)
+    assert worker.ended() == 0, worker.err
+    assert versions(folder / "run")[-1] == recipe_of().train.rounds
+    assert "Python ends" not in worker.out
+    other = family.execute_python(started, "convert", recipe, "--dry-run")
+    assert other.ended() == 0, other.err
+    assert "Python ends" in other.out
+
+
 # Mistakes
 
 
