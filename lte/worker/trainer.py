@@ -673,16 +673,20 @@ class Trainer:
                     self._prune_moments(name + factor, parameter, lora.prune)
 
     def _prune_moments(self, name: str, parameter: nn.Parameter, share: float) -> None:
-        """Set a share of each head's moments to zero, of first and second ones apart."""
-        for kind, moments in self.optimizer.state.get(parameter, {}).items():
+        """Set a share of each head's moments to zero, and with a second moment its first one: without it, and
+        while A's gradient is zero since B is, the first one would be divided by nothing but epsilon."""
+        state = self.optimizer.state.get(parameter, {})
+        for moments in state.values():
             if not isinstance(moments, Tensor) or moments.shape != parameter.shape:
                 continue  # a count of steps, say
             for head, of_head in enumerate(moments, start=self.first_head):
                 if self.recipe.lora.moments == "prune-magnitude":
                     prune.by_magnitude(of_head, share)
                 else:
-                    seed = (self.recipe.run.seed, "prune", name, kind, head, self.draw)
+                    seed = (self.recipe.run.seed, "prune", name, head, self.draw)
                     prune.at_random(of_head, share, lowrank.generator_of(*seed))
+        if (second := state.get("exp_avg_sq")) is not None:
+            state["exp_avg"].mul_(second != 0)
 
     def _transport_moments(self, module: Adapted, head: int, new_A: Tensor) -> None:
         state = self.optimizer.state.get(module.lora_B, {})
