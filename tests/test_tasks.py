@@ -534,6 +534,48 @@ def test_models_of_text_predict_from_the_left_alone(architecture: str, more: dic
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), repeated.buffers(), strict=True))
 
 
+TWO_KINDS = [[["global", "local"], 1]]
+LEVIT = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "settings"),
+    [
+        ("text", "openai-gpt", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}),
+        ("text", "apertus", {**_SMALL_HF, "num_key_value_heads": 2}),
+        (
+            "text",
+            "gpt_neo",
+            {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": TWO_KINDS},
+        ),
+        ("text", "mixtral", {**_SMALL_HF, "num_key_value_heads": 2, "num_local_experts": 4}),
+        ("images", "levit", {**LEVIT, "key_dim": [4, 4, 4]}),
+        ("images", "regnet", {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "groups_width": 8}),
+    ],
+)
+def test_no_value_is_whatever_was_in_memory(kind: Any, architecture: str, settings: dict[str, Any]) -> None:
+    """Also where the library gives a tensor values where it makes the module, and nowhere else."""
+    recipe = Model(
+        name="transformers", architecture=architecture, config=settings, image_size=32, context_tokens=16
+    )
+    found = []
+    for before in (3, 7):
+        model = materialize(models.build(recipe, kind), CPU)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.fill_(before)
+        models.initialize(model, 0)
+        found.append(dict(model.named_parameters()) | dict(model.named_buffers()))
+    theirs = models.hf.build(recipe, kind)
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+    for name, buffer in theirs.named_buffers():
+        assert torch.equal(found[0][name], buffer), name
+    for name, parameter in theirs.named_parameters():
+        if name in found[0] and parameter.unique().numel() == 1:
+            assert torch.equal(found[0][name], parameter), name
+
+
 @pytest.mark.parametrize("architecture", ["resnet", "vit", "swin"])
 @torch.no_grad()
 def test_models_of_images_take_the_recipes_shape_and_classes(architecture: str) -> None:

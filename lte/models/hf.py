@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lte.config import Model
 from lte.errors import ConfigError, UserError
 from lte.lowrank import seed_of
-from lte.nn import split_experts
+from lte.nn import has_split_experts, split_experts
 
 Kind = Literal["text", "images", "regression"]
 """What is read; the recipe's checks let no model of transformers read a regression's."""
@@ -346,14 +347,59 @@ def _nearest(met: str, names: Iterable[str], prefix: str = "") -> str:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """The library's own initialization, each module's from a seed of its own name.
+    """The library's own initialization, each module's from a seed of its own name. What has values by the
+    making of its module alone is taken from another model that the library makes, from a seed.
 
     The library draws from torch's global generator, which is put back afterwards.
     """
     with torch.random.fork_rng(devices=[]):
-        for name, module, owner in _modules(model):
-            torch.manual_seed(seed_of(seed, "init", name))
-            owner._init_weights(module)  # type: ignore[operator]
+        if left := _left_out(model, seed):
+            torch.manual_seed(seed_of(seed, "init", ""))
+            with quiet(), torch.device("cpu"):
+                made = type(model)._from_config(model.config)  # type: ignore[attr-defined]
+            values = _tensors(split_experts(made) if has_split_experts(model) else made)
+            for name, tensor in left.items():
+                tensor.copy_(values[name])
+
+
+def _left_out(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Have each module of a model give its tensors values. Returns those that kept what they had before."""
+    tensors = {name: tensor for name, tensor in _tensors(model).items() if not tensor.is_meta}
+    for tensor in tensors.values():
+        tensor.fill_(_nothing(tensor.dtype))
+    _draw(model, seed)
+    left = {name: tensor for name, tensor in tensors.items() if bool(_is_nothing(tensor).any())}
+    if flags := {name: tensor for name, tensor in left.items() if tensor.dtype == torch.bool}:
+        # Of two values each is one that a module may give: both are tried.
+        given = {name: tensor.clone() for name, tensor in flags.items()}
+        for tensor in flags.values():
+            tensor.fill_(True)
+        _draw(model, seed)
+        for name, tensor in flags.items():
+            if torch.equal(tensor, given[name]):
+                del left[name]
+    return left
+
+
+def _draw(model: nn.Module, seed: int) -> None:
+    for name, module, owner in _modules(model):
+        torch.manual_seed(seed_of(seed, "init", name))
+        owner._init_weights(module)  # type: ignore[operator]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _nothing(dtype: torch.dtype) -> float:
+    """What stands for no value yet."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return math.nan
+    return False if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+def _is_nothing(tensor: Tensor) -> Tensor:
+    return tensor.isnan() if math.isnan(_nothing(tensor.dtype)) else tensor == _nothing(tensor.dtype)
 
 
 def _modules(
