@@ -23,7 +23,7 @@ What = Literal["adapted", "dense", "averaged", "frozen", "buffer"]
 MEANINGS: dict[What, str] = {
     "adapted": "heads on a frozen base",
     "dense": "trained in full, averaged at merges",
-    "averaged": "statistics of norms, averaged at merges",
+    "averaged": "statistics, averaged at merges",
     "frozen": "not trained, sent once",
     "buffer": "not trained, sent once",
 }

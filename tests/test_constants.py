@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,87 @@ def test_server_and_worker_must_agree_about_constants() -> None:
     model.mask = model.mask.bool()
     met = lte.nn.difference(lte.nn.describe(model), servers)
     assert met == "gain is missing, on the server constant float32 scalar"
+
+
+# Buffers that training changes
+
+
+class OwnNorm(nn.Module):
+    """Norms of one's own, of which torch knows nothing: one writes into its buffer, one puts in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.ones(6))
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0), 0.5)
+                self.var = torch.lerp(self.var, x.var(0), 0.5)
+        return self.last(self.first((x - self.mean) / self.var.sqrt()).relu()) * self.gain
+
+
+def squares(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (model(x) - x[:, :1]).square().mean()
+
+
+@pytest.mark.parametrize("merge", ["reset-b", "reset-less"])
+def test_buffers_that_are_named_are_averaged_and_published(merge: str) -> None:
+    asked = {"lora.statistics": ["mean", "v*"], "lora.merge": merge, "train.workers": 2, "base.quant": "none"}
+    simulation = Simulation(seeded(OwnNorm), recipe(**asked), 2)
+    assert list(simulation.master.plan.statistics) == ["mean", "var"]
+    assert list(simulation.master.plan.constants) == ["gain"]
+    made = torch.Generator().manual_seed(0)
+    naive = [{"mean": torch.zeros(6).double(), "var": torch.ones(6).double()} for _ in range(2)]
+    for _ in range(3):
+        for _ in range(2):
+            batches = [torch.randn(16, 6, generator=made) * 3 + 5 * (worker + 1) for worker in range(2)]
+            simulation.local_steps(squares, [[batch] for batch in batches])
+            for held, x in zip(naive, batches, strict=True):
+                held["mean"] = 0.5 * held["mean"] + 0.5 * x.double().mean(0)
+                held["var"] = 0.5 * held["var"] + 0.5 * x.double().var(0)
+        simulation.merge()
+        mean = {name: (naive[0][name] + naive[1][name]) / 2 for name in naive[0]}
+        naive = [dict(mean), dict(mean)]
+        published = dict(simulation.master.parameters("published"))
+        for name, expected in mean.items():
+            assert torch.allclose(published[name].double(), expected, rtol=1e-5)
+            for trainer in simulation.trainers:
+                assert torch.allclose(trainer.model.get_buffer(name).double(), expected, rtol=1e-5)
+    tensors, _ = simulation.trainers[0].state()
+    assert torch.equal(tensors["buffer/var"], simulation.trainers[0].model.var)
+
+
+def test_buffers_that_training_changes_are_told_of() -> None:
+    simulation = Simulation(seeded(OwnNorm), recipe(), 1)
+    batch = torch.randn(16, 6) + 3
+    with pytest.warns(
+        UserWarning, match=r"^mean, var: training changes these buffers, .* in lora.statistics$"
+    ):
+        simulation.local_steps(squares, [[batch]])
+    for settings in (recipe(), recipe(**{"lora.statistics": ["mean", "var"]})):
+        others = Simulation(seeded(OwnNorm if settings.lora.statistics else Fixed), settings, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            others.local_steps(lambda model, x: model(x).square().mean(), [[batch], [batch]][:1])
+
+
+@pytest.mark.parametrize("pattern", ["meen", "layer.*"])
+def test_a_pattern_of_statistics_that_matches_nothing_is_refused(pattern: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^lora.statistics: '.*' matches no buffer of float32; there are: gain$"
+    ):
+        Master(seeded(Fixed), recipe(**{"lora.statistics": [pattern]}))
+
+
+def test_server_and_worker_must_agree_about_statistics() -> None:
+    own = lte.LoRA(rank=2, statistics=("mean",))
+    servers = lte.nn.plan(seeded(OwnNorm), own, "int8").describe(own)
+    met = lte.nn.difference(lte.nn.describe(lte.convert(seeded(OwnNorm), lte.LoRA(rank=2), "int8")), servers)
+    assert met == "mean is constant float32 6, on the server averaged 6"
 
 
 # Frozen by a pattern

@@ -282,6 +282,11 @@ class LoRA:
     freeze: tuple[str, ...] = _doc(
         (), "patterns of parameters that are not trained at all, such as '*.bias'; they are sent once"
     )
+    statistics: tuple[str, ...] = _doc(
+        (),
+        "patterns of buffers that training changes beside those of torch's norms (running means of one's own,"
+        " vectors of spectral norms): they are averaged at merges, as those are",
+    )
     overrides: tuple[Override, ...] = _doc((), "settings per module; the last that matches counts")
     nested: Literal["none", "unfrozen", "frozen"] = _doc(
         "none",

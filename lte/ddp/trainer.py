@@ -21,7 +21,7 @@ from lte.ddp.exchange import Exchange
 from lte.ddp.group import Group
 from lte.errors import ConfigError, DivergedError, RunError
 from lte.lowrank import seed_of
-from lte.nn import changing_buffers, frozen_parameters, recompute_activations, statistics
+from lte.nn import changing_buffers, frozen_parameters, mark_statistics, recompute_activations, statistics
 from lte.tasks import AnyTask, micro_batches, task_of
 from lte.worker.state import Tally
 
@@ -204,7 +204,8 @@ class _Loss(nn.Module):
 
 
 def freeze(model: nn.Module, recipe: Recipe) -> None:
-    """Have `lora.freeze` hold of a plain model."""
+    """Have `lora.freeze` and `lora.statistics` hold of a plain model."""
+    mark_statistics(model, recipe.lora.statistics)
     for name in frozen_parameters(model, recipe.lora):
         model.get_parameter(name).requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 from lte.nn.adapted import Adapted
 from lte.nn.attention import LoRAMultiheadAttention
-from lte.nn.constants import changing_buffers, constant_tensors, statistics
+from lte.nn.constants import changing_buffers, constant_tensors, mark_statistics, statistics
 from lte.nn.conv import LoRAConv2d
 from lte.nn.convert import convert, draw_A, draw_heads, fit_heads, parameter_groups
 from lte.nn.division import divide, part_of, sizes_of
@@ -58,6 +58,7 @@ __all__ = [
     "has_split_experts",
     "join_experts",
     "lora_of",
+    "mark_statistics",
     "parameter_groups",
     "part_of",
     "places_in_stacks",

@@ -15,7 +15,7 @@ from lte import lowrank
 from lte.config import LoRA
 from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
-from lte.nn.constants import HEADS, Constant, constant_tensors, statistics
+from lte.nn.constants import HEADS, Constant, constant_tensors, mark_statistics, statistics
 from lte.nn.experts import Experts
 from lte.nn.kinds import can_share, can_take_heads, is_table, kind_of
 from lte.nn.sites import HeadSpec
@@ -133,7 +133,8 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     for which `lora.embeddings` asks and which are plain tables) where a pattern of `lora.modules` matches
     the site's name and none of `lora.exclude` does, unless the weight is frozen or shared with another
     module (tied). Every other parameter that asks for a gradient is dense. Frozen are parameters that ask
-    for none, and those that a pattern of `lora.freeze` names.
+    for none, and those that a pattern of `lora.freeze` names. Buffers that `lora.statistics` names are marked
+    as such on the model.
 
     With `lora.tied` = adapted a weight of several modules gets heads once, if each of these can compute
     with them (see `kinds.can_share`). Its site has the name of the first of them, and `lora.embeddings`
@@ -145,6 +146,7 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
             first, or in experts.
     """
     _check_shapes(model)
+    mark_statistics(model, lora.statistics)
     frozen = frozen_parameters(model, lora)
     _check_dtypes(model, frozen)
     sites = list(_sites(model, lora))

@@ -5,6 +5,7 @@ No socket and no clock: a trainer is a function of its batches and of the update
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,7 @@ from lte.nn import (
     watch_slices,
 )
 from lte.optim import prune
+from lte.printable import some
 from lte.quantize import Quantized
 from lte.worker import draws
 
@@ -138,7 +140,7 @@ class Trainer:
                 name: model.get_parameter(name) for name in plan_of(model).factors(recipe.lora)
             }
             self.dense |= self._common_factors
-        self._statistics = dict(statistics(model))
+        self._of_statistics = frozenset(self._statistics)
         self._constants = {name: tensor for name, tensor, _ in constant_tensors(model)}
         self._constants_digests: tuple[str, ...] = ("",) * shards.num
         self._has_merged = False
@@ -175,6 +177,18 @@ class Trainer:
         for name, tensor in self._averaged():
             with torch.no_grad():
                 tensor.copy_(self._published[name])
+        # Buffers that the server takes for constants, until the first step shows whether they are.
+        self._unmoved = {name: buffer.clone() for name, buffer in self._constant_buffers()}
+
+    @property
+    def _statistics(self) -> dict[str, Tensor]:
+        """By name; a model may put another tensor in the place of one."""
+        return dict(statistics(self.model))
+
+    def _constant_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor, constant in constant_tensors(self.model):
+            if constant.is_buffer and tensor.is_floating_point():
+                yield name, tensor
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The dense parameters, then the statistics, by name."""
@@ -196,9 +210,27 @@ class Trainer:
         with optim.moving_only(self.optimizer, moving):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._unmoved:
+            self._check_constants()
         self.local_step, self._num_forwards = self.local_step + 1, 0
         if self._own_steps is not None:
             self._own_steps += 1
+
+    def _check_constants(self) -> None:
+        """Warn of buffers that training changes and nobody averages."""
+        before, self._unmoved = self._unmoved, {}
+        moved = [
+            name
+            for name, now in self._constant_buffers()
+            if name in before and not torch.equal(now.nan_to_num(), before[name].nan_to_num())
+        ]
+        if moved:
+            warnings.warn(
+                f"{some(moved, 6)}: training changes {'this buffer' if len(moved) == 1 else 'these buffers'},"
+                " which the server keeps as at the start; to have what workers come to averaged, name"
+                f" {'it' if len(moved) == 1 else 'them'} in lora.statistics",
+                stacklevel=3,
+            )
 
     def without_gradient(self) -> list[str]:
         """The modules whose heads the local step at hand does not train: nothing that its loss is made of
@@ -328,7 +360,7 @@ class Trainer:
         self.lost = (left_out / total) ** 0.5 if total else 0.0
         for name, tensor in self._averaged():
             ahead = tensor.detach().cpu() - self._published[name]
-            if name in self._statistics and self.recipe.merges_on_arrival:
+            if name in self._of_statistics and self.recipe.merges_on_arrival:
                 # Added up, changes since versions of then would lead beyond what the workers have.
                 ahead = tensor.detach().cpu()
             blob, self._sent[name] = blockwise.encode_rows(ahead, self._codec(name))
@@ -336,7 +368,7 @@ class Trainer:
 
     def _codec(self, name: str) -> Codec:
         """By which what is averaged travels; see `Master`."""
-        if name in self._statistics:
+        if name in self._of_statistics:
             return "fp32"
         settings = self.recipe.compress
         return settings.factors if name in self._common_factors else settings.dense
@@ -726,8 +758,8 @@ class Trainer:
         tensors |= {f"buffer/{name}": buffer for name, buffer in changing_buffers(self.model)}
         groups = {"published": self._published, "sent": self._sent, "known": self._known}
         groups["sent_with"] = self._sent_with
-        for group, some in groups.items():
-            tensors |= {f"{group}/{name}": tensor for name, tensor in some.items()}
+        for group, held in groups.items():
+            tensors |= {f"{group}/{name}": tensor for name, tensor in held.items()}
         for name, module in self.modules.items():
             if module.merged_A is not None and module.merged_B is not None:
                 tensors |= {f"merged/{name}{A}": module.merged_A, f"merged/{name}{B}": module.merged_B}
