@@ -5,7 +5,8 @@ Lines of metrics.jsonl, one JSON object each, told apart by `kind`:
     round   version, time_s (since the run's start, interruptions left out), tokens (since then),
             train_loss (the workers' mean), typical_loss (their median), num_merged (contributions),
             num_told (workers that the version was sent to), uplink_bytes and downlink_bytes (this
-            round, all workers), wait_s, lr; bytes by kind
+            round, all workers), wait_s, lr (optimizer.lr, or dense_lr where no head of a rank is
+            trained, as the schedule has it in the round's last local step); bytes by kind
             (uplink_ factors, dense, control; downlink_ codes, scales, dense, control) and bits a
             parameter and worker (uplink_bits, downlink_bits); codes_changed and scales_changed
             (shares), changes_bytes (of both, one copy) and, if measured, the entropy_bytes of these

@@ -822,6 +822,20 @@ def test_a_run_with_other_settings_is_not_mixed_in(lte: Lte, copied: Path, setti
     assert (copied / METRICS).read_bytes() == before
 
 
+def test_a_run_that_combines_otherwise_is_not_mixed_in(lte: Lte, folder: Path) -> None:
+    """Its heads are one worker's own, or parameters like others: no checkpoint holds both."""
+    settings = {"lora__merge": "never", "train__workers": 1, "server__address": "inprocess://x"}
+    for combine, other in (("products", "factors"), ("factors", "products")):
+        run = folder / combine
+        arguments = (write_recipe(folder, **settings, run__dir=str(run)), "train.rounds=2")
+        assert lte("train", *arguments, f"outer.combine={combine}").code == 0
+        before = (run / METRICS).read_bytes()
+        code, out, err = lte("train", *arguments, f"outer.combine={other}", "train.rounds=3")
+        assert (code, out) == (2, "")
+        assert is_one_line(err, "holds a run with other settings", "outer.combine", f"-> {other}")
+        assert (run / METRICS).read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["master.safetensors", "progress.json"])
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_all_the_same(
     lte: Lte, copied: Path, name: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from faults.cluster import ENDS_WITHIN_S, Fault, Script, shards
 from forks import fork
 from namespaces import Inside, star
 from processes import Family, done, lines, versions
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
@@ -234,12 +237,9 @@ def test_one_worker_does_what_the_servers_only_worker_does(folder: Path) -> None
         ours, theirs = ([line[key] for line in lines(folder / run, kind)] for run in ("ddp", "lte"))
         assert ours == pytest.approx(theirs, rel=1e-5)
         assert ours[-1] < ours[0] - 0.3
-    for key in ("version", "tokens"):
+    for key in ("version", "tokens", "lr"):
         ours, theirs = ([line[key] for line in lines(folder / run, "round")] for run in ("ddp", "lte"))
         assert ours == theirs
-    # The rates that are told are of different parameters, their factors are the same.
-    ours, theirs = ([line["lr"] for line in lines(folder / run, "round")] for run in ("ddp", "lte"))
-    assert [lr / 5e-3 for lr in ours] == pytest.approx([lr / 1e-3 for lr in theirs])
     assert done(folder / "ddp").keys() == done(folder / "lte").keys()
 
 
@@ -378,6 +378,49 @@ def test_a_signal_to_one_worker_stops_all_after_the_step_at_hand(folder: Path, u
     assert [line["train_loss"] for line in lines(folder / "run", "round")] == [
         line["train_loss"] for line in lines(undisturbed, "round")
     ]
+
+
+def test_moments_stay_with_their_parameters_when_other_rates_group_them(folder: Path) -> None:
+    """At a rate of zero, so that gradients are the same however parameters are grouped."""
+    assert train(recipe_of(train__workers=2, train__rounds=2)) == [0, 0]
+    shutil.copytree(folder / "run", folder / "regrouped")
+    still = {"train__workers": 2, "train__rounds": 3, "run__resume": "auto", "optimizer__dense_lr": 0.0}
+    rates = [{"modules": "blocks.0.attention*", "factor": 0.5}, {"modules": "*norm*", "factor": 2.0}]
+    assert train(recipe_of(**still)) == [0, 0]
+    assert train(recipe_of(**still, run__dir="regrouped", optimizer__rates=rates)) == [0, 0]
+    moments = [
+        checkpoint.load(checkpoint.newest(folder / run))[1]["optimizer"] for run in ("run", "regrouped")
+    ]
+    assert moments[0].keys() == moments[1].keys()
+    assert {name.partition("/")[0] for name in moments[0]} == dict(
+        recipes.starting_model(recipe_of()).named_parameters()
+    ).keys()
+    assert all(torch.equal(moments[1][name], tensor) for name, tensor in moments[0].items())
+    assert digest("regrouped") == digest()
+    assert "moments" not in [line["what"] for line in lines(folder / "regrouped", "event")]
+
+
+def test_a_run_goes_on_with_another_optimizer_and_says_whose_moments_begin_anew(folder: Path) -> None:
+    recipe = recipe_of(train__rounds=2, run__resume="auto")
+    assert train(recipe) == [0, 0, 0]
+    assert train(recipe_of(run__resume="auto", optimizer__name="muon")) == [0, 0, 0]
+    (event,) = [line for line in lines(folder / "run", "event") if line["what"] == "moments"]
+    assert event["version"] == 2
+    assert "begin anew, empty: the state saved is AdamW's, not Muon's (" in event["message"]
+    assert math.isfinite(done(folder / "run")["loss"])
+
+
+def test_what_a_worker_of_another_version_of_lte_wrote_is_refused_in_a_line(folder: Path) -> None:
+    recipe = recipe_of(train__rounds=2, train__workers=2, run__resume="auto")
+    assert train(recipe) == [0, 0]
+    for path in (folder / "run" / "workers").glob("w*/step-00000006.safetensors"):
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            described = {"numbers": file.metadata()["numbers"]}
+        save_file(tensors, path, described)
+    assert 0 not in train(recipe_of(train__workers=2, run__resume="auto"))
+    said = (folder / "log-0").read_text() + (folder / "log-1").read_text()
+    assert "of another version of lte; choose another run.dir, or run.resume=never" in said
 
 
 def test_statistics_of_norms_are_averaged_and_go_on(folder: Path) -> None:

@@ -211,6 +211,156 @@ def test_a_trainer_goes_on_bit_for_bit_from_its_state(name: str, tmp_path: Path)
     assert all(not torch.equal(p, saved[f"parameter/{n}"]) for n, p in expected.items()), "nothing moved"
 
 
+def tokens(seed: int) -> Tensor:
+    return torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def next_tokens(model: nn.Module, batch: Tensor) -> Tensor:
+    logits = model(batch[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def saved_and_resumed(before: dict[str, Any], after: dict[str, Any]) -> tuple[Trainer, Trainer, str]:
+    """A trainer in the midst of its second round, one of other settings that goes on from its state, and
+    what that says."""
+    own, other = recipe(**before), recipe(**{**before, **after})
+    simulation = Simulation(seeded(Blocks), own, 1)
+    simulation.local_steps(next_tokens, [[tokens(0), tokens(1)]])
+    simulation.merge()
+    simulation.local_steps(next_tokens, [[tokens(2)]])
+    resumed = Trainer(
+        lte.convert(seeded(Blocks), other.lora, other.base.quant),
+        other,
+        slot=0,
+        version=1,
+        base=simulation.master.snapshot(),
+        base_digest=simulation.master.base_digest(),
+    )
+    tensors, numbers = simulation.trainers[0].state()
+    said = resumed.resume(
+        {name: tensor.clone() for name, tensor in tensors.items()}, copy.deepcopy(numbers), merged=False
+    )
+    return simulation.trainers[0], resumed, said
+
+
+def kept(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """What a trainer's optimizer keeps, by the names of parameters."""
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    return {names[p]: dict(state) for p, state in trainer.optimizer.state.items() if state}
+
+
+def take_steps(trainer: Trainer) -> None:
+    for seed in (3, 4):
+        next_tokens(trainer.model, tokens(seed)).backward()
+        trainer.step()
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"optimizer.rates": [{"modules": "blocks.1.*", "factor": 0.5}]},
+        {"optimizer.rates": [{"modules": "*.bias", "factor": 0.5}]},
+        {"optimizer.layer_decay": 0.5},
+        {"optimizer.lr": 0.1, "optimizer.dense_lr": 0.1, "optimizer.beta1": 0.5, "optimizer.clip_norm": 1.0},
+    ],
+    ids=lambda after: next(iter(after)),
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_stay_with_their_parameters_when_others_settings_group_them(
+    name: str, after: dict[str, Any]
+) -> None:
+    before = {"optimizer.name": name, "optimizer.momentum": 0.9}
+    trainer, resumed, said = saved_and_resumed(before, after)
+    assert not said
+    expected, met = kept(trainer), kept(resumed)
+    assert met.keys() == expected.keys() == dict(trainer.model.named_parameters()).keys()
+    for parameter, state in expected.items():
+        assert met[parameter].keys() == state.keys(), parameter
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(met[parameter][key]), torch.as_tensor(value)), (parameter, key)
+    take_steps(resumed)
+
+
+_BNB = "bitsandbytes.optim.adamw.AdamW8bit"
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "num", "reasons"),
+    [
+        ("adamw", {"name": "sgd"}, 14, ["AdamW's, not SGD with momentum's (14: blocks.0.lora_A, "]),
+        ("sgd", {"name": "adamw"}, 14, ["SGD with momentum's, not AdamW's (14: blocks.0.lora_A, "]),
+        ("sgd", {"momentum": 0.0}, 14, ["SGD with momentum's, not SGD's (14: blocks.0.lora_A, "]),
+        ("adamw", {"name": "adamw8bit"}, 14, [f"AdamW's, not {_BNB}'s (14: "]),
+        ("adamw8bit", {"name": "adamw"}, 14, [f"{_BNB}'s, not AdamW's (14: "]),
+        ("muon", {"name": "adamw"}, 6, ["Muon's, not AdamW's (6: blocks.0.lora_A, "]),
+        (
+            "muon",
+            {"muon_exclude": ["blocks.1*"]},
+            4,
+            ["Muon's, not AdamW's (2: blocks.1.lora_A, b", "AdamW's, not Muon's (2: output.lora_A, output"],
+        ),
+    ],
+)
+def test_moments_of_another_optimizer_begin_anew_and_the_run_says_so(
+    name: str, after: dict[str, Any], num: int, reasons: list[str]
+) -> None:
+    before = {"optimizer.name": name, "optimizer.momentum": 0.9, "schedule.join_warmup_steps": 4}
+    trainer, resumed, said = saved_and_resumed(before, {f"optimizer.{k}": v for k, v in after.items()})
+    assert said.startswith(f"moments of {num} of 14 parameters begin anew, empty: the state saved is ")
+    assert all(f"the state saved is {reason}" in said for reason in reasons), said
+    assert "\n" not in said
+    kept_before, stay = kept(trainer), kept(resumed)
+    assert len(stay) == 14 - num
+    for parameter, state in stay.items():
+        for key, value in state.items():
+            assert torch.equal(value, kept_before[parameter][key]), (parameter, key)
+    next_tokens(resumed.model, tokens(5)).backward()
+    resumed.step()
+    of_lora_A = resumed.optimizer.param_groups[0]["lr"]
+    assert of_lora_A == resumed.recipe.optimizer.lr / 4, "as of heads that begin in the middle of the run"
+    take_steps(resumed)
+
+
+def test_moments_of_another_shape_and_of_no_parameter_begin_anew() -> None:
+    """As where somebody's own optimizer steps what is outside of the model, too."""
+
+    def made(*shapes: tuple[int, ...]) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        model, others = nn.Linear(3, 2), [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = torch.optim.AdamW([*others, *model.parameters()], lr=0.1)
+        for parameter in [*others, *model.parameters()]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = made((4,), (5,), (6,))
+    tensors, described = optim.flat(optimizer, model)
+    assert {path.partition("/")[0] for path in tensors} == {"weight", "bias", "#0", "#1", "#2"}
+    other_model, other = made((4,), (7,))
+    said = optim.load_flat(other, other_model, tensors, described)
+    assert said == (
+        "moments of 2 of 5 parameters begin anew, empty: the state saved is of another shape (1: #1);"
+        " the optimizer has none of these names (1: #2)"
+    )
+    assert set(optim.flat(other, other_model)[1]) == {"weight", "bias", "#0"}
+    other.step()
+
+
+def test_counts_of_fused_steps_are_where_the_parameter_is() -> None:
+    """Files are read on the CPU; a GPU's kernel wants the count in its own memory."""
+    model = lte.convert(seeded(Blocks), lte.LoRA(rank=2), "none")
+    optimizer = optim.make_optimizer(model, settings(name="muon"))
+    next_tokens(model, tokens(0)).backward()
+    optimizer.step()
+    tensors, described = optim.flat(optimizer, model)
+    elsewhere = lte.convert(seeded(Blocks), lte.LoRA(rank=2), "none").to("meta")
+    other = optim.make_optimizer(elsewhere, settings(name="muon"))
+    assert not optim.load_flat(other, elsewhere, tensors, described)
+    steps = [state["step"] for state in other.state.values() if "step" in state]
+    assert steps
+    assert {(step.device.type, step.dtype) for step in steps} == {("meta", torch.float32)}
+
+
 def test_momentum_of_muon_turns_with_A() -> None:
     own = recipe(
         **{"lora.A": "rotating", "lora.moments": "transport", "lora.rank": 2, "optimizer.name": "muon"}

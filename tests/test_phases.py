@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,51 @@ def test_workers_take_the_steps_of_each_round_and_read_every_batch_once(
     last = [rates[n, length - 1].pop() for n, length in enumerate(lengths)]
     assert [line["lr"] for line in rounds] == pytest.approx(last)
     assert last[-1] < 0.02 * max(last), "the run ends with its last step, not when 6 rounds of 2 would"
+
+
+@pytest.mark.parametrize(
+    ("settings", "dense"),
+    [
+        ({"train.full_rank": True}, range(6)),
+        ({"lora.modules": []}, range(6)),
+        (
+            {"train.phases": [{"from_round": 0, "full_rank": True}, {"from_round": 2, "full_rank": False}]},
+            (0, 1),
+        ),
+        ({"train.full_rank": True, "outer.when": "arrival", "train.workers": 1}, range(6)),
+        ({"outer.when": "arrival", "train.workers": 1}, ()),
+    ],
+)
+def test_the_rate_that_is_told_is_one_that_something_has(
+    train: Train, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], dense: Sequence[int]
+) -> None:
+    """lora_B's, or that of dense parameters where no head of a rank is trained."""
+    rates: dict[tuple[int, int], dict[str, float]] = {}
+    step = Trainer.step
+
+    def stepping(trainer: Trainer) -> None:
+        place = trainer.round, trainer.local_step
+        step(trainer)
+        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        rates[place] = {
+            names[p].rpartition(".")[2]: group["lr"]
+            for group in trainer.optimizer.param_groups
+            for p in group["params"]
+        }
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+    own = {
+        "optimizer.name": "adamw",
+        "optimizer.lr": 0.002,
+        "optimizer.dense_lr": 0.03,
+        "schedule.final": 0.3,
+        "schedule.join_warmup_steps": 0,
+        "lora.merge": "reset-b",
+    }
+    lines = of_kind(train(**own, **settings), "round")
+    expected = [rates[number, 1]["weight" if number in dense else "lora_B"] for number in range(6)]
+    assert [line["lr"] for line in lines] == pytest.approx(expected)
+    assert all((rate > 0.002) == (number in dense) for number, rate in enumerate(expected))
 
 
 # The base's format

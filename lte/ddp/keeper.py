@@ -92,6 +92,10 @@ class Keeper:
     ) -> None:
         self._tracker.__exit__(kind, error, trace)
 
+    def began_anew(self, words: str) -> None:
+        """Record which moments a run that goes on with another optimizer does not go on with."""
+        self._event("moments", words)
+
     def close_round(self, model: nn.Module, told: Tensor, payload_bytes: int, merge_s: float) -> None:
         """Take a round's weights, and record it.
 

@@ -68,7 +68,9 @@ def train(recipe: Recipe, place: Place, *, claimed: bool, display: bool = True) 
         if found:
             _, state = checkpoint.load(found)
             step_index = int(state["ddp"][STEP])
-            trainer.load(step_index, state, _own(folder, place, step_index))
+            anew = trainer.load(step_index, state, _own(folder, place, step_index))
+            if keeper and anew:
+                keeper.began_anew(anew)
         stack.enter_context(signals.told(came.append))
         if not found:
             _save(trainer, group, keeper)

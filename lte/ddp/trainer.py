@@ -27,6 +27,8 @@ from lte.worker.state import Tally
 
 _UNUSED = "find_unused_parameters"
 """What torch's words hold when a step left parameters without gradients."""
+_FORMAT = "2"
+"""Of what each worker writes for itself, and of the optimizer's tensors beside it."""
 
 
 class Trainer:
@@ -146,7 +148,7 @@ class Trainer:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Tensors of the optimizer, the same on all workers."""
-        return optim.flat(self.optimizer)[0]
+        return optim.flat(self.optimizer, self.model)[0]
 
     def save_own(self, path: Path) -> None:
         """Write what this worker alone knows, and numbers, durably.
@@ -158,36 +160,47 @@ class Trainer:
         exchange = {f"exchange/{name}": tensor for name, tensor in self.exchange.state().items()}
         numbers = {
             "tally": [self.tally.loss, self.tally.batches, self.tally.tokens],
-            "optimizer": optim.flat(self.optimizer)[1],
+            "optimizer": optim.flat(self.optimizer, self.model)[1],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}")
-        durable.save_tensors(buffers | exchange, partial, {"numbers": json.dumps(numbers)})
+        described = {"format": _FORMAT, "numbers": json.dumps(numbers)}
+        durable.save_tensors(buffers | exchange, partial, described)
         durable.name(partial, path)
 
     @torch.no_grad()
-    def load(self, step_index: int, state: Mapping[str, Mapping[str, Tensor]], own: Path) -> None:
+    def load(self, step_index: int, state: Mapping[str, Mapping[str, Tensor]], own: Path) -> str:
         """Go on from a checkpoint's tensors and from what this worker wrote with it.
 
+        Returns:
+            Which moments begin anew, and why, where the optimizer is another than then; else "".
+
         Raises:
-            RunError: this worker's file is missing or damaged.
+            RunError: this worker's file is missing, damaged or of another version of lte.
         """
         try:
             with safe_open(own, "pt", device=str(self._group.device)) as file:
-                numbers = json.loads(file.metadata()["numbers"])
+                described = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"{own}: cannot be read ({error}); run.dir must be one that all workers share"
             ) from None
+        if described.get("format") != _FORMAT:
+            raise RunError(
+                f"{own}: of another version of lte; choose another run.dir, or run.resume=never to move the"
+                " run aside"
+            )
+        numbers = json.loads(described["numbers"])
         mine = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for kept in (state["master"], state["constants"], _group("buffer", tensors)):
             for name, tensor in kept.items():
                 mine[name].copy_(tensor)
-        optim.load_flat(self.optimizer, {**state["optimizer"], **numbers["optimizer"]})
+        anew = optim.load_flat(self.optimizer, self.model, state["optimizer"], numbers["optimizer"])
         self.exchange.load_state(_group("exchange", tensors))
         loss, batches, num_tokens = numbers["tally"]
         self.step_index, self.tally = step_index, Tally(loss=loss, batches=batches, tokens=num_tokens)
+        return anew
 
 
 class _Loss(nn.Module):

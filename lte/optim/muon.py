@@ -100,7 +100,8 @@ class Muon(torch.optim.Optimizer):
             params: groups, each with `orthogonal`: whether it holds matrices (..., out, in) to step so.
             momentum: mu. dtype, scale: see `orthogonalized`, `scale_of`. betas, eps: AdamW's.
         """
-        defaults = {"lr": lr, "weight_decay": 0.0, "orthogonal": False}
+        # `fused` for torch's `load_state_dict`: a fused step has its count where the parameter is.
+        defaults = {"lr": lr, "weight_decay": 0.0, "orthogonal": False, "fused": True}
         super().__init__(params, defaults | {"momentum": momentum, "betas": betas, "eps": eps})
         self._dtype, self._scale = dtype, scale
 

@@ -44,7 +44,7 @@ def _check_settings(folder: Path, recipe: Recipe) -> None:
     differences = config.differences(
         config.load(folder / "config.yaml"),
         recipe,
-        ("model", "lora", "base", "train", "ddp", "run", "outer.when", "server.shards"),
+        ("model", "lora", "base", "train", "ddp", "run", "outer.when", "outer.combine", "server.shards"),
     )
     free = ("train.rounds", "run.resume", "run.dir")
     if fixed := sorted(line for line in differences if not line.startswith(free)):

@@ -884,13 +884,16 @@ class Server:
         return self.recipe.round_of(self.version, self._state.num_merged)
 
     def _rate(self, version: int, num_merged: int) -> float:
-        """Learning rate of the last local step before a version."""
+        """B's rate, or that of dense parameters where no head of a rank is trained, in the last local step
+        before a version."""
         if self.recipe.merges_on_arrival:
             last_step = max(0, self.recipe.step_of(version, num_merged) - 1)
             number, last_step = divmod(last_step, self.recipe.train.local_steps)
         else:
             number, last_step = version - 1, self.recipe.in_round(version - 1).train.local_steps - 1
-        return self.recipe.optimizer.lr * schedule.factor_in(self.recipe, number, last_step)
+        has_heads = self.master.built.adapted and not self.recipe.in_round(number).train.full_rank
+        peak = self.recipe.optimizer.lr if has_heads else self.recipe.optimizer.dense_lr
+        return peak * schedule.factor_in(self.recipe, number, last_step)
 
     def _fill_others(self, model: nn.Module, which: str) -> None:
         """Have a plain model hold what the other shards do.

@@ -80,8 +80,9 @@ class Worker:
                 worker.
             key: file of this worker's secret key, server_key: of the server's public one, both from
                 `lte keys new`, for a server that has keys.
-            say: told, in a line, when the server is not heard for long, and when it is again; and which
-                modules with heads no gradient reached in the first local step, if any.
+            say: told, in a line, when the server is not heard for long, and when it is again; which
+                modules with heads no gradient reached in the first local step, if any; and which moments
+                begin anew where the state in the folder is of another optimizer.
 
         Raises:
             ConnectError: no server answers, or keys do not fit. KeysError: the files of keys cannot be
@@ -332,12 +333,14 @@ class Worker:
         sent, version = saved.contribution, self.version
         merged = sent is not None and not self._session.merged.isdisjoint(saved.senders)
         try:
-            self._trainer.resume(saved.tensors, saved.numbers, merged=merged)
+            anew = self._trainer.resume(saved.tensors, saved.numbers, merged=merged)
         except (KeyError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"{self._folder}: the state of other heads, model or optimizer ({error}); delete it, and this"
                 " worker starts over"
             ) from None
+        if anew:
+            self._say(f"{self.worker_id}: {anew}")
         if self._trainer.local_step:
             self._count(saved.tally)
         if sent is None:

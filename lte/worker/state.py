@@ -22,7 +22,7 @@ from torch import Tensor
 from lte import durable, quantize, wire
 from lte.errors import FencedError, RunError
 
-FORMAT = "4"
+FORMAT = "5"
 _NAMES = "state-*.safetensors"
 _BLOB = "blob/"
 

@@ -763,7 +763,7 @@ class Trainer:
         for name, module in self.modules.items():
             if module.merged_A is not None and module.merged_B is not None:
                 tensors |= {f"merged/{name}{A}": module.merged_A, f"merged/{name}{B}": module.merged_B}
-        moments, numbers["optimizer"] = optim.flat(self.optimizer)
+        moments, numbers["optimizer"] = optim.flat(self.optimizer, self.model)
         tensors |= {f"optimizer/{path}": moment for path, moment in moments.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -771,12 +771,16 @@ class Trainer:
         return tensors, numbers
 
     @torch.no_grad()
-    def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], *, merged: bool) -> None:
+    def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], *, merged: bool) -> str:
         """Go on from the `state` of an earlier process, with the base at hand, which may be newer: the
         local steps of a round that is over count as none of the new one, but stay in the heads.
 
         Args:
             merged: whether the contribution that the state was saved with is in the base at hand.
+
+        Returns:
+            Which moments begin anew, and why, where the optimizer is another than that of the state; their
+            rates warm up then as those of heads that begin in the middle of the run. Else "".
 
         Raises:
             KeyError, ValueError: it is not a state of this model.
@@ -815,16 +819,19 @@ class Trainer:
             if module.merged_A is not None and module.merged_B is not None:
                 module.merged_A.copy_(tensors[f"merged/{name}{A}"])
                 module.merged_B.copy_(tensors[f"merged/{name}{B}"])
-        optim.load_flat(self.optimizer, group("optimizer") | numbers["optimizer"])
+        anew = optim.load_flat(self.optimizer, self.model, group("optimizer"), numbers["optimizer"])
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         self.local_step, self.is_ahead = int(numbers["local_step"]), bool(numbers["is_ahead"])
         self.lost, self._has_merged = float(numbers["lost"]), bool(numbers["has_merged"])
         self._own_steps = None if numbers["own_steps"] is None else int(numbers["own_steps"])
+        if anew and version:
+            self._own_steps = 0
         self._lost_ahead = (float(numbers["lost_ahead"][0]), float(numbers["lost_ahead"][1]))
         if version > self.version:
             self._take(_Published({}, published, {}, self._constants_digests), version, step, merged)
+        return anew
 
     # The base
 

@@ -3,6 +3,7 @@ would have made, and each counts once."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -73,3 +74,23 @@ def test_a_worker_that_lost_its_disk_goes_on_from_what_was_merged_of_it(cluster:
     assert cluster.events("recalled")
     merged = [line["num_merged"] for line in cluster.lines("round")]
     assert merged == [2] * ROUNDS, "it took part in every round, with the heads of before or new ones"
+
+
+def test_workers_go_on_with_another_optimizer_and_say_whose_moments_begin_anew(cluster: Cluster) -> None:
+    """Both leave in the second round, and the server after them."""
+    server, leaves = cluster.serve(), Fault("lte.worker.trainer:Trainer.step", call=3, number=signal.SIGTERM)
+    for worker in [cluster.work(name, leaves) for name in ("a", "b")]:
+        cluster.ended(worker, 128 + signal.SIGTERM)
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGTERM)
+    cluster.ended(server, 3)
+    again = {"optimizer__name": "sgd", "optimizer__momentum": 0.9}
+    for process in [cluster.serve(**again), cluster.work("a"), cluster.work("b")]:
+        cluster.ended(process, 0)
+    for name in ("a", "b"):
+        said = (cluster.folder / f"{name}.log").read_text()
+        (line,) = [line for line in said.splitlines() if "begin anew" in line]
+        assert line.startswith(f"{name}: moments of ")
+        assert "the state saved is AdamW's, not SGD with momentum's (" in line
+        assert "Traceback" not in said
+    audit(cluster.run, ROUNDS, {"a", "b"})
