@@ -665,7 +665,7 @@ STEPS = {"train.local_steps": 7}
             ["lora.rank=7", "compress.factors=int2", "compress.dense=fp32"],
         ),
         ({"lora.modules": [], "lora.rank": 7, "optimizer.lr": 7.0}, ["lora.rank=7", "optimizer.lr=7.0"]),
-        ({"train.full_rank": True, "lora.rank": 7, "optimizer.lr": 7.0}, ["lora.rank=7"]),
+        ({"train.full_rank": True, "lora.rank": 7, "optimizer.lr": 7.0}, ["lora.rank=7", "optimizer.lr=7.0"]),
         ({"train.checkpoint_modules": ["blocks.*"]}, ["train.checkpoint_modules=('blocks.*',)"]),
         ({"train.checkpoint_modules": ["blocks.*"], "train.checkpoint_activations": True}, []),
     ],

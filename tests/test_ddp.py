@@ -22,10 +22,12 @@ from namespaces import Inside, star
 from processes import Family, done, lines, versions
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_optim import stepped_naively
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from launch import exits, local
 from lte import config, cost, ddp, quantize, recipes
@@ -64,6 +66,19 @@ SETTINGS: dict[str, Any] = {
     "eval.sample_tokens": 0,
 }
 STEPS = 12
+RESNET: dict[str, Any] = {
+    "data__kind": "images",
+    "data__shards": "images",
+    "model__name": "transformers",
+    "model__architecture": "resnet",
+    "model__config": {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
+    "model__image_size": 12,
+    "model__num_classes": 3,
+    "model__num_layers": 4,
+    "model__width": 128,
+    "model__num_attention_heads": 4,
+    "model__mlp_width": 512,
+}
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +269,37 @@ def test_with_muon_hidden_matrices_have_the_dense_rate_and_the_rest_its_own(fold
     assert {rate for rate in rates.values() if rate != (5e-3, True)} == {(1e-4, False)}
 
 
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")  # torch, of speed
+def test_with_muon_kernels_of_convolutions_step_as_matrices(folder: Path) -> None:
+    images(folder)
+    muon = {"optimizer__name": "muon", "optimizer__muon_momentum": 0.9, "optimizer__clip_norm": 0.0}
+    flat = {"schedule__name": "constant", "schedule__warmup_steps": 0}
+    recipe = recipe_of(**RESNET, **muon, **flat, train__workers=1, train__rounds=1)
+    gradients = dict[int, list[Tensor]]()
+
+    def watch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            gradients.setdefault(p.data_ptr(), []).append(p.grad.clone())
+            trained[p.data_ptr()] = p
+
+    trained = dict[int, nn.Parameter]()
+    hook = register_optimizer_step_pre_hook(watch)
+    try:
+        assert alone(recipe, folder) == 0
+    finally:
+        hook.remove()
+    ended = recipes.load_run(Path("run"), "master")[0]
+    kernels = 0
+    for name, start in recipes.initial_model(recipe).named_parameters():
+        if start.ndim == 4 and "embed" not in name:
+            end = ended.get_parameter(name)
+            (at,) = (at for at, p in trained.items() if p.shape == end.shape and torch.equal(p, end))
+            expected = stepped_naively(start, gradients[at], 5e-3, (start.shape[0], start[0].numel()))
+            assert torch.allclose(end.double(), expected, rtol=0, atol=1e-5), name
+            kernels += 1
+    assert kernels == 2
+
+
 # What it sends
 
 
@@ -426,20 +472,7 @@ def test_what_a_worker_of_another_version_of_lte_wrote_is_refused_in_a_line(fold
 def test_statistics_of_norms_are_averaged_and_go_on(folder: Path) -> None:
     """Batch norms see each worker's own batch; between rounds their statistics differ, and are not lost."""
     images(folder)
-    resnet = {
-        "data__kind": "images",
-        "data__shards": "images",
-        "model__name": "transformers",
-        "model__architecture": "resnet",
-        "model__config": {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
-        "model__image_size": 12,
-        "model__num_classes": 3,
-        "model__num_layers": 4,
-        "model__width": 128,
-        "model__num_attention_heads": 4,
-        "model__mlp_width": 512,
-        "train__workers": 2,
-    }
+    resnet = RESNET | {"train__workers": 2}
     assert train(recipe_of(**resnet, run__dir="whole")) == [0, 0]
     told = Fault("lte.ddp.trainer:Trainer.step", call=4, number=signal.SIGUSR1)
     assert train(recipe_of(**resnet), w0=told) == [signal.SIGUSR1] * 2

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from simulation import Simulation, recipe
 from test_algorithm import Net, Regression, batches, mse, seeded
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lte
 from lte import config, durable, lowrank, optim
@@ -163,6 +164,119 @@ def test_muon_takes_heads_and_dense_matrices_but_no_tables_vectors_and_outputs()
         *(f"blocks.{layer}.bias" for layer in range(3)),
         *("embedding.lora_A", "embedding.lora_B", "norm.weight", "norm.bias", "output.weight"),
     }
+
+
+def stepped_naively(weight: Tensor, gradients: Sequence[Tensor], lr: float, shape: Sequence[int]) -> Tensor:
+    """A weight after Muon's steps in float64, momentum 0.9 and scale `match-rms`, as a matrix of a shape."""
+    momentum, stepped = torch.zeros(*shape).double(), weight.detach().double()
+    for gradient in (gradient.double().reshape(*shape) for gradient in gradients):
+        momentum = 0.9 * momentum + 0.1 * gradient
+        U, S, V = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
+        S = S / S.norm()
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        stepped = stepped - lr * 0.2 * math.sqrt(max(shape)) * (U @ S.diag() @ V).view(weight.shape)
+    return stepped
+
+
+class Convolutions(nn.Module):
+    """A kernel of each kind, and parameters of as many dimensions that are none."""
+
+    MATRICES: ClassVar = {
+        "line": (6, 3 * 2),
+        "plane": (8, 6 * 2 * 3),
+        "grouped": (8, 4 * 2 * 2),
+        "space": (5, 2 * 2 * 2 * 2),
+        "back": (4, 3 * 2 * 3),
+        "grouped_back": (4, 2 * 2 * 2),
+        "linear": (4, 6),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.plane = nn.Conv1d(3, 6, 2), nn.Conv2d(6, 8, (2, 3))
+        self.grouped, self.space = nn.Conv2d(8, 8, 2, groups=2), nn.Conv3d(2, 5, 2)
+        self.back = nn.ConvTranspose2d(4, 3, (2, 3))
+        self.grouped_back = nn.ConvTranspose2d(4, 4, 2, groups=2)
+        self.depthwise, self.linear = nn.Conv2d(8, 8, 3, groups=8), nn.Linear(6, 4)
+        self.table, self.stack = nn.Embedding(4, 6), nn.Parameter(normal(3, 4, 5))
+
+
+@pytest.mark.parametrize("full_rank", [False, True])
+def test_dense_kernels_of_convolutions_are_orthogonalized_as_matrices_as_those_of_heads_are(
+    full_rank: bool,
+) -> None:
+    model, gradients = seeded(Convolutions), list[dict[str, Tensor]]()
+    own = recipe(
+        **{
+            "optimizer.name": "muon",
+            "optimizer.muon_momentum": 0.9,
+            "optimizer.dense_lr": 0.02,
+            "optimizer.adamw_lr": 0.5,
+            "lora.modules": ["plane", "grouped", "linear"] if full_rank else [],
+            "lora.exclude": ["plane"],
+            "train.full_rank": full_rank,
+        }
+    )
+    for step in range(3):
+        gradients.append({n: normal(*p.shape, seed=step) for n, p in model.named_parameters()})
+    simulation = Simulation(model, own, 1)
+    trainer = simulation.trainers[0]
+    for of_step in gradients:
+        for name, parameter in trainer.model.named_parameters():
+            plain = name.replace("lora_B", "weight")
+            parameter.grad = of_step[plain].reshape(parameter.shape) if plain in of_step else None
+        trainer.step()
+    for name, start in model.named_parameters():
+        module = name.removesuffix(".weight")
+        if full_rank and module in ("grouped", "linear"):
+            adapted = trainer.model.get_submodule(module)
+            end = start + adapted.lora_B.detach().view(start.shape)
+        else:
+            end = trainer.model.get_parameter(name)
+        if name.endswith(".weight") and module in Convolutions.MATRICES:
+            of_it = [of_step[name] for of_step in gradients]
+            expected = stepped_naively(start, of_it, 0.02, Convolutions.MATRICES[module])
+            assert torch.allclose(end.double(), expected, rtol=0, atol=1e-5), name
+        else:
+            reference = nn.Parameter(start.detach().clone())
+            adamw = torch.optim.AdamW([reference], lr=0.5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            for of_step in gradients:
+                reference.grad = of_step[name].clone()
+                adamw.step()
+            assert torch.equal(end, reference), name
+
+
+@pytest.mark.parametrize(
+    ("module", "features"),
+    [
+        (nn.Conv1d(2, 12, 1), (12, 2)),
+        (nn.ConvTranspose1d(2, 12, 1), (12, 2)),
+        (nn.ConvTranspose2d(12, 2, 1), (2, 12)),
+        (Conv1D(12, 2), (12, 2)),
+        (nn.Linear(2, 12), (12, 2)),
+    ],
+)
+def test_what_goes_out_of_a_matrix_is_known_where_it_is_transposed(
+    module: nn.Module, features: tuple[int, int]
+) -> None:
+    """By the scale of steps `original`: sqrt(out / in) where out is more."""
+    start = module.weight.detach().clone()
+    optimizer = optim.make_optimizer(module, settings(name="muon", muon_scale="original", dense_lr=1.0))
+    module.weight.grad = torch.ones_like(start)
+    optimizer.step()
+    rank_one = 1.0
+    for _ in range(5):
+        rank_one = 3.4445 * rank_one - 4.7750 * rank_one**3 + 2.0315 * rank_one**5
+    out_features, in_features = features
+    expected = rank_one * math.sqrt(max(1.0, out_features / in_features))
+    assert torch.linalg.vector_norm(start - module.weight).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_kernel_that_torch_computes_of_others_is_none_of_its_module() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 2))
+    orthogonal = [group["orthogonal"] for group in groups(model, settings(name="muon"))]
+    assert orthogonal == [False] * len(orthogonal)
 
 
 # All of them

@@ -437,7 +437,8 @@ class Optimizer:
     )
     muon_exclude: tuple[str, ...] = _doc(
         ("*embed*", "output.*", "*head.*", "classifier.*"),
-        "patterns of parameters, besides vectors and embeddings, that get AdamW with optimizer.name = muon",
+        "patterns of parameters that get AdamW with optimizer.name = muon, besides embeddings and all that is"
+        " neither a matrix nor a convolution's kernel, taken as (out, in * kh * kw), but depthwise",
     )
     adamw_lr: Annotated[NonNegative | None, _OrNone] = _doc(
         None, "learning rate of what gets AdamW with optimizer.name = muon; none: lr, lr_A, dense_lr"

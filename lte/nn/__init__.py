@@ -16,6 +16,7 @@ from lte.nn.experts import (
     split_experts,
 )
 from lte.nn.isolation import rehearse, watch_slices
+from lte.nn.layouts import Layout, as_matrices, from_matrices, layouts
 from lte.nn.linear import LoRALinear
 from lte.nn.plan import (
     Plan,
@@ -35,12 +36,14 @@ __all__ = [
     "Adapted",
     "Experts",
     "HeadSpec",
+    "Layout",
     "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMultiheadAttention",
     "Plan",
     "adapted_modules",
+    "as_matrices",
     "blocks",
     "changing_buffers",
     "constant_tensors",
@@ -53,10 +56,12 @@ __all__ = [
     "draw_heads",
     "experts_split",
     "fit_heads",
+    "from_matrices",
     "from_matrix",
     "frozen_parameters",
     "has_split_experts",
     "join_experts",
+    "layouts",
     "lora_of",
     "mark_statistics",
     "parameter_groups",

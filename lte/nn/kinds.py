@@ -17,6 +17,8 @@ from lte.nn.linear import LoRALinear, TiedLinear
 from lte.nn.sites import HeadSpec
 from lte.quantize import Quant
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
 _FORWARDS = ("forward", "_conv_forward")
 """Methods in which the kinds below compute what they compute."""
 
@@ -100,11 +102,15 @@ def tied_to(module: nn.Module, adapted: Adapted) -> nn.Module:
     return TiedEmbedding(module, adapted)
 
 
+def is_depthwise(module: Convolution) -> bool:
+    """Whether each of its channels is convolved by itself."""
+    return module.groups == module.in_channels > 1
+
+
 def can_take_heads(module: nn.Module) -> bool:
     """Whether a module of some kind is none of its exceptions."""
     if isinstance(module, nn.Conv2d):
-        # Depthwise: each of its outputs has one input, so factors would be larger than the kernel.
-        return not module.groups == module.in_channels > 1
+        return not is_depthwise(module)  # whose factors would be larger than the kernel
     return not isinstance(module, nn.Embedding) or can_adapt(module)
 
 

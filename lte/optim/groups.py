@@ -11,7 +11,7 @@ from torch import nn
 
 from lte.config import Optimizer
 from lte.errors import ConfigError
-from lte.nn import LoRAEmbedding, Plan, parameter_groups
+from lte.nn import Layout, LoRAEmbedding, Plan, layouts, parameter_groups
 
 Group = dict[str, Any]
 """A group of parameters with settings of their own, as torch's optimizers take them."""
@@ -19,7 +19,7 @@ Group = dict[str, Any]
 
 def groups(model: nn.Module, settings: Optimizer) -> list[Group]:
     """Groups of what a converted model trains: lora_A, lora_B, B of full rank, dense matrices and dense
-    vectors, each divided further where rates differ, and by `orthogonal` for Muon.
+    vectors, each divided further where rates differ, and by `orthogonal` and `layout` for Muon.
 
     A B of full rank has dense_lr, and no decay, which would be that of its change alone.
 
@@ -35,20 +35,20 @@ def groups(model: nn.Module, settings: Optimizer) -> list[Group]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     _check(names.values(), settings)
     factors = dict(zip(names, rate_factors(list(names.values()), settings), strict=True))
-    orthogonal = _orthogonal(model, settings) if settings.name == "muon" else set()
+    orthogonal = _orthogonal(model, settings) if settings.name == "muon" else {}
     found: dict[tuple[object, ...], Group] = {}
     for kind, parameters in parameter_groups(model).items():
         for parameter in sorted(parameters, key=lambda p: p.ndim < 2):
-            is_vector, is_orthogonal = parameter.ndim < 2, parameter in orthogonal
+            is_vector, layout = parameter.ndim < 2, orthogonal.get(parameter)
             peak = peaks[kind]
-            if settings.name == "muon" and not is_orthogonal and settings.adamw_lr is not None:
+            if settings.name == "muon" and layout is None and settings.adamw_lr is not None:
                 peak = settings.adamw_lr
-            key = (kind, is_vector, factors[parameter], is_orthogonal)
+            key = (kind, is_vector, factors[parameter], layout)
             if key not in found:
                 decay = settings.dense_weight_decay if kind == "dense" and not is_vector else 0.0
                 found[key] = {"params": [], "lr": peak * factors[parameter], "weight_decay": decay}
                 if settings.name == "muon":
-                    found[key]["orthogonal"] = is_orthogonal
+                    found[key] |= {"orthogonal": layout is not None, "layout": layout or "matrices"}
             found[key]["params"].append(parameter)
     return list(found.values())
 
@@ -119,8 +119,9 @@ def _number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def _orthogonal(model: nn.Module, settings: Optimizer) -> set[nn.Parameter]:
-    """What Muon orthogonalizes: factors of heads, and dense matrices; no tables, and nothing excluded."""
+def _orthogonal(model: nn.Module, settings: Optimizer) -> dict[nn.Parameter, Layout]:
+    """What Muon orthogonalizes, and how it lies as matrices: factors of heads, dense matrices and kernels of
+    convolutions; no tables, no other parameters of more dimensions, and nothing excluded."""
     of_heads = {p for kind, some in parameter_groups(model).items() if kind != "dense" for p in some}
     of_tables = {
         parameter
@@ -128,10 +129,11 @@ def _orthogonal(model: nn.Module, settings: Optimizer) -> set[nn.Parameter]:
         if isinstance(module, nn.Embedding | LoRAEmbedding)
         for parameter in module.parameters(recurse=False)
     }
+    known = layouts(model)
     return {
-        parameter
+        parameter: known.get(parameter, "matrices")
         for name, parameter in model.named_parameters()
-        if (parameter in of_heads or parameter.ndim == 2)
+        if (parameter in of_heads or parameter in known or parameter.ndim == 2)
         and parameter not in of_tables
         and not any(fnmatchcase(name, pattern) for pattern in settings.muon_exclude)
     }

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lte.nn import as_matrices, from_matrices
+
 _STEPS = 5
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5: steep at 0, at the price of ending anywhere in about 0.7 to 1.2."""
@@ -97,11 +99,12 @@ class Muon(torch.optim.Optimizer):
         """Make it.
 
         Args:
-            params: groups, each with `orthogonal`: whether it holds matrices (..., out, in) to step so.
+            params: groups, each with `orthogonal`: whether it holds matrices to step so; and how these lie,
+                `layout`, where that is not (..., out, in).
             momentum: mu. dtype, scale: see `orthogonalized`, `scale_of`. betas, eps: AdamW's.
         """
         # `fused` for torch's `load_state_dict`: a fused step has its count where the parameter is.
-        defaults = {"lr": lr, "weight_decay": 0.0, "orthogonal": False, "fused": True}
+        defaults = {"lr": lr, "weight_decay": 0.0, "orthogonal": False, "layout": "matrices", "fused": True}
         super().__init__(params, defaults | {"momentum": momentum, "betas": betas, "eps": eps})
         self._dtype, self._scale = dtype, scale
 
@@ -134,9 +137,10 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalized(gradient.lerp(momentum, group["momentum"]), self._dtype)
+        matrices = as_matrices(gradient.lerp(momentum, group["momentum"]), group["layout"])
+        direction = from_matrices(orthogonalized(matrices, self._dtype), parameter.shape, group["layout"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction, alpha=-group["lr"] * scale_of(parameter.shape, self._scale))
+        parameter.add_(direction, alpha=-group["lr"] * scale_of(matrices.shape, self._scale))
 
     def _step_rest(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
