@@ -3,21 +3,25 @@ before anything starts."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_tasks import Data, data, recipe_of
+from test_tasks import MODELS, Data, data, recipe_of
 from torch import nn
 from torch.nn import functional as F
 
 from launch import local
-from lte import cli, config, models, recipes
+from lte import cli, config, ddp, models, recipes
 from lte.config import Recipe
 from lte.errors import ConfigError
 from lte.models import hf
-from lte.tasks import task_of
+from lte.tasks import task_of, try_out
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 __all__ = ["data"]  # a fixture
@@ -117,3 +121,86 @@ def test_a_roberta_learns(data: Data, tmp_path: Path) -> None:
     arguments = ["export", str(tmp_path / "run"), "--format", "hf", "--out", str(tmp_path / "model")]
     assert cli.main(arguments) == 0
     assert transformers.AutoConfig.from_pretrained(tmp_path / "model").pad_token_id == -1
+
+
+# Who cannot be trained is told so before anything starts
+
+XMOD = (
+    "xmod",
+    {**SMALL, "languages": ["en_XX"]},
+    r"model\.config: this xmod cannot run \(ValueError: Input lang",
+)
+CPMANT = (
+    "cpmant",
+    {"hidden_size": 32, "num_attention_heads": 2, "dim_head": 16, "dim_ff": 64, "num_hidden_layers": 2},
+    r"model\.config: this cpmant predicts tokens from those after them; choose an architecture that does not",
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "line"),
+    [
+        XMOD,
+        CPMANT,
+        ("xlm", {**XLM, "causal": False}, "model.config: this xlm predicts tokens from those after them"),
+        ("prophetnet", {}, "model.config: this prophetnet cannot run"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    architecture: str, settings: dict[str, Any], line: str, data: Data, tmp_path: Path
+) -> None:
+    if architecture == "prophetnet":
+        settings = {"hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 2}
+        settings |= {"decoder_ffn_dim": 32, "num_encoder_layers": 1, "encoder_ffn_dim": 32}
+    address = {"run.dir": str(tmp_path / "run"), "server.address": f"inprocess://{tmp_path}"}
+    recipe = recipe_for(architecture, data, settings, **address)
+    with pytest.raises(ConfigError, match=f"^{line}.*$") as raised:
+        recipes.make_server(recipe)
+    assert len(raised.value.faults) == 1
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        ddp.check(config.replace(recipe, **{"train.method": "ddp", "server.address": "tcp://127.0.0.1:*"}))
+
+
+def test_no_worker_starts_for_it(data: Data, tmp_path: Path) -> None:
+    architecture, settings, line = CPMANT
+    path = tmp_path / "recipe.yaml"
+    recipe = recipe_for(architecture, data, settings, **{"run.dir": str(tmp_path / "run")})
+    path.write_text(config.to_yaml(recipe))
+    command = [sys.executable, "-m", "lte", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(f"lte: {line}.*\n", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].get("name") == "transformers"])
+def test_who_can_is_left_as_it_is(name: str, data: Data) -> None:
+    recipe = recipe_of(name, data)
+    model = recipes.initial_model(recipe).train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    try_out(model, recipe)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_one_that_runs_at_one_length_alone_is_tried_at_it(data: Data) -> None:
+    recipe = config.replace(recipe_of("gpt2", data), **{"model.context_tokens": 40})
+
+    class Fixed(nn.Module):
+        main_input_name = "input_ids"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.lengths = nn.Embedding(256, 8), list[int]()
+
+        def forward(self, tokens: torch.Tensor, use_cache: bool) -> Any:
+            if tokens.shape[1] != 40:
+                raise ValueError("40 tokens, please")
+            return SimpleNamespace(logits=self.table(tokens))
+
+    try_out(Fixed(), recipe)
+    with pytest.raises(ConfigError, match=r"cannot run \(ValueError: 40 tokens, please\)$"):
+        try_out(Fixed(), config.replace(recipe, **{"model.context_tokens": 41}))

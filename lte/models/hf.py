@@ -76,11 +76,11 @@ def build(config: Model, kind: Kind) -> nn.Module:
             ]
         )
     positions, before = getattr(made, "max_position_embeddings", None), _positions_of_padding(model)
-    if kind == "text" and isinstance(positions, int) and positions < config.context_tokens + before:
+    if kind == "text" and isinstance(positions, int) and 0 < positions < config.context_tokens + before:
         raise ConfigError(
             [
-                f"model.context_tokens: {config.context_tokens} is more than the {positions - before} positions"
-                f" of this {config.architecture}; set"
+                f"model.context_tokens: {config.context_tokens} is more than the {positions - before}"
+                f" positions of this {config.architecture}; set"
                 f" model.config.max_position_embeddings={config.context_tokens + before}"
             ]
         )
