@@ -204,3 +204,16 @@ def test_one_that_runs_at_one_length_alone_is_tried_at_it(data: Data) -> None:
     try_out(Fixed(), recipe)
     with pytest.raises(ConfigError, match=r"cannot run \(ValueError: 40 tokens, please\)$"):
         try_out(Fixed(), config.replace(recipe, **{"model.context_tokens": 41}))
+
+
+def test_a_limit_of_minus_one_is_none(data: Data) -> None:
+    """XLNet says so of its positions; it looks ahead unless it is told not to."""
+    small = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    for attention in ("uni", "bi"):
+        recipe = recipe_for("xlnet", data, {**small, "attn_type": attention})
+        model = recipes.initial_model(recipe)
+        if attention == "uni":
+            try_out(model, recipe)
+        else:
+            with pytest.raises(ConfigError, match="this xlnet predicts tokens from those after them"):
+                try_out(model, recipe)
