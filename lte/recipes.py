@@ -21,7 +21,7 @@ from lte.server import Server, assembly, checkpoint, rollback
 from lte.server.checkpoint import version_of
 from lte.server.master import Master
 from lte.server.shards import folder_of
-from lte.tasks import AnyTask, task_of
+from lte.tasks import AnyTask, task_of, try_out
 from lte.team import Own, Share, Team, device_of, with_heads
 from lte.worker import Worker
 from lte.worker.session import Session
@@ -78,7 +78,7 @@ def make_server(
 
     Raises:
         DataError: the data are missing or too few. ConfigError: they do not fit the model, nor its heads the
-        batch, or `train.method` has no server.
+        batch, or it cannot be trained, or `train.method` has no server.
     """
     if recipe.train.method == "ddp":
         raise ConfigError(["train.method: ddp has no server; use 'lte train', or set train.method=lte"])
@@ -87,7 +87,7 @@ def make_server(
     task.check_run()
     _check_slices(recipe, task)
     return Server(
-        lambda: starting_model(recipe),
+        tried_start(recipe),
         recipe,
         evaluate=task.evaluate,
         display=display,
@@ -281,6 +281,30 @@ def _read_start(recipe: Recipe) -> nn.Module:
     weights.start_buffers(model)
     weights.fill(model, found)
     return model
+
+
+def tried_start(recipe: Recipe) -> Callable[[], nn.Module]:
+    """What builds the model that this recipe's run starts from, as `starting_model` does. If it is one of
+    transformers and the run is new, that one was built and tried out before.
+
+    Raises:
+        ConfigError: it cannot be trained, see `try_out`; or see `starting_model`. RunError, UserError: see
+            there.
+    """
+    has_begun = _has_begun(recipe)
+    if recipe.model.name != "transformers" or (has_begun and recipe.run.resume != "never"):
+        return lambda: starting_model(recipe)
+    num_threads = torch.get_num_threads()
+    if recipe.server.shards > 1:
+        torch.set_num_threads(1)  # the other shards are forked, where a pool of threads would be missing
+    try:
+        # What a run that is moved aside only later started from is not to be read here.
+        model = initial_model(recipe) if has_begun else starting_model(recipe)
+        try_out(model, recipe)
+    finally:
+        torch.set_num_threads(num_threads)
+    held = [] if has_begun else [model]
+    return lambda: held.pop() if held else starting_model(recipe)
 
 
 def check_start(recipe: Recipe) -> None:

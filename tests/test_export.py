@@ -379,6 +379,21 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return err
 
 
+def test_where_peft_puts_no_heads_is_one_line(
+    trained: Callable[..., Trained], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    small = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+    mamba = {"model.architecture": "mamba", "model.config": small, "train.local_steps": 2}
+    run, _ = trained("gpt2", **mamba, **{"lora.exclude": []})
+    line = refused(capfd, run, "--format", "peft", "--out", tmp_path / "out")
+    assert line.startswith("lte: PEFT takes no such heads of mamba ([PEFT:")
+    assert line.endswith('; heads of a run with lora.exclude=["*.out_proj"] can be exported\n')
+    assert not (tmp_path / "out").exists()
+    run, _ = trained("gpt2", **mamba, **{"lora.exclude": ["*.out_proj"]})
+    assert cli.main(["export", str(run), "--format", "peft", "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_mistake_gets_one_line(
     trained: Callable[..., Trained],
     tmp_path: Path,

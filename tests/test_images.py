@@ -20,6 +20,7 @@ import torch
 import webdataset as wds  # type: ignore[import-untyped]
 from PIL import Image
 
+from lte import cli
 from lte.data import ImageIndex, TrainingImages, TrainingStream, pack, pack_images, validation_images
 from lte.data.images import crop_flip, read
 from lte.errors import DataError, UserError
@@ -312,6 +313,7 @@ def test_sources_that_cannot_be_packed_are_one_line(source: Path, tmp_path: Path
         (lambda: pack_images(empty, out), "empty: no images in it"),
         (lambda: pack_images(tmp_path / "not.tar", out), "not.tar: not a folder or tar file that can be"),
         (lambda: pack_images(source, out, num_shards=37), "36 images to train on are too few for 37 shards"),
+        (lambda: pack_images(source, out, num_shards=37), "or pack fewer shards (--shards)"),
         (lambda: pack_images(source, out, valid_fraction=1.0), "valid_fraction 1.0: must be"),
         (lambda: pack_images(source, out, num_shards=0), "num_shards 0: must be"),
     ):
@@ -319,6 +321,24 @@ def test_sources_that_cannot_be_packed_are_one_line(source: Path, tmp_path: Path
     pack_images(source, out, num_shards=2)
     assert "holds packed data already" in refusal(lambda: pack_images(source, out))
     assert len(pack_images(source, out, num_shards=3, force=True).train) == 3
+
+
+def test_classes_that_cannot_be_learnt_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, place in enumerate(("train/ape", "train/bee", "test/ape", "test/cow", "test/dog")):
+        (tmp_path / "source" / place).mkdir(parents=True)
+        (tmp_path / "source" / place / "1.png").write_bytes(png(picture(number)))
+    source = str(tmp_path / "source")
+    arguments = ["data", "pack-images", source, "--out", str(tmp_path / "out"), "--shards", "1"]
+    assert cli.main(arguments) == 0
+    line = f"lte: {source}: of cow, dog there are images to validate on, but none to train on\n"
+    assert capsys.readouterr().err == line
+    (tmp_path / "source" / "train" / "cow").mkdir()
+    (tmp_path / "source" / "test" / "dog").rename(tmp_path / "source" / "train" / "dog")
+    (tmp_path / "source" / "train" / "cow" / "1.png").write_bytes(png(picture(9)))
+    assert cli.main([*arguments, "--force"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("spoil", ["cut", "magic", "labels missing", "fewer labels"])

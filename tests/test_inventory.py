@@ -134,6 +134,22 @@ def test_a_model_that_is_mostly_trained_in_full_is_told_of(lte: Lte) -> None:
         assert (code, err) == (0, "")
 
 
+def test_modules_that_can_take_no_heads_are_told_of(lte: Lte) -> None:
+    """The router of Llama 4 is a linear layer with more to it; Falcon's layers have nothing more."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    small = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2"
+    router = f"{small}, intermediate_size: 32, intermediate_size_mlp: 32, num_local_experts: 2, head_dim: 8"
+    shape = ("model.architecture=llama4_text", f"model.config={{{router}, num_key_value_heads: 2}}")
+    code, _, err = lte("convert", "configs/llama-1m.yaml", *shape, "--dry-run")
+    assert code == 0
+    assert "lte: trained in full: model.layers.0.feed_forward.router" in err
+    assert err.endswith(": Llama4Router computes in a forward of its own\n")
+    shape = ("model.architecture=falcon", f"model.config={{{small}}}")
+    code, out, err = lte("convert", "configs/llama-1m.yaml", *shape, "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["adapted_share"] > 0.5
+
+
 def test_settings_may_stand_behind_options_and_the_last_one_counts(lte: Lte) -> None:
     outs = [
         lte("convert", QUICKSTART, *words)

@@ -104,6 +104,13 @@ class Conv1D:
         return utils.Conv1D(10, 12)
 
 
+class Falcon:
+    """Falcon's own linear layer, which writes its product down."""
+
+    def __call__(self) -> nn.Module:
+        return pytest.importorskip("transformers.models.falcon.modeling_falcon").FalconLinear(12, 10)
+
+
 def conv(*, x=(4, 6, 9, 8), **settings) -> Case:
     return Case(partial(nn.Conv2d, 6, 8, **settings), normal(*x))
 
@@ -112,6 +119,7 @@ CASES = {
     "linear": Case(partial(nn.Linear, 12, 10), normal(4, 3, 12)),
     "linear_subclass": Case(partial(Renamed, 12, 10, bias=False), normal(4, 12)),
     "linear_not_quantizable": Case(partial(NonDynamicallyQuantizableLinear, 12, 10), normal(4, 3, 12)),
+    "falcon_linear": Case(Falcon(), normal(4, 3, 12)),
     "transformers_conv1d": Case(Conv1D(), normal(4, 3, 12)),
     "embedding": Case(
         partial(nn.Embedding, 20, 6, padding_idx=3),
@@ -357,6 +365,57 @@ def test_what_takes_no_heads_is_left_alone() -> None:
     assert dense.keys() == before.keys() - {"plain.weight", "conv.weight"}
 
 
+class Scaled(nn.Linear):
+    """Others call what it adds."""
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x) * 3
+
+
+class Marked(nn.Linear):
+    """Others read what each one holds."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.gain, self._private = 3.0, 2
+
+
+class Around(nn.MultiheadAttention):
+    def both(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x, x, x)[0]
+
+
+class Using(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled, self.marked, self.around = Scaled(4, 4), Marked(), Around(4, 2)
+        self.table, self.plain = type("Table", (nn.Embedding,), {"size": 5})(5, 4), nn.Linear(4, 4)
+        self.plain.MARK = 1
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.around.both(self.scaled.scaled(self.table(tokens % self.table.size)))
+        return self.plain(self.marked(x) * self.marked.gain)
+
+
+def test_what_a_subclass_adds_is_not_lost() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, tokens = Using(), torch.arange(8).view(2, 4)
+        expected = model(tokens)
+        lora = lte.LoRA(rank=2, embeddings=True)
+        why = {
+            "Scaled has scaled of its own, which would be lost": ["scaled"],
+            "Marked has gain of its own, which would be lost": ["marked"],
+            "Around has both of its own, which would be lost": ["around"],
+            "Table has size of its own, which would be lost": ["table"],
+        }
+        assert lte.nn.without_heads(model, lora) == why
+        assert list(lte.nn.without_heads(model, lte.LoRA(exclude=("scaled", "marked")))) == list(why)[2:3]
+        lte.convert(model, lora, "none")
+    assert [name for name, _ in lte.nn.adapted_modules(model)] == ["around.out_proj", "plain"]
+    assert (model(tokens) - expected).abs().max() < 1e-6
+
+
 def test_a_padding_row_is_not_trained() -> None:
     """As of `nn.Embedding`: in every mode the published row of the padding stays what it was."""
     _, model, _ = converted(CASES["embedding"], "none", heads=2, merge="reset-less")
@@ -370,6 +429,7 @@ def test_a_padding_row_is_not_trained() -> None:
 def test_kinds_have_their_classes() -> None:
     for name, kind in {
         "linear_subclass": LoRALinear,
+        "falcon_linear": LoRALinear,
         "transformers_conv1d": LoRALinear,
         "embedding": LoRAEmbedding,
         "conv": LoRAConv2d,

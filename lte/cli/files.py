@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from lte.cli import pieces
@@ -116,6 +117,7 @@ def _pack_images(arguments: argparse.Namespace) -> int:
         valid_fraction=arguments.valid_fraction,
         num_shards=arguments.shards,
         force=arguments.force,
+        say=lambda line: print(f"lte: {line}", file=sys.stderr),
     )
     train, valid = (sum(s.num_images for s in shards) for shards in (index.train, index.valid))
     shape = f"{index.width}x{index.height} pixels, {index.channels} channel{'s' * (index.channels > 1)}"

@@ -16,6 +16,9 @@ from lte.cli import pieces
 from lte.config import Recipe
 from lte.cost import links
 from lte.errors import UserError
+from lte.nn import without_heads
+from lte.printable import some
+from lte.tasks import task_of
 
 
 def add(commands: pieces.Commands) -> None:
@@ -237,4 +240,6 @@ def _convert(arguments: argparse.Namespace) -> int:
         Console(width=max(widest, console.width)).print(text)  # names are worth no cutting
     if line := inventory.left_out(plan, recipe):
         print(f"lte: {line}", file=sys.stderr)
+    for why, names in without_heads(task_of(recipe).build(), recipe.lora).items():
+        print(f"lte: trained in full: {some(names)}: {why}", file=sys.stderr)
     return 0

@@ -79,7 +79,7 @@ def pack(
         if len(train_tokens) < 2 * num_shards:
             raise DataError(
                 f"{len(train_tokens)} tokens to train on are too few for {num_shards} shards;"
-                " give more text, or a smaller num_shards"
+                " give more text, or pack fewer shards (--shards)"
             )
         valid_tokens = _encode(valid, reader, folder / "valid.tokens")
         num_valid_shards = -(-len(valid_tokens) // VALID_SHARD_TOKENS)

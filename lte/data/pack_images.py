@@ -9,7 +9,7 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from lte.data.folder import INDEX, claim, permutation, publish, write_shard
 from lte.data.images import CHUNK_IMAGES, ImageIndex, ImageShard, Labels, Pixels
 from lte.errors import DataError, UserError
+from lte.printable import some
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 VALID_FOLDERS, TRAIN_FOLDERS = ("valid", "val", "validation", "test"), ("train", "training")
@@ -51,7 +52,13 @@ class Images(NamedTuple):
 
 
 def pack_images(
-    source: Path, out: Path, *, valid_fraction: float = 0.1, num_shards: int = 16, force: bool = False
+    source: Path,
+    out: Path,
+    *,
+    valid_fraction: float = 0.1,
+    num_shards: int = 16,
+    force: bool = False,
+    say: Callable[[str], object] = lambda line: None,
 ) -> ImageIndex:
     """Pack images and their classes into WebDataset shards. The same images give the same bytes.
 
@@ -66,6 +73,7 @@ def pack_images(
             source has none of its own.
         num_shards: training shards, of nearly as many images each; so many workers can have their own.
         force: replace what was packed into `out` before.
+        say: prints a line for a person, of classes that cannot be learnt.
 
     Raises:
         DataError: images that are missing, unreadable, too few or of different sizes; settings that make
@@ -90,8 +98,11 @@ def pack_images(
         if len(train) < num_shards:
             raise DataError(
                 f"{source}: {len(train)} images to train on are too few for {num_shards} shards;"
-                " give more images, or a smaller num_shards"
+                " give more images, or pack fewer shards (--shards)"
             )
+        if unseen := np.setdiff1d(images.labels[valid], images.labels[train]).tolist():
+            named = some(images.classes[place] for place in unseen)
+            say(f"{source}: of {named} there are images to validate on, but none to train on")
         mean, std = _moments(images.pixels, train)
         _, height, width, channels = images.pixels.shape
         index = ImageIndex(

@@ -36,6 +36,7 @@ def check(recipe: Recipe) -> None:
     groups(model, recipe.optimizer)
     if recipe.train.checkpoint_activations:
         blocks(model, recipe.train.checkpoint_modules)
+    recipes.tried_start(recipe)
 
 
 def train(recipe: Recipe, place: Place, *, claimed: bool, display: bool = True) -> int:

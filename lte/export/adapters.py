@@ -38,6 +38,8 @@ from lte.worker.state import Saved
 
 _NAME = "default"
 """PEFT's name for the one adapter of a model."""
+_NO_PLACE = re.compile(r"Module '(\w+)' is incompatible")
+"""How PEFT says where it puts no heads."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,10 @@ def _save_adapter(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that weights are transposed, tied, or in groups, which is seen to
-        adapted: Any = get_peft_model(theirs, config)
+        try:
+            adapted: Any = get_peft_model(theirs, config)
+        except ValueError as error:
+            raise _not_taken(error, recipe) from None
         adapted.peft_config[_NAME].base_model_name_or_path = str(base)  # it forgets what a config says
         with torch.no_grad():
             for name, head in of_modules.items():
@@ -270,6 +275,13 @@ def _save_adapter(
                 _set_experts(adapted.base_model.model, name, heads)
         adapted.save_pretrained(folder, save_embedding_layers=False)
         adapted.unload()
+
+
+def _not_taken(error: ValueError, recipe: Recipe) -> UserError:
+    """Of heads that PEFT puts on no such model, as on a Mamba's `out_proj`, whose weight its kernels read."""
+    found = _NO_PLACE.search(str(error))
+    cure = f'; heads of a run with lora.exclude=["*.{found[1]}"] can be exported' if found else ""
+    return UserError(f"PEFT takes no such heads of {recipe.model.architecture} ({hf.in_a_line(error)}){cure}")
 
 
 def _set(layer: Any, head: Factors) -> None:

@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,12 @@ _READ = re.compile(
 )
 """How code takes a setting from a config."""
 _WEIGHTS_OF_BALANCE = ("router_aux_loss_coef", "aux_loss_coef")
-_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_PADDING = "pad_token_id"
+_SPECIAL_TOKENS = (_PADDING, "bos_token_id", "eos_token_id")
+_NO_TOKEN = -1
+"""What padding is to models that compare their tokens with it: none of them, so that all are counted."""
+_COMPARES = re.compile(r"\binput_ids(?:\.ne\(| != )(?:self\.)?(?:padding_idx|pad_index)\b")
+"""How code of such a model does that."""
 
 
 def build(config: Model, kind: Kind) -> nn.Module:
@@ -55,10 +60,14 @@ def build(config: Model, kind: Kind) -> nn.Module:
         UserError: transformers is not installed.
     """
     auto, made = _configured(config, kind)
+    counts_all = getattr(made, _PADDING, None) == _NO_TOKEN
     try:
-        model: nn.Module = auto.from_config(made)
+        with quiet() if counts_all else nullcontext():
+            model: nn.Module = auto.from_config(made)
     except Exception as error:  # whatever a model raises on settings that do not fit each other
         raise _impossible(config, error) from None
+    if counts_all:
+        _train_all_rows(model)
     if getattr(made, "output_router_logits", False) and _weight_of_balance(model) is None:
         raise ConfigError(
             [
@@ -66,16 +75,37 @@ def build(config: Model, kind: Kind) -> nn.Module:
                 " experts, or no weight of it; leave it out"
             ]
         )
-    positions = getattr(made, "max_position_embeddings", None)
-    if kind == "text" and isinstance(positions, int) and positions < config.context_tokens:
+    positions, before = getattr(made, "max_position_embeddings", None), _positions_of_padding(model)
+    if kind == "text" and isinstance(positions, int) and 0 < positions < config.context_tokens + before:
         raise ConfigError(
             [
-                f"model.context_tokens: {config.context_tokens} is more than the {positions} positions of"
-                f" this {config.architecture}; set"
-                f" model.config.max_position_embeddings={config.context_tokens}"
+                f"model.context_tokens: {config.context_tokens} is more than the {positions - before}"
+                f" positions of this {config.architecture}; set"
+                f" model.config.max_position_embeddings={config.context_tokens + before}"
             ]
         )
     return model
+
+
+def _train_all_rows(model: Any) -> None:
+    """Have a model without a token for padding train every row of its tables: torch takes that number for
+    the last one. Nor would the library write such a generation config."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    if model.can_generate():
+        model.generation_config.pad_token_id = None
+
+
+def _positions_of_padding(model: nn.Module) -> int:
+    """How many positions no token has, as a model counts them from its padding's on."""
+    counting = (
+        module
+        for module in model.modules()
+        if hasattr(module, "create_position_ids_from_input_ids")
+        and isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
+    )
+    return next((int(module.padding_idx) + 1 for module in counting), 0)  # type: ignore[arg-type]
 
 
 def need() -> None:
@@ -111,7 +141,8 @@ def _configured(config: Model, kind: Kind) -> tuple[Any, Any]:
     config_class: Any = configuration_auto.CONFIG_MAPPING[architecture]
     settings = _settings(config, kind, auto, config_class)
     try:
-        made = config_class(**settings)
+        with quiet() if settings.get(_PADDING) == _NO_TOKEN else nullcontext():
+            made = config_class(**settings)
     except Exception as error:  # of settings that do not fit each other
         raise _impossible(config, error) from None
     if not isinstance(classes := names[architecture], str):  # among which the library chooses by its name
@@ -154,6 +185,8 @@ def _settings(config: Model, kind: Kind, auto: Any, config_class: Any) -> dict[s
         # Packed text has no special tokens; one that pads would have an embedding that is not trained.
         scratch: dict[str, Any] = dict.fromkeys(_SPECIAL_TOKENS)
         scratch |= {"vocab_size": config.vocab_size, "is_decoder": True}
+        if _compares_padding(auto, config_class):
+            scratch[_PADDING] = _NO_TOKEN
     else:
         scratch = {"image_size": config.image_size, "num_channels": config.channels}
     scratch = {name: value for name, value in scratch.items() if name in names}
@@ -168,11 +201,22 @@ def _settings(config: Model, kind: Kind, auto: Any, config_class: Any) -> dict[s
 def _read_of_config(auto: Any, config_class: Any) -> set[str]:
     """Names that an architecture's code takes from its config though it declares no such field, as the
     `head_dim` of some: the config stores whatever it is given, misspelt or not."""
+    sources = _sources(auto, config_class)
+    return {name for source in sources for match in _READ.finditer(source) for name in match.groups() if name}
+
+
+def _compares_padding(auto: Any, config_class: Any) -> bool:
+    """Whether an architecture's code looks for padding among its tokens, as those that count positions by
+    what is none: it needs a number for it, and computes something else with another one."""
+    return any(_COMPARES.search(source) for source in _sources(auto, config_class))
+
+
+def _sources(auto: Any, config_class: Any) -> list[str]:
+    """The code of an architecture and of its config."""
     found = auto._model_mapping[config_class]
     model_class = found[0] if isinstance(found, tuple) else found
     modules = {inspect.getmodule(one) for one in (model_class, config_class)}
-    sources = [inspect.getsource(module) for module in modules if module is not None]
-    return {name for source in sources for match in _READ.finditer(source) for name in match.groups() if name}
+    return [inspect.getsource(module) for module in modules if module is not None]
 
 
 Misshapen = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -307,11 +351,15 @@ def _difference(made: Any, there: Any) -> str:
 
 def computed(made: Any) -> list[str]:
     """Names of those settings of a config that decide what a trained model computes."""
-    from transformers import PreTrainedConfig
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(made) if field.name not in of_all]
-    return [name for name in dict.fromkeys([*names, "tie_word_embeddings"]) if is_computed(name)]
+    names = [name for name in dict.fromkeys([*names, "tie_word_embeddings"]) if is_computed(name)]
+    auto: Any = AutoModelForCausalLM
+    if type(made) in auto._model_mapping and _compares_padding(auto, type(made)):
+        names.append(_PADDING)
+    return names
 
 
 def is_computed(name: str) -> bool:

@@ -28,6 +28,7 @@ from lte.nn.plan import (
     lora_of,
     plan,
     plan_of,
+    without_heads,
 )
 from lte.nn.recompute import blocks, recompute_activations
 from lte.nn.sites import HeadSpec, from_matrix, to_matrix
@@ -76,4 +77,5 @@ __all__ = [
     "statistics",
     "to_matrix",
     "watch_slices",
+    "without_heads",
 ]

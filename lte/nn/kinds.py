@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -15,12 +16,15 @@ from lte.nn.conv import LoRAConv2d
 from lte.nn.embedding import LoRAEmbedding, TiedEmbedding, can_adapt
 from lte.nn.linear import LoRALinear, TiedLinear
 from lte.nn.sites import HeadSpec
+from lte.printable import some
 from lte.quantize import Quant
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 _FORWARDS = ("forward", "_conv_forward")
 """Methods in which the kinds below compute what they compute."""
+_LIKE_LINEAR = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
+"""Subclasses of `nn.Linear` that write down anew what it computes."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,50 @@ class Kind:
 def is_a(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of this kind and computes nothing else: a subclass may have other manners,
     but no other forward, and nothing that would be lost in its place."""
-    own = type(module)
     return (
         isinstance(module, kind)
-        and all(getattr(own, method, None) is getattr(kind, method, None) for method in _FORWARDS)
+        and _computes(module, kind)
         and not _has_own_forward(module)
         and {"weight"} <= module._parameters.keys() <= {"weight", "bias"}
         and not module._buffers
         and not module._modules
+        and not _added(module, kind)
     )
+
+
+def _computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    own = type(module)
+    same = all(getattr(own, method, None) is getattr(kind, method, None) for method in _FORWARDS)
+    return same or (kind is nn.Linear and (own.__module__, own.__qualname__) in _LIKE_LINEAR)
+
+
+@cache
+def _names(kind: type[nn.Module]) -> frozenset[str]:
+    sizes = (1, 1, 1) if kind is nn.Conv2d else (1, 1)
+    return frozenset(dir(kind(*sizes, device="meta")))
+
+
+def _added(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """Public names that a module of a subclass has beside the kind's, in its classes or of its own: the rest
+    of the model may use them, and what takes its place has none of them."""
+    if type(module) is kind:
+        return []
+    of_classes = (name for owner in type(module).__mro__ for name in vars(owner))
+    found = dict.fromkeys((*of_classes, *vars(module)))
+    return [name for name in found if not name.startswith("_") and name not in _names(kind)]
+
+
+def why_none(module: nn.Module) -> str:
+    """Why a module of a subclass can take no heads, in words; '' where it can, or is of none."""
+    bases = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, nn.Embedding)
+    kind = next((base for base in bases if isinstance(module, base)), None)
+    if kind is None or type(module) is kind or kind_of(module):
+        return ""
+    if not _computes(module, kind) or _has_own_forward(module):
+        return f"{type(module).__name__} computes in a forward of its own"
+    held = (*module._parameters, *module._buffers, *module._modules)
+    own = [*_added(module, kind), *(name for name in held if name not in _names(kind))]
+    return f"{type(module).__name__} has {some(own)} of its own, which would be lost"
 
 
 def _has_own_forward(module: nn.Module) -> bool:
@@ -127,6 +166,7 @@ def _is_attention(module: nn.Module) -> bool:
         and not _has_own_forward(module)
         and module._modules.keys() == {"out_proj"}
         and not module._buffers
+        and not _added(module, nn.MultiheadAttention)
     )
 
 

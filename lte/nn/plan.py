@@ -17,7 +17,7 @@ from lte.errors import ConfigError
 from lte.nn.adapted import Adapted
 from lte.nn.constants import HEADS, Constant, constant_tensors, mark_statistics, statistics
 from lte.nn.experts import Experts
-from lte.nn.kinds import can_share, can_take_heads, is_table, kind_of
+from lte.nn.kinds import can_share, can_take_heads, is_table, kind_of, why_none
 from lte.nn.sites import HeadSpec
 from lte.printable import some
 from lte.quantize import Quant
@@ -170,6 +170,20 @@ def plan(model: nn.Module, lora: LoRA, quant: Quant) -> Plan:
     if frozen and not adapted and not dense:
         raise ConfigError(["lora.freeze: leaves nothing to train"])
     return Plan(adapted, dense, quant, *_untrained(model, frozen))
+
+
+def without_heads(model: nn.Module, lora: LoRA) -> dict[str, list[str]]:
+    """Modules of subclasses that patterns ask heads for, but which can take none, by why, in words."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        is_asked = _matches(name, lora.modules) and not _matches(name, lora.exclude)
+        if (
+            is_asked
+            and (lora.embeddings or not isinstance(module, nn.Embedding))
+            and (why := why_none(module))
+        ):
+            found.setdefault(why, []).append(name)
+    return found
 
 
 def frozen_parameters(model: nn.Module, lora: LoRA) -> frozenset[str]:

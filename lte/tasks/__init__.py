@@ -4,6 +4,7 @@ base        the contract
 text        next tokens of packed text
 images      classes of packed images
 regression  a linear map, of which the solution is known
+trial       whether a model of transformers runs, and looks ahead
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from lte.tasks.base import AnyTask, Samples, Stream, Task, micro_batches
 from lte.tasks.images import Classes
 from lte.tasks.regression import Regression
 from lte.tasks.text import Text
+from lte.tasks.trial import try_out
 
 __all__ = [
     "AnyTask",
@@ -24,6 +26,7 @@ __all__ = [
     "Text",
     "micro_batches",
     "task_of",
+    "try_out",
 ]
 
 _KINDS: dict[str, type[AnyTask]] = {"text": Text, "images": Classes, "regression": Regression}
