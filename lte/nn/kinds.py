@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -84,7 +83,6 @@ def _computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     return same or (kind is nn.Linear and (own.__module__, own.__qualname__) in _LIKE_LINEAR)
 
 
-@cache
 def _names(kind: type[nn.Module]) -> frozenset[str]:
     sizes = (1, 1, 1) if kind is nn.Conv2d else (1, 1)
     return frozenset(dir(kind(*sizes, device="meta")))
@@ -96,8 +94,8 @@ def _added(module: nn.Module, kind: type[nn.Module]) -> list[str]:
     if type(module) is kind:
         return []
     of_classes = (name for owner in type(module).__mro__ for name in vars(owner))
-    found = dict.fromkeys((*of_classes, *vars(module)))
-    return [name for name in found if not name.startswith("_") and name not in _names(kind)]
+    found, known = dict.fromkeys((*of_classes, *vars(module))), _names(kind)
+    return [name for name in found if not name.startswith("_") and name not in known]
 
 
 def why_none(module: nn.Module) -> str:
@@ -109,7 +107,8 @@ def why_none(module: nn.Module) -> str:
     if not _computes(module, kind) or _has_own_forward(module):
         return f"{type(module).__name__} computes in a forward of its own"
     held = (*module._parameters, *module._buffers, *module._modules)
-    own = [*_added(module, kind), *(name for name in held if name not in _names(kind))]
+    known = _names(kind)
+    own = [*_added(module, kind), *(name for name in held if name not in known)]
     return f"{type(module).__name__} has {some(own)} of its own, which would be lost"
 
 
