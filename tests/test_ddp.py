@@ -607,8 +607,8 @@ def test_who_is_done_leaves_before_the_interpreter_ends(family: Family, folder: 
         "command.load()()\n"
     )
     recipe = write(recipe_of(train__workers=1))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--no-python")
-    worker = family.execute_python(*torchrun, sys.executable, started, "train", recipe)
+    place = Place(number=0, size=1, local_number=0, local_size=1, meeting=str(folder / "meeting"))
+    worker = family.execute_python(started, "train", recipe, env={**os.environ, **place.environment()})
     assert worker.ended() == 0, worker.err
     assert versions(folder / "run")[-1] == recipe_of().train.rounds
     assert "Python ends" not in worker.out
