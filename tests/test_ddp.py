@@ -607,6 +607,7 @@ def test_who_is_done_leaves_before_the_interpreter_ends(family: Family, folder: 
         "command.load()()\n"
     )
     recipe = write(recipe_of(train__workers=1))
+    (folder / "run").mkdir()  # as `lte train` does before it starts workers
     place = Place(number=0, size=1, local_number=0, local_size=1, meeting=str(folder / "meeting"))
     worker = family.execute_python(started, "train", recipe, env={**os.environ, **place.environment()})
     assert worker.ended() == 0, worker.err
