@@ -40,39 +40,39 @@ def try_out(model: nn.Module, recipe: Recipe) -> None:
         except Exception as error:  # any, of whatever model
             raise _refusal(recipe, error) from None
         return
-    context_tokens = recipe.model.context_tokens
-    tokens = torch.randint(recipe.model.vocab_size, (1, context_tokens), generator=generator)
-    try:
-        _check_order(copied, tokens[:, :_FEW_TOKENS], recipe)
-    except ConfigError:
-        raise
-    except Exception:  # some run at one length alone
+    vocab_size, context_tokens = recipe.model.vocab_size, recipe.model.context_tokens
+    tokens = torch.randint(vocab_size, (1, context_tokens), generator=generator)
+    reason: Exception | None = None
+    for num_tokens in (_FEW_TOKENS, context_tokens):  # some run at one length alone
         try:
-            _check_order(copied, tokens, recipe)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise _refusal(recipe, error) from None
+            looks_ahead = _looks_ahead(copied, tokens[:, :num_tokens], vocab_size)
+        except Exception as error:  # any, of whatever model
+            reason = error
+            continue
+        if looks_ahead:
+            raise ConfigError(
+                [
+                    f"model.config: this {recipe.model.architecture} predicts tokens from those after them;"
+                    " choose an architecture that does not, or the setting that makes it causal, as"
+                    " causal=true of xlm and attn_type=uni of xlnet"
+                ]
+            )
+        return
+    assert reason is not None
+    raise _refusal(recipe, reason)
 
 
-def _check_order(model: nn.Module, tokens: Tensor, recipe: Recipe) -> None:
-    """Raise where logits depend on tokens after theirs.
+def _looks_ahead(model: nn.Module, tokens: Tensor, vocab_size: int) -> bool:
+    """Whether logits depend on tokens after theirs.
 
     Args:
         tokens: (1, n).
     """
     half = tokens.shape[1] // 2
     other = tokens.clone()
-    other[:, half:] = (other[:, half:] + 1) % recipe.model.vocab_size
+    other[:, half:] = (other[:, half:] + 1) % vocab_size
     one, two = (_logits(model, given)[:, :half] for given in (tokens, other))
-    if half and bool((one - two).abs().max() > _MOST_ROUNDING * one.abs().max()):
-        raise ConfigError(
-            [
-                f"model.config: this {recipe.model.architecture} predicts tokens from those after them;"
-                " choose an architecture that does not, or the setting that makes it causal, as causal=true"
-                " of xlm and attn_type=uni of xlnet"
-            ]
-        )
+    return half > 0 and bool((one - two).abs().max() > _MOST_ROUNDING * one.abs().max())
 
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
